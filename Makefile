@@ -1,0 +1,94 @@
+# Esper's own commands. `make` alone lists them.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := runs/demo
+
+# The first Python on the path that is new enough; `make setup PYTHON=...` names another.
+OLDEST := 3, 11
+PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < ($(OLDEST)))' >/dev/null 2>&1 && \
+	{ echo "$$name"; break; }; done)
+
+export UV_HTTP_TIMEOUT ?= 300
+
+.PHONY: help
+help: ## List the commands
+	@grep -hE '^[a-z][a-zA-Z%-]*:.*## ' $(MAKEFILE_LIST) \
+		| awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
+
+.PHONY: setup
+setup: $(READY) ## Make .venv with everything pinned by hash (repeats only when the pins change)
+
+$(READY): pyproject.toml requirements.lock requirements-bootstrap.txt
+	@python='$(PYTHON)'; \
+	if [ -z "$$python" ] || \
+		! "$$python" -c 'import sys; sys.exit(sys.version_info < ($(OLDEST)))' 2>/dev/null; then \
+		echo "esper needs Python 3.11 or newer: make setup PYTHON=/path/to/python" >&2; exit 2; \
+	fi; \
+	[ -x $(BIN)/python ] || "$$python" -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+		-r requirements-bootstrap.txt
+	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.PHONY: demo
+demo: setup ## Train example 01 until it has grown; the report is runs/demo/report.html
+	@$(BIN)/esper run examples/01-mnist1d-mlp/session.yaml --output-dir $(DEMO) --overwrite
+
+# Two workers share two cores, so each computes on one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --timeout=900
+
+.PHONY: test
+test: setup ## Run every test; unit coverage of contracts, decisions and gates must reach 90 %
+	@rm -f .coverage .coverage.*
+	@$(PYTEST) --cov --cov-report= tests/unit
+	@$(BIN)/coverage report
+	@$(BIN)/coverage report --include='esper/contracts/*' --fail-under=90
+	@$(BIN)/coverage report --include='esper/services/tamiyo/*' --fail-under=90
+	@$(BIN)/coverage report --include='esper/services/tolaria/gates.py' --fail-under=90
+	@$(PYTEST) tests/architecture tests/integration
+
+.PHONY: verify
+verify: setup ## Check format, lint, types, layers, spelling, generated files and what is committed
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/codespell
+	@$(BIN)/esper crds --check crds
+	@$(BIN)/pytest -q tests/architecture/test_repository.py
+
+.PHONY: format
+format: setup ## Format the code and mend what ruff can mend
+	@$(BIN)/ruff format
+	@$(BIN)/ruff check --fix
+
+.PHONY: crds
+crds: setup ## Write crds/ anew from esper.contracts.resources
+	@$(BIN)/esper crds --output-dir crds
+
+.PHONY: lock
+lock: setup ## Write requirements.lock anew from pyproject.toml, with the newest versions allowed
+	@{ echo '# Made by `make lock` from pyproject.toml; never edited by hand.'; \
+		$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
+			--upgrade --all-extras pyproject.toml; } > requirements.lock.new
+	@mv requirements.lock.new requirements.lock
+
+.PHONY: bench-%
+bench-growth: ## Measure growth against static and random arms into benchmarks/results/growth.json
+bench-%: setup
+	@$(BIN)/python -m benchmarks.$* $(ARGUMENTS)
+
+.PHONY: clean
+clean: ## Remove what the commands above made: .venv, caches, runs/demo
+	@rm -rf $(VENV) $(DEMO) .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache \
+		.import_linter_cache .hypothesis build dist

@@ -1,0 +1,156 @@
+"""The `esper` command: options that all commands share, and how every command ends.
+
+Exit codes: 0 done, 1 the work failed, 2 bad input, 130 interrupted. An error is one line on
+standard error; a trace is shown with `--debug` only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from esper.cli import crds, doctor, report, run, validate
+from esper.errors import EsperError, one_line
+
+if TYPE_CHECKING:
+    from esper.configs import EsperConfig
+
+COMMANDS = {
+    "run": run,
+    "validate": validate,
+    "report": report,
+    "crds": crds,
+    "doctor": doctor,
+}
+
+FAILED = 1
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line, as all of Esper does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"esper: error: {one_line(message, 500)} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands, without importing what they need to work."""
+    top = _Parser(
+        prog="esper",
+        description="Train PyTorch models that grow while they train.",
+        epilog="Exit codes: 0 done, 1 the work failed, 2 bad input, 130 interrupted.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="store_true", help="print the version and end")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=module.HELP, description=module.HELP, allow_abbrev=False
+        )
+        module.add_arguments(command)
+        _add_common(command)
+    return top
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("options of every command")
+    group.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings file (default: esper.yaml if any)"
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="assignments",
+        metavar="NAME=VALUE",
+        help="one setting, e.g. component.log_level=info; see `esper doctor` for all",
+    )
+    group.add_argument("--debug", action="store_true", help="log everything; show traces of errors")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; `argv` is without the program's name."""
+    top = parser()
+    arguments = top.parse_args(argv)
+    if arguments.version:
+        from esper import __version__
+
+        sys.stdout.write(f"esper {__version__}\n")
+        return 0
+    if arguments.command is None:
+        top.print_help()
+        return 0
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        return _ended("interrupted", INTERRUPTED, debug=arguments.debug)
+    except BrokenPipeError:
+        # Whoever read our output has gone, as in `esper crds | head`. Python would complain once
+        # more when it flushes standard output at exit, so it gets somewhere to flush to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except EsperError as error:
+        return _ended(one_line(str(error), 2000), error.exit_code, debug=arguments.debug)
+    except Exception as error:
+        return _ended(_unexpected(error, debug=arguments.debug), FAILED, debug=arguments.debug)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from esper.utils.logging import AsyncEsperLogger
+
+    config = _settings(arguments)
+    component = config.component
+    log = AsyncEsperLogger(
+        arguments.command,
+        level="debug" if arguments.debug else component.log_level,
+        file=Path(component.log_file) if component.log_file else None,
+        queue_records=component.log_queue_records,
+    )
+    try:
+        log.start()
+    except OSError as error:
+        from esper.errors import ConfigError
+
+        raise ConfigError(
+            "component.log_file", component.log_file, f"a file that can be written ({error})"
+        ) from error
+    try:
+        status: int = COMMANDS[arguments.command].execute(arguments, config)
+        sys.stdout.flush()
+        return status
+    finally:
+        log.stop()
+
+
+def _settings(arguments: argparse.Namespace) -> EsperConfig:
+    from esper.configs import EsperConfig, parse_assignments
+
+    return EsperConfig.load(parse_assignments(arguments.assignments), file=arguments.config)
+
+
+def _unexpected(error: Exception, *, debug: bool) -> str:
+    """One line about an error that Esper does not know: what to install, or where to look."""
+    from esper.cli.checkup import extra_of
+
+    if isinstance(error, ModuleNotFoundError):
+        extra = extra_of((error.name or "").partition(".")[0])
+        if extra is not None:
+            return f"{error.name} is not installed; install it with: pip install 'esper[{extra}]'"
+    hint = "" if debug else " (--debug shows where)"
+    return f"unexpected {type(error).__name__}: {one_line(str(error), 500)}{hint}"
+
+
+def _ended(message: str, status: int, *, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(
+        f"esper: error: {message}\n" if status != INTERRUPTED else f"esper: {message}\n"
+    )
+    return status

@@ -1,0 +1,208 @@
+"""TrainingSession: a model that trains and grows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from esper.contracts.enums import SeedState
+from esper.contracts.resources.cluster import RunPolicySpec, StorageSpec, WorkersSpec
+from esper.contracts.resources.common import (
+    Conditions,
+    Count,
+    DecimalText,
+    Percent,
+    Resource,
+    ResourceModel,
+    SessionMeta,
+    Text,
+    Time,
+    immutable,
+    refusal,
+    rules,
+)
+from esper.contracts.resources.growth import GrowthSpec
+from esper.contracts.resources.training import DataSpec, ModelSpec, TrainingSpec
+
+_PROCESSES = "self.workers.replicas * self.workers.processesPerWorker"
+
+MAX_SUMMARIES = 64
+MAX_FAILURES = 5
+
+
+class TrainingSessionSpec(ResourceModel):
+    """What a person asks for; only `model` and `data` are required."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                f"self.training.batchSize >= {_PROCESSES}",
+                "training.batchSize: at least the number of processes",
+            ),
+            (
+                f"self.training.sharding != 'full' || {_PROCESSES} > 1",
+                "training.sharding: full needs more than one process",
+            ),
+            (
+                "has(self.runPolicy.queueName) == has(oldSelf.runPolicy.queueName) && "
+                "(!has(self.runPolicy.queueName) || "
+                "self.runPolicy.queueName == oldSelf.runPolicy.queueName) || "
+                "oldSelf.runPolicy.suspend",
+                "runPolicy.queueName is immutable unless suspended",
+            ),
+            (
+                "self.workers.replicas == oldSelf.workers.replicas || oldSelf.runPolicy.suspend || "
+                "has(self.workers.minReplicas)",
+                "workers.replicas is immutable unless suspended or elastic (minReplicas)",
+            ),
+        )
+    )
+
+    model: Annotated[ModelSpec, Field(json_schema_extra=immutable("model"))]
+    data: Annotated[DataSpec, Field(json_schema_extra=immutable("data"))]
+    training: TrainingSpec = Field(default_factory=TrainingSpec)
+    growth: GrowthSpec = Field(default_factory=GrowthSpec)
+    workers: WorkersSpec = Field(default_factory=WorkersSpec)
+    run_policy: RunPolicySpec = Field(default_factory=RunPolicySpec)
+    storage: StorageSpec = Field(default_factory=StorageSpec)
+
+    @model_validator(mode="after")
+    def _processes_fit(self) -> TrainingSessionSpec:
+        processes = self.workers.processes
+        if self.training.batch_size < processes:
+            raise refusal(
+                "training.batchSize",
+                self.training.batch_size,
+                f"at least the number of processes, {processes}",
+            )
+        if self.training.sharding == "full" and processes == 1:
+            raise refusal("training.sharding", "full", "none or data with one process")
+        return self
+
+
+class SeedCounts(ResourceModel):
+    """Slots by the state of their seed."""
+
+    dormant: Count = 0
+    germinated: Count = 0
+    training: Count = 0
+    grafting: Count = 0
+    fossilized: Count = 0
+    culled: Count = 0
+    active: Count = 0
+    """Germinated, training and grafting together."""
+
+    @classmethod
+    def of(cls, counts: Mapping[SeedState, int]) -> SeedCounts:
+        """The counts from a mapping; states that it lacks count 0."""
+        by_name = {state.value: counts.get(state, 0) for state in SeedState}
+        active = sum(by_name[name] for name in ("germinated", "training", "grafting"))
+        return cls(**by_name, active=active)
+
+
+class LayerSummary(ResourceModel):
+    """One host layer as last observed."""
+
+    name: Annotated[str, Field(min_length=1, max_length=512)]
+    kind: Annotated[str, Field(max_length=64)]
+    seeds: Count = 0
+    """Seeds of the layer that have left dormancy."""
+    health_percent: Percent | None = None
+
+
+class RefusedLayer(ResourceModel):
+    """A layer of a hostable type that hosts nothing, and why."""
+
+    name: Annotated[str, Field(min_length=1, max_length=512)]
+    reason: Text
+
+
+class Failure(ResourceModel):
+    """How one worker failed."""
+
+    pod: Annotated[str, Field(max_length=253)]
+    exit_code: Annotated[int, Field(ge=0, le=255)]
+    reason: Text
+    time: Time | None = None
+
+
+class CheckpointStatus(ResourceModel):
+    """The newest complete checkpoint."""
+
+    name: Annotated[str, Field(min_length=1, max_length=1024)]
+    """Where it lies, relative to the session's storage, such as `checkpoints/epoch-000012`."""
+    epoch: Count
+    time: Time | None = None
+
+
+class TrainingSessionStatus(ResourceModel):
+    """What was observed. Decimals are strings, shares whole percents."""
+
+    observed_generation: Count | None = None
+    conditions: Conditions = ()
+    attempt: Count = 0
+    disruptions: Count = 0
+    failures: Annotated[tuple[Failure, ...], Field(strict=False, max_length=MAX_FAILURES)] = ()
+    """The last five."""
+    epoch: Count = 0
+    """Epochs completed."""
+    epochs: Count = 0
+    metrics: Annotated[dict[str, DecimalText], Field(max_length=32)] = Field(default_factory=dict)
+    """The last epoch's: `trainLoss`, `validationLoss`, `validationMetric`; at the end `test`."""
+    parameters_base: Count = 0
+    parameters: Count = 0
+    flops: Count = 0
+    """Spent so far, trials included; 2 per multiply-add, forward and backward."""
+    seeds: SeedCounts = Field(default_factory=SeedCounts)
+    layers: Annotated[tuple[LayerSummary, ...], Field(strict=False, max_length=MAX_SUMMARIES)] = ()
+    refused_layers: Annotated[
+        tuple[RefusedLayer, ...], Field(strict=False, max_length=MAX_SUMMARIES)
+    ] = ()
+    checkpoint: CheckpointStatus | None = None
+    workers: Count = 0
+    """Workers that are ready."""
+    threads: Count = 0
+    """CPU threads that each process computes with."""
+    last_heartbeat_time: Time | None = None
+    start_time: Time | None = None
+    completion_time: Time | None = None
+
+
+class TrainingSession(Resource):
+    """A model that trains and grows on measured evidence."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "size(self.metadata.name) <= 48 && "
+                "self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+                "metadata.name: at most 48 lower-case letters, digits and '-', starting with a "
+                "letter and not ending with '-'",
+            )
+        )
+    )
+
+    plural: ClassVar[str] = "trainingsessions"
+    singular: ClassVar[str] = "trainingsession"
+    short_names: ClassVar[tuple[str, ...]] = ("ts",)
+    columns: ClassVar[tuple[tuple[str, str, str], ...]] = (
+        ("State", "string", '.status.conditions[?(@.type=="Succeeded")].reason'),
+        ("Epoch", "integer", ".status.epoch"),
+        ("Metric", "string", ".status.metrics.validationMetric"),
+        ("Params", "integer", ".status.parameters"),
+        ("Seeds", "integer", ".status.seeds.active"),
+        ("Fossilized", "integer", ".status.seeds.fossilized"),
+        ("Workers", "integer", ".status.workers"),
+        ("Age", "date", ".metadata.creationTimestamp"),
+    )
+    scale: ClassVar[dict[str, str] | None] = {
+        "specReplicasPath": ".spec.workers.replicas",
+        "statusReplicasPath": ".status.workers",
+    }
+
+    kind: Literal["TrainingSession"]
+    metadata: SessionMeta
+    spec: TrainingSessionSpec
+    status: TrainingSessionStatus | None = None

@@ -1,0 +1,376 @@
+"""What can grow in a wrapped model, and what has; all changes of its structure pass here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from pydantic import JsonValue, ValidationError
+from torch import nn
+
+from esper.contracts.enums import SeedState
+from esper.contracts.ir import Graph, KernelTarget, LayerGeometry, ProducerDescription
+from esper.core.probing import LayerShapes, probe
+from esper.core.tracing import Dataflow, WidenPair
+from esper.errors import WrapError
+from esper.execution.kasmina_layer import KasminaLayer, Site, become
+from esper.execution.state_layout import (
+    GROWN_STATES,
+    KasminaStateLayout,
+    SeedLifecycleState,
+    SlotRecord,
+)
+
+ROOT = "model"
+"""The name of a model that is itself a host layer; torch's own name for it is empty."""
+
+
+class Morphology:
+    """The hosts of one model, their seeds and their state.
+
+    `layers` are the hosts by name, in execution order once probed; `refused` names the layers
+    that can't host, with the reason; `edges` are dataflow pairs (producer, consumer). Layers are
+    named by their `named_modules` name throughout, slots from 0. Unknown names raise WrapError,
+    steps that the lifecycle does not have BadInput.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, KasminaLayer],
+        refused: Mapping[str, str],
+        *,
+        seeds_per_layer: int,
+    ) -> None:
+        self._model = model
+        self.layers = dict(layers)
+        self.refused = dict(refused)
+        self.seeds_per_layer = seeds_per_layer
+        self.parameters_base = sum(parameter.numel() for parameter in model.parameters())
+        self.probed = False
+        self._dataflow = Dataflow()
+        self._shapes: dict[str, LayerShapes] = {}
+        self._place()
+
+    @property
+    def edges(self) -> tuple[tuple[str, str], ...]:
+        """Dataflow pairs (producer, consumer) between hosts."""
+        return self._dataflow.edges
+
+    @property
+    def pairs(self) -> tuple[WidenPair, ...]:
+        """The pairs that can be widened."""
+        return self._dataflow.pairs
+
+    @property
+    def active(self) -> int:
+        """How many seeds are on trial: germinated, in training or grafting."""
+        return self.layout.active
+
+    def probe(self, *args: Any, **kwargs: Any) -> None:
+        """Run the model in both modes on these inputs, once, and learn what its layers do.
+
+        Layers found unfit stop being hosts and stand in `refused`. Raises what the model raises,
+        as the cause of a WrapError, if it runs in neither mode.
+        """
+        found = probe(self._model, self.layers, args, kwargs)
+        if found.failure is not None:
+            raise WrapError(
+                "example_inputs", f"{found.failure}", "inputs that the model's forward takes"
+            ) from found.failure
+        for name, reason in found.refused.items():
+            release(self.layers[name])
+            self.refused[name] = reason
+        self.layers = {name: self.layers[name] for name in found.order}
+        self._shapes, self._dataflow = found.shapes, found.dataflow
+        self.probed = True
+        self._place()
+
+    def target(self, layer: str) -> KernelTarget:
+        """What a kernel for this layer is compiled for.
+
+        Raises:
+            WrapError: the model was not probed yet, or its dtype has no kernels.
+        """
+        host = self._probed_layer(layer)
+        weight = next(host.parameters(recurse=False))
+        shapes = self._shapes[layer]
+        pair = self._pair(layer)
+        producer = None
+        try:
+            if pair is not None:
+                producer = ProducerDescription(
+                    layer=geometry(self.layers[pair.producer]),
+                    name=pair.producer,
+                    input_shape=self._shapes[pair.producer].input,
+                    chain=pair.chain,
+                )
+            return KernelTarget(
+                layer=geometry(host),
+                input_shape=shapes.input,
+                output_shape=shapes.output,
+                dtype=str(weight.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+                device=str(weight.device),
+                producer=producer,
+            )
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise WrapError(f"layer {layer}: {where}", first["input"], first["msg"]) from error
+
+    def germinate(
+        self,
+        layer: str,
+        slot: int,
+        module: nn.Module,
+        *,
+        kernel: str,
+        reads_producer: bool = False,
+        graph: Graph | None = None,
+    ) -> None:
+        """Put a seed into a dormant slot; it contributes nothing until it is grafted.
+
+        `graph` is the bound IR of `module`; without it the seed can't be written into a
+        checkpoint's structure, and folds or exports only as the module it is.
+        """
+        self._probed_layer(layer).germinate(
+            slot, module, kernel=kernel, reads_producer=reads_producer, graph=graph
+        )
+
+    def transition(
+        self, layer: str, slot: int, state: SeedLifecycleState, alpha: float | None = None
+    ) -> SlotRecord:
+        """Take a step of the lifecycle; `alpha` is where grafting starts (0 if left out)."""
+        return self._layer(layer).transition(slot, state, alpha)
+
+    def set_alpha(self, layer: str, slot: int, alpha: float) -> None:
+        """Set how much of a grafting seed counts, from 0 to 1."""
+        self._layer(layer).set_alpha(slot, alpha)
+
+    def remove(self, layer: str, slot: int) -> None:
+        """Drop the module of a culled seed."""
+        self._layer(layer).remove(slot)
+
+    def state(self, layer: str, slot: int) -> SeedLifecycleState:
+        """Where the slot stands in the lifecycle."""
+        return self.record(layer, slot).state
+
+    def record(self, layer: str, slot: int) -> SlotRecord:
+        """The host twin of the slot: read it, never write it."""
+        return self._layer(layer).site.record(slot)
+
+    def seed_module(self, layer: str, slot: int) -> nn.Module:
+        """The module of the seed in the slot."""
+        return self._layer(layer).site.branch(slot).module
+
+    def seed_graph(self, layer: str, slot: int) -> Graph | None:
+        """The bound IR of the seed in the slot, where it was given."""
+        return self._layer(layer).site.branch(slot).graph
+
+    def seed_parameters(self, layer: str, slot: int) -> list[nn.Parameter]:
+        """The parameters of the seed in the slot, in the module's order."""
+        return list(self.seed_module(layer, slot).parameters())
+
+    def host_parameters(self) -> list[nn.Parameter]:
+        """The model's parameters without those of any seed, in the model's order."""
+        grown = {
+            id(parameter)
+            for layer in self.layers.values()
+            for branch in layer.site.branches.values()
+            for parameter in branch.module.parameters()
+        }
+        return [p for p in self._model.parameters() if id(p) not in grown]
+
+    def record_fault(self, layer: str, slot: int) -> bool:
+        """Count a fault of a seed; True when its circuit is open and the host answers alone."""
+        return self._layer(layer).record_fault(slot)
+
+    def clear_faults(self, layer: str, slot: int) -> None:
+        """The seed has worked again: its faults are counted from 0."""
+        host = self._layer(layer)
+        self.layout.clear_faults(host.site.index, slot)
+        host.refresh()
+
+    def observe(self, layer: str, slot: int, health: float) -> float:
+        """Fold a health score in [0, 1] into the slot's average, which is returned."""
+        return self.layout.observe(self._layer(layer).site.index, slot, health)
+
+    @contextmanager
+    def trialling(self, layer: str, slot: int) -> Iterator[None]:
+        """Inside, this one seed counts in full, whatever its state; others are as they were."""
+        with self._layer(layer).overriding(trialled=frozenset({slot})):
+            yield
+
+    @contextmanager
+    def without(self, layer: str, slot: int) -> Iterator[None]:
+        """Inside, this one seed counts for nothing; others are as they were."""
+        with self._layer(layer).overriding(muted=frozenset({slot})):
+            yield
+
+    def statistics(self) -> dict[str, Any]:
+        """Counts by state, the model's size before growth and now, faults the host answered."""
+        return {
+            "states": {state.value: count for state, count in self.layout.counts().items()},
+            "parametersBase": self.parameters_base,
+            "parameters": sum(parameter.numel() for parameter in self._model.parameters()),
+            "fallbacks": sum(record.fallbacks for _, _, record in self.layout.records()),
+        }
+
+    def structure(self) -> list[dict[str, JsonValue]]:
+        """Every slot that has left its first dormancy, JSON-ready, for `restore`."""
+        entries = []
+        for name, host in self.layers.items():
+            for slot in range(self.seeds_per_layer):
+                record = host.site.record(slot)
+                if record.state is not SeedLifecycleState.DORMANT or record.cycle:
+                    entries.append(_entry(name, slot, record, host.site))
+        return entries
+
+    def restore(
+        self,
+        structure: Sequence[Mapping[str, Any]],
+        build: Callable[[Mapping[str, Any]], nn.Module],
+    ) -> None:
+        """Rebuild the seeds that `structure` lists, their weights as `build` makes them.
+
+        `build` gets the entry; the caller loads the weights afterwards. The model must be
+        wrapped as it was, probed, and dormant.
+
+        Raises:
+            WrapError: an entry names no host of this model, or its slot is not free.
+        """
+        for entry in structure:
+            host = self._probed_layer(str(entry["layer"]))
+            slot, site = int(entry["slot"]), host.site
+            state = SeedLifecycleState.of(SeedState(entry["state"]))
+            if site.record(slot).state is not SeedLifecycleState.DORMANT:
+                raise WrapError(f"{site.name}[{slot}]", site.record(slot).state.name, "dormant")
+            self.layout.write(
+                site.index,
+                slot,
+                state=state,
+                kernel=entry["kernel"] or "",
+                alpha=entry["alpha"],
+                health=math.nan if entry["health"] is None else entry["health"],
+                age=entry["age"],
+                contribution=math.nan if entry["contribution"] is None else entry["contribution"],
+                errors=entry["errors"],
+                fallbacks=entry["fallbacks"],
+                cycle=entry["cycle"],
+            )
+            if state in GROWN_STATES:
+                graph = entry["graph"] and Graph.model_validate(entry["graph"])
+                host.attach(
+                    slot, build(entry), reads_producer=bool(entry["readsProducer"]), graph=graph
+                )
+
+    def _place(self) -> None:
+        """Give every host its place in a fresh layout, and its neighbours."""
+        device = next((p.device for p in self._model.parameters()), "cpu")
+        self.layout = KasminaStateLayout(len(self.layers), self.seeds_per_layer, device=device)
+        for index, (name, host) in enumerate(self.layers.items()):
+            pair = self._pair(name)
+            host.site = Site(
+                name,
+                index,
+                self.layout,
+                producer=None if pair is None else self.layers[pair.producer],
+            )
+        self._note_fused_paths()
+
+    def _note_fused_paths(self) -> None:
+        for module in self._model.modules():
+            if isinstance(module, nn.TransformerEncoderLayer):
+                for host in _hosts_in(module):
+                    host.site.fused = True
+            if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+                for host in _hosts_in(module):
+                    host.site.encoders += (module,)
+
+    def _pair(self, consumer: str) -> WidenPair | None:
+        return next((pair for pair in self.pairs if pair.consumer == consumer), None)
+
+    def _layer(self, name: str) -> KasminaLayer:
+        if name not in self.layers:
+            why = self.refused.get(name)
+            came = f"{name} ({why})" if why else name
+            raise WrapError("layer", came, ", ".join(self.layers) or "no layer hosts seeds")
+        return self.layers[name]
+
+    def _probed_layer(self, name: str) -> KasminaLayer:
+        if not self.probed:
+            raise WrapError(
+                "example_inputs", "none yet", "example inputs for wrap, or one call of the model"
+            )
+        return self._layer(name)
+
+
+def geometry(layer: nn.Module) -> LayerGeometry:
+    """A Linear's or Conv2d's kind and sizes.
+
+    Raises:
+        pydantic.ValidationError: the layer has sizes that the IR has no words for.
+    """
+    if isinstance(layer, nn.Conv2d):
+        return LayerGeometry(
+            kind="Conv2d",
+            inputs=layer.in_channels,
+            outputs=layer.out_channels,
+            bias=layer.bias is not None,
+            kernel_size=_pair(layer.kernel_size),
+            stride=_pair(layer.stride),
+            padding=_padding(layer.padding),
+            dilation=_pair(layer.dilation),
+            groups=layer.groups,
+            padding_mode=layer.padding_mode,
+        )
+    assert isinstance(layer, nn.Linear)
+    return LayerGeometry(
+        kind="Linear",
+        inputs=layer.in_features,
+        outputs=layer.out_features,
+        bias=layer.bias is not None,
+    )
+
+
+def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
+    return sizes[0], sizes[1]
+
+
+def _padding(padding: str | tuple[int, ...]) -> tuple[int, int] | Literal["same"]:
+    if isinstance(padding, str):
+        return "same" if padding == "same" else (0, 0)
+    return _pair(padding)
+
+
+def release(layer: KasminaLayer) -> None:
+    """Make a host an ordinary layer of its own class again; its seeds, if any, stay behind."""
+    layer.__dict__.pop("site", None)
+    layer.__dict__.pop("live", None)
+    become(layer, layer.host_class)
+
+
+def _hosts_in(module: nn.Module) -> list[KasminaLayer]:
+    return [m for m in module.modules() if isinstance(m, KasminaLayer) and "site" in m.__dict__]
+
+
+def _entry(name: str, slot: int, record: SlotRecord, site: Site) -> dict[str, JsonValue]:
+    branch = site.branches.get(slot)
+    graph = branch.graph if branch is not None else None
+    return {
+        "layer": name,
+        "slot": slot,
+        "state": record.state.seed_state.value,
+        "alpha": record.alpha,
+        "kernel": record.kernel,
+        "cycle": record.cycle,
+        "age": record.age,
+        "health": None if math.isnan(record.health) else record.health,
+        "contribution": None if math.isnan(record.contribution) else record.contribution,
+        "errors": record.errors,
+        "fallbacks": record.fallbacks,
+        "readsProducer": branch is not None and branch.tap is not None,
+        "graph": None if graph is None else graph.to_wire(),  # type: ignore[dict-item]
+    }

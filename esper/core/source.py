@@ -1,0 +1,342 @@
+"""The generated `grown.py`: what grew, as torch code that a person can read."""
+
+from __future__ import annotations
+
+import keyword
+import pprint
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from esper.core.folding import LayerPlan
+from esper.errors import WrapError
+from esper.execution.kasmina_layer import Branch
+
+_HEADER = '''"""{summary}
+
+Written by Esper {version}; needs torch and `{module}` only.
+
+    import grown
+    model = grown.load()
+{growth}"""
+
+from __future__ import annotations
+
+import json
+import operator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import {module}
+
+ARGUMENTS = {arguments}
+
+'''
+
+_FOOTER = '''
+def build() -> nn.Module:
+    """The grown model's structure, its weights not yet loaded."""
+    model = {module}.{attribute}(**ARGUMENTS)
+{changes}    return model
+
+
+def load(path: str | Path | None = None) -> nn.Module:
+    """The grown model with its weights, on the CPU, in evaluation mode.
+
+    `path` is the safetensors file, by default the one beside this file.
+    """
+    model = build()
+    model.load_state_dict(read(path or Path(__file__).with_name("model.safetensors")))
+    return model.eval()
+
+
+TYPES = {{
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}}
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name; those that are one tensor are stored once."""
+    data = Path(path).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    metadata = header.pop("__metadata__", {{}})
+    tensors = {{}}
+    for name, entry in header.items():
+        begin, end = (start + offset for offset in entry["data_offsets"])
+        raw, dtype = bytearray(data[begin:end]), TYPES[entry["dtype"]]
+        flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        tensors[name] = flat.reshape(entry["shape"])
+    shared = json.loads(metadata.get("shared", "{{}}"))
+    return tensors | {{name: tensors[stored] for name, stored in shared.items()}}
+'''
+
+_REPLACE = '''
+def replace(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Put `new` in the place, or places, of the layer called `name`."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, key, new)
+    return new.train(old.training)
+
+'''
+
+_FEED = '''
+class Kept:
+    """Carries a layer's input to a later layer of the same forward pass."""
+
+    input: Tensor | None = None
+
+    def take(self) -> Tensor:
+        """The input, which is then forgotten."""
+        kept, self.input = self.input, None
+        assert kept is not None, "the layer that keeps its input has not run"
+        return kept
+
+'''
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the model comes from: the module to import, and what to call in it, with what."""
+
+    module: str
+    attribute: str
+    arguments: Mapping[str, Any]
+
+
+def render(
+    origin: Origin,
+    plans: Mapping[str, LayerPlan],
+    fused: Mapping[str, Sequence[str]],
+    metadata: Mapping[str, Any],
+    version: str,
+) -> str:
+    """The source of `grown.py`.
+
+    `fused` names, for each kind of container with a fused path, those around a kept seed;
+    `metadata["grown"]`, where given, tells of each seed's blueprint, epoch and contribution.
+
+    Raises:
+        WrapError: a seed was not built from a blueprint, so there is no source for it.
+    """
+    stories = {
+        (entry["layer"], entry["slot"]): entry
+        for entry in metadata.get("grown", ())
+        if isinstance(entry, Mapping)
+    }
+    told = [
+        f"  {name}[{slot}]: {_story(stories.get((name, slot)))}; {note}"
+        for name, one in plans.items()
+        for slot, note in one.notes.items()
+    ]
+    names = _class_names(plans)
+    parts = [_classes(one, names[name], stories) for name, one in plans.items()]
+    changes = [_change(one, names[name]) for name, one in plans.items()]
+    links = [line for one in plans.values() for line in _links(one, names)]
+    for path in fused.get("layers", ()):
+        links.append(f"    # The fused path would read weights and pass over what grew.")
+        links.append(f"    model.get_submodule({path!r}).activation_relu_or_gelu = 0")
+    links += [
+        f"    model.get_submodule({path!r}).use_nested_tensor = False"
+        for path in fused.get("encoders", ())
+    ]
+    body = "".join(
+        [
+            _FEED if any(one.feeds for one in plans.values()) else "",
+            *parts,
+            _REPLACE if any(changes) else "",
+        ]
+    )
+    growth = "\nWhat grew:\n" + "\n".join(told) + "\n" if told else ""
+    lines = [line for line in [*changes, *links] if line]
+    return (
+        _HEADER.format(
+            summary=_quoted(f"{origin.attribute} of {origin.module}, as it has grown."),
+            version=version,
+            module=origin.module,
+            growth=_quoted(growth),
+            arguments=pprint.pformat(dict(origin.arguments), width=90, sort_dicts=False),
+        )
+        + body
+        + _FOOTER.format(
+            module=origin.module,
+            attribute=origin.attribute,
+            changes="".join(f"{line}\n" for line in lines),
+        )
+    )
+
+
+def _story(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return "grown"
+    text = f"{entry.get('blueprint') or 'a seed'}"
+    if entry.get("epoch") is not None:
+        text += f", part of the model since epoch {entry['epoch']}"
+    contribution = entry.get("contribution")
+    if isinstance(contribution, Mapping):
+        text += (
+            f", adding {contribution['mean']:.4g} nats a sample"
+            f" (at least {contribution['lower']:.4g})"
+        )
+    return text
+
+
+def _quoted(text: str) -> str:
+    """`text` made safe inside a docstring."""
+    return text.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
+
+
+def _class_names(plans: Mapping[str, LayerPlan]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for path in plans:
+        words = [word for word in re.split(r"[^0-9A-Za-z]+", path) if word]
+        name = "".join(word[0].upper() + word[1:] for word in words) or "Layer"
+        name = name if name[0].isalpha() else f"Layer{name}"
+        while name in names.values() or keyword.iskeyword(name):
+            name += "_"
+        names[path] = name
+    return names
+
+
+def _classes(
+    one: LayerPlan, name: str, stories: Mapping[tuple[str, int], Mapping[str, Any]]
+) -> str:
+    seeds = [
+        _seed_class(one.name, slot, branch, f"{name}Seed{slot}", stories.get((one.name, slot)))
+        for slot, branch in one.kept.items()
+    ]
+    return "".join(seeds) + (_layer_class(one, name) if one.kept or one.feeds else "")
+
+
+def _seed_class(
+    layer: str, slot: int, branch: Branch, name: str, story: Mapping[str, Any] | None
+) -> str:
+    module = branch.module
+    if not isinstance(module, fx.GraphModule):
+        raise WrapError(
+            f"{layer}[{slot}]", f"a {type(module).__name__}", "a seed built from a blueprint"
+        )
+    children = [
+        f"        self.{child} = {_constructed(part)}\n" for child, part in module.named_children()
+    ]
+    code = re.sub(r";  [^\n]*$", "", module.code.strip("\n"), flags=re.MULTILINE)
+    code = code[code.index("def forward") :].replace("torch.Tensor", "Tensor")
+    code = code.replace("x : Tensor", "x: Tensor")
+    indented = "".join(f"    {line}\n" if line else "\n" for line in code.splitlines())
+    told = _quoted(f"What grew at {layer}, slot {slot}: {_story(story)}.")
+    return (
+        f'\nclass {name}(nn.Module):\n    """{told}"""\n\n'
+        f"    def __init__(self) -> None:\n        super().__init__()\n{''.join(children)}\n"
+        f"{indented}\n"
+    )
+
+
+def _layer_class(one: LayerPlan, name: str) -> str:
+    base = "Conv2d" if isinstance(one.layer, nn.Conv2d) else "Linear"
+    made = "".join(f'                "{slot}": {name}Seed{slot}(),\n' for slot in one.kept)
+    grown = f"        self.grown = nn.ModuleDict(\n            {{\n{made}            }}\n        )\n"
+    read = "input" if not one.new_inputs else f"input.narrow({one.axis}, 0, {one.inputs})"
+    steps = [
+        f"        self.kept_{_slug(consumer)}_{slot}.input = input\n" for consumer, slot in one.feeds
+    ]
+    steps.append("        out = super().forward(input)\n")
+    for slot, branch in one.kept.items():
+        source = read if branch.tap is None else f"self.kept_{slot}.take()"
+        seed = f'self.grown["{slot}"]({source}).type_as(out)'
+        if one.new_outputs:
+            seed = f"F.pad({seed}, {[0, 0] * (-one.axis - 1) + [0, one.new_outputs]})"
+        steps.append(f"        out = out + {seed}\n")
+    return (
+        f'\nclass {name}(nn.{base}):\n    """{_quoted(one.name)} with what grew beside it."""\n\n'
+        f"    def __init__(self) -> None:\n"
+        f"        super().__init__({_sizes(one)})\n{grown if one.kept else ''}\n"
+        f"    def forward(self, input: Tensor) -> Tensor:\n"
+        f'        """As nn.{base}, with the seeds\' outputs added."""\n'
+        f"{''.join(steps)}        return out\n\n"
+    )
+
+
+def _change(one: LayerPlan, name: str) -> str:
+    """The line of `build` that puts the grown layer in its place, or nothing where none is due."""
+    grew_bias = (one.bias is None) != (one.layer.bias is None)
+    if one.kept or one.feeds:
+        made = f"{name}()"
+    elif one.new_outputs or one.new_inputs or grew_bias:
+        base = "Conv2d" if isinstance(one.layer, nn.Conv2d) else "Linear"
+        made = f"nn.{base}({_sizes(one)})"
+    else:
+        return ""
+    if one.is_root:
+        return f"    model = {made}.train(model.training)"
+    return f"    replace(model, {one.name!r}, {made})"
+
+
+def _links(one: LayerPlan, names: Mapping[str, str]) -> list[str]:
+    lines = []
+    for consumer, slot in one.feeds:
+        lines += [
+            "    kept = Kept()",
+            f"    model.get_submodule({one.name!r}).kept_{_slug(consumer)}_{slot} = kept",
+            f"    model.get_submodule({consumer!r}).kept_{slot} = kept",
+        ]
+    return lines
+
+
+def _sizes(one: LayerPlan) -> str:
+    """The constructor's arguments of the layer as it is in the end."""
+    outputs, inputs = one.outputs + one.new_outputs, one.inputs + one.new_inputs
+    layer = one.layer
+    text = f"{inputs}, {outputs}"
+    if isinstance(layer, nn.Conv2d):
+        text += (
+            f", {layer.kernel_size}, stride={layer.stride}, padding={layer.padding!r}, "
+            f"dilation={layer.dilation}, groups={layer.groups}, "
+            f"padding_mode={layer.padding_mode!r}"
+        )
+    if one.bias is None:
+        text += ", bias=False"
+    if one.weight.dtype.is_floating_point and str(one.weight.dtype) != "torch.float32":
+        text += f", dtype={one.weight.dtype}"
+    return text
+
+
+def _constructed(module: nn.Module) -> str:
+    """A plain torch module as the call that makes it."""
+    if isinstance(module, nn.AvgPool2d):
+        return (
+            f"nn.AvgPool2d({module.kernel_size}, {module.stride}, {module.padding}, "
+            f"{module.ceil_mode}, {module.count_include_pad}, {module.divisor_override})"
+        )
+    text = repr(module)
+    weight = getattr(module, "weight", None)
+    if weight is not None and str(weight.dtype) != "torch.float32":
+        text = f"{text[:-1]}, dtype={weight.dtype})"
+    return f"nn.{text}"
+
+
+def _slug(path: str) -> str:
+    return re.sub(r"[^0-9A-Za-z]+", "_", path)

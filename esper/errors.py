@@ -1,0 +1,126 @@
+"""The one error tree.
+
+EsperError                  every error that Esper raises on purpose
+├── BadInput                permanent · exit 2 · the person can mend it, nothing was written
+│   ├── ManifestError       a field of a manifest or of a configuration file
+│   ├── EntryPointError     a model, data or objective entry point
+│   ├── DataError           datasets that are empty or that the model refuses
+│   ├── BlueprintError      an IR graph that is malformed, too large or does not fit its host
+│   ├── ConfigError         a setting from the command line, the environment or esper.yaml
+│   ├── OutputError         an output directory that can't be used, or that is no run
+│   └── WrapError           a model or a layer that can't host seeds as asked
+├── WorkFailed              permanent · exit 1 · the run is kept
+│   ├── LossNotFinite       the loss stayed non-finite after every configured retry
+│   ├── KernelError         a kernel that failed to compile, or whose bytes do not match its digest
+│   └── StorageFull         the disk or the store has no room left
+├── Unavailable             temporary · exit 1 · a later try may succeed
+│   ├── HubUnavailable      Urza does not answer
+│   ├── BusUnavailable      Oona does not answer
+│   └── StoreUnavailable    the object store does not answer
+└── Interrupted             temporary · exit 130 · a checkpoint was written
+
+A message is one line: what it is about, what came, what is allowed, and which setting mends it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class EsperError(Exception):
+    """Parent of every error raised by Esper.
+
+    `permanent` says whether trying again unchanged can help; `exit_code` is the status with which
+    a command ends that lets the error through.
+    """
+
+    permanent: ClassVar[bool] = True
+    exit_code: ClassVar[int] = 1
+
+
+class BadInput(EsperError):
+    """Something a person wrote can't be used. Nothing was written."""
+
+    exit_code = 2
+
+    def __init__(self, field: str, came: object, allowed: str) -> None:
+        self.field = field
+        self.came = came
+        self.allowed = allowed
+        super().__init__(f"{field}: got {one_line(came)}; allowed: {allowed}")
+
+
+class ManifestError(BadInput):
+    """A field of a manifest has the wrong name, type or value."""
+
+
+class EntryPointError(BadInput):
+    """An entry point can't be imported, called, or returned something else than asked."""
+
+
+class DataError(BadInput):
+    """The datasets are missing, empty, or of a shape the model refuses."""
+
+
+class BlueprintError(BadInput):
+    """A blueprint's graph is malformed, above a size cap, or does not fit its host."""
+
+
+class ConfigError(BadInput):
+    """A setting of Esper itself is unknown or has a wrong value."""
+
+
+class OutputError(BadInput):
+    """An output directory can't be written, holds something else, or is no run."""
+
+
+class WrapError(BadInput):
+    """A model, or a layer named by the user, can't host seeds."""
+
+
+class WorkFailed(EsperError):
+    """The work itself failed; what was reached so far is kept."""
+
+
+class LossNotFinite(WorkFailed):
+    """The training loss was not finite, also after rolling back as often as configured."""
+
+
+class KernelError(WorkFailed):
+    """A kernel can't be compiled, verified or built."""
+
+
+class StorageFull(WorkFailed):
+    """No room left where the run writes."""
+
+
+class Unavailable(EsperError):
+    """A service did not answer; a later try may succeed."""
+
+    permanent = False
+
+
+class HubUnavailable(Unavailable):
+    """Urza did not answer."""
+
+
+class BusUnavailable(Unavailable):
+    """Oona did not answer."""
+
+
+class StoreUnavailable(Unavailable):
+    """The object store did not answer."""
+
+
+class Interrupted(EsperError):
+    """A person or the system asked the run to stop; a checkpoint was written."""
+
+    permanent = False
+    exit_code = 130
+
+
+def one_line(value: object, limit: int = 120) -> str:
+    """`value` as one short line, for messages: no line breaks, at most `limit` characters."""
+    text = value if isinstance(value, str) else repr(value)
+    text = " ".join(text.split()) or "''"
+    return text if len(text) <= limit else text[: limit - 1] + "…"

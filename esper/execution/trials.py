@@ -1,0 +1,41 @@
+"""Shadow learning: a seed is trained beside its host, which neither sees nor feels it.
+
+A second forward pass on the same batch adds the seed's output at full strength; only the seed's
+parameters get gradients from it. Buffers and random streams are put back, so the host's outputs,
+gradients, statistics and draws are the same bits with and without the trial.
+
+Training through a pass of its own, rather than through a straight-through estimator
+(`host + seed - seed.detach()`), lets the seed see its own output: with the estimator the loss is
+linear in the seed and has no bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from esper.execution.isolation import preserved_buffers, preserved_randomness
+
+
+def shadow_gradients(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    loss_of_batch: Callable[[], Tensor],
+    *,
+    random_seed: int,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss of one batch, and the gradients of `parameters` alone, leaving no other trace.
+
+    The caller has opened the model's `trialling` context, so that `loss_of_batch` sees the seed.
+    `random_seed` starts the pass's own random stream: dropout in the shadow draws its own masks.
+
+    Returns:
+        The loss, 0-d and detached, and one gradient a parameter (None where the loss does not
+        depend on it).
+    """
+    with preserved_randomness(random_seed), preserved_buffers(model):
+        loss = loss_of_batch()
+        gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+    return loss.detach(), list(gradients)

@@ -1,0 +1,1 @@
+"""Tamiyo, the controller: packets in, one decision each out."""

@@ -1,0 +1,145 @@
+"""The controller's loop: every packet is analysed, decided on, and answered exactly once.
+
+A trainer waits at the interval boundary for its answer, so the loop answers whatever happens: a
+policy that fails costs its decision, not the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Mapping
+
+from pydantic import ValidationError
+
+from esper.contracts.base import digest_of
+from esper.contracts.enums import ComponentType, ControllerPolicy, DecisionAction
+from esper.contracts.messages import OonaMessage, TopicNames
+from esper.contracts.operational import AdaptationDecision, SystemStatePacket
+from esper.errors import BusUnavailable, one_line
+from esper.services.oona_client import Oona, Subscription
+from esper.services.tamiyo.analyzer import ModelGraphAnalyzer
+from esper.services.tamiyo.heuristics import POLICIES, Policy
+from esper.services.tamiyo.policies.room import wait
+
+CONSUMER_GROUP = "tamiyo"
+
+_log = logging.getLogger(__name__)
+
+
+class TamiyoService:
+    """Answers each packet on the bus with one decision of the same trace.
+
+    It holds no state but the analyzer's averages, which `replay` rebuilds. A message is
+    acknowledged after its answer is published: a crash in between makes the same decision again,
+    with the same id, and the trainer applies an id once.
+    """
+
+    def __init__(
+        self,
+        bus: Oona,
+        *,
+        analyzer: ModelGraphAnalyzer | None = None,
+        policies: Mapping[ControllerPolicy, Policy] = POLICIES,
+    ) -> None:
+        """Args: `bus` to listen and answer on; `policies` by the name a session gives them."""
+        self._bus = bus
+        self._analyzer = analyzer or ModelGraphAnalyzer()
+        self._policies = policies
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether packets are being answered."""
+        return self._task is not None and not self._task.done()
+
+    async def start(self) -> None:
+        """Subscribe and answer from now on; a second call while running changes nothing.
+
+        Packets published after this returns are answered. A stopped service can be started again.
+        """
+        if self.running:
+            return
+        subscription = self._bus.subscribe({TopicNames.PACKETS}, group=CONSUMER_GROUP)
+        self._task = asyncio.create_task(self._run(subscription), name="tamiyo")
+
+    async def stop(self) -> None:
+        """Stop answering; returns when the loop has ended.
+
+        Raises:
+            Exception: whatever ended the loop before, so that no failure goes unseen.
+        """
+        task, self._task = self._task, None
+        if task is None:
+            return
+        task.cancel()
+        (ended,) = await asyncio.gather(task, return_exceptions=True)
+        if isinstance(ended, Exception):
+            raise ended
+
+    def replay(self, packets: Iterable[SystemStatePacket]) -> None:
+        """Rebuild the averages from past packets, oldest first, without deciding anew."""
+        for packet in packets:
+            self._analyzer.analyze(packet)
+
+    def decide(self, packet: SystemStatePacket) -> AdaptationDecision:
+        """The decision on `packet`; a policy that fails waits and says why."""
+        try:
+            state = self._analyzer.analyze(packet)
+            return self._policies[packet.settings.policy](packet, state)
+        except Exception as error:
+            _log.exception("no decision for %s at epoch %d", packet.session, packet.epoch)
+            return wait(
+                packet,
+                f"The policy {packet.settings.policy} failed and nothing is changed:"
+                f" {type(error).__name__}: {one_line(str(error))}",
+            )
+
+    async def _run(self, subscription: Subscription) -> None:
+        try:
+            while True:
+                message = await subscription.receive()
+                decision = self._answer(message)
+                if decision is not None:
+                    await self._bus.publish(
+                        OonaMessage.carrying(
+                            TopicNames.DECISIONS,
+                            decision,
+                            ComponentType.TAMIYO,
+                            trace_id=message.trace_id,
+                        )
+                    )
+                await subscription.acknowledge(message)
+        except BusUnavailable as error:
+            _log.warning("the bus is gone, packets are no longer answered: %s", error)
+        finally:
+            await subscription.close()
+
+    def _answer(self, message: OonaMessage) -> AdaptationDecision | None:
+        try:
+            packet = SystemStatePacket.model_validate(message.payload)
+        except ValidationError as error:
+            _log.exception("packet %s is not of the contract", message.id)
+            return _unreadable(message, error)
+        return self.decide(packet)
+
+
+def _unreadable(message: OonaMessage, error: ValidationError) -> AdaptationDecision | None:
+    """A wait for whoever sent a packet that breaks its contract; None if nobody can be told."""
+    session, epoch = message.payload.get("session"), message.payload.get("epoch")
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    try:
+        return AdaptationDecision.model_validate(
+            {
+                "id": digest_of(["unreadable", session, epoch])[:32],
+                "session": session,
+                "epoch": epoch,
+                "action": DecisionAction.WAIT,
+                "confidence": 1.0,
+                "reason": f"The packet can't be read and nothing is changed: {field}:"
+                f" got {one_line(first['input'])}; {first['msg']}",
+            }
+        )
+    except ValidationError:
+        return None

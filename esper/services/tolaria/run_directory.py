@@ -1,0 +1,277 @@
+"""A run's output directory: claimed, written in order, and found again after a crash.
+
+The manifest is the first file; a directory with it is a run that can be resumed. Lines are
+appended and flushed; a checkpoint remembers how long each file was, so that a resumed run cuts off
+what the lost epochs had written and writes it again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from esper.contracts.base import utc_now
+from esper.contracts.operational import AdaptationDecision, SeedTransition
+from esper.errors import OutputError
+from esper.services.tolaria.snapshots import (
+    Snapshot,
+    checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)
+
+MANIFEST = "manifest.yaml"
+LOGS = ("metrics.jsonl", "events.jsonl", "decisions.jsonl")
+FILES = (
+    MANIFEST,
+    *LOGS,
+    "status.yaml",
+    "result.json",
+    "model.safetensors",
+    "grown.py",
+    "report.html",
+    "growth.png",
+)
+FOLDERS = ("checkpoints", "hub")
+
+
+class RunDirectory:
+    """One run's directory, held by this process until `close`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+
+    @classmethod
+    def create(cls, path: Path, manifest: str, *, overwrite: bool) -> RunDirectory:
+        """Claim `path` for a new run and write its manifest.
+
+        Raises:
+            OutputError: it can't be written, or holds another run or anything else.
+        """
+        refuse_unusable(path, overwrite=overwrite)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            directory = cls(path)
+            directory._claim()
+            if overwrite:
+                directory._clear()
+            write_atomically(path / MANIFEST, manifest.encode())
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        return directory
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Claim the directory of an earlier run.
+
+        Raises:
+            OutputError: it is no run's directory, or another process runs in it.
+        """
+        if not (path / MANIFEST).is_file():
+            raise OutputError(
+                "--resume", str(path), f"the output directory of a run, with its {MANIFEST}"
+            )
+        directory = cls(path)
+        try:
+            directory._claim()
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        return directory
+
+    def close(self) -> None:
+        """Let other processes have it."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def manifest(self) -> str:
+        """The manifest as it was given, with the annotations of this run."""
+        return (self.path / MANIFEST).read_text(encoding="utf-8")
+
+    def newest_checkpoint(self) -> Snapshot | None:
+        """The newest complete checkpoint."""
+        found = checkpoints(self.path / "checkpoints")
+        return read_checkpoint(found[-1]) if found else None
+
+    def result(self) -> dict[str, Any] | None:
+        """What the finished run came to; None while it has not finished."""
+        path = self.path / "result.json"
+        if not path.is_file():
+            return None
+        found: dict[str, Any] = json.loads(path.read_bytes())
+        return found
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Keep the result: from now on the run counts as finished."""
+        write_atomically(self.path / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+
+    def _claim(self) -> None:
+        # A lock on the directory itself: it needs no file, and the system lets go of it when the
+        # process dies, however it dies.
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise OutputError(
+                "output directory",
+                f"{self.path}, in which another process runs",
+                "a directory of its own for each run",
+            ) from error
+        self._lock = descriptor
+
+    def _clear(self) -> None:
+        for name in FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for name in FOLDERS:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+
+class RunLog:
+    """Writes what a trainer tells its observers into the run's directory."""
+
+    def __init__(self, directory: RunDirectory, keep: int) -> None:
+        """`keep` is how many checkpoints stay."""
+        self._path = directory.path
+        self._keep = keep
+        self._files: dict[str, IO[bytes]] = {}
+
+    def rewind(self, snapshot: Snapshot | None) -> list[AdaptationDecision]:
+        """Cut every file to where `snapshot` left it; returns the decisions that were cut off.
+
+        Those were made before the interruption and are replayed, not asked for again.
+        """
+        lengths = snapshot.state.get("lengths", {}) if snapshot else {}
+        lost: list[AdaptationDecision] = []
+        for name in LOGS:
+            path = self._path / name
+            if not path.exists():
+                continue
+            keep = int(lengths.get(name, 0))
+            if name == "decisions.jsonl":
+                lost = _decisions(path.read_bytes()[keep:])
+            with path.open("r+b") as file:
+                file.truncate(keep)
+        return lost
+
+    def open(self) -> None:
+        """Open the files for appending."""
+        for name in LOGS:
+            self._files[name] = (self._path / name).open("ab")
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        self._append("metrics.jsonl", row)
+
+    def transition(self, transition: SeedTransition) -> None:
+        """Append a transition to events.jsonl."""
+        line = {"time": utc_now().isoformat(), "type": "transition"} | transition.to_wire()
+        self._append("events.jsonl", line)
+
+    def decision(self, decision: AdaptationDecision, applied: bool, outcome: str) -> None:
+        """Append a line to decisions.jsonl."""
+        line = {"time": utc_now().isoformat()} | decision.to_wire()
+        self._append("decisions.jsonl", line | {"applied": applied, "outcome": outcome})
+
+    def event(self, epoch: int, reason: str, message: str) -> None:
+        """Append an event to events.jsonl."""
+        line = {"time": utc_now().isoformat(), "type": "event", "epoch": epoch}
+        self._append("events.jsonl", line | {"reason": reason, "message": message})
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        """Write a checkpoint that knows how long each file is now."""
+        lengths = {}
+        for name, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            lengths[name] = file.tell()
+        write_checkpoint(
+            self._path / "checkpoints",
+            Snapshot(
+                epoch=snapshot.epoch,
+                tensors=snapshot.tensors,
+                structure=snapshot.structure,
+                state=snapshot.state | {"lengths": lengths},
+                randomness=snapshot.randomness,
+            ),
+            self._keep,
+        )
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        file = self._files[name]
+        file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        file.flush()
+
+
+def refuse_unusable(path: Path, *, overwrite: bool) -> None:
+    """Refuse an output directory that holds something, or lies where nothing can be written.
+
+    Raises:
+        OutputError: it can't be used. Nothing was written.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputError("--output-dir", f"{path}, a file", "a directory")
+    try:
+        held = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+        held = [name for name in held if name != _partial(Path(MANIFEST)).name]
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    if MANIFEST in held:
+        if not overwrite:
+            raise OutputError(
+                "--output-dir",
+                f"{path}, which holds a run",
+                f"an empty or new directory; --resume {path} goes on with that run, "
+                "--overwrite replaces it",
+            )
+    elif held:
+        raise OutputError(
+            "--output-dir", f"{path}, which holds {held[0]} and is no run", "an empty directory"
+        )
+    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError("--output-dir", f"{path} (not writable)", "a directory you may write to")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` in one step: under a temporary name, synced, renamed."""
+    partial = _partial(path)
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _decisions(data: bytes) -> list[AdaptationDecision]:
+    """The complete lines of `data`; a kill may have cut the last one short."""
+    found = []
+    for line in data.split(b"\n")[:-1]:
+        fields = json.loads(line)
+        for extra in ("time", "applied", "outcome"):
+            fields.pop(extra, None)
+        found.append(AdaptationDecision.model_validate(fields))
+    return found
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        "--output-dir", f"{path} ({error.strerror or error})", "a directory you may write to"
+    )

@@ -1,0 +1,393 @@
+"""Tolaria's training loop: intervals of training, and a rendezvous at each boundary.
+
+    interval of epochs  →  gates  →  packet → decision → applied (until the controller waits)
+                        →  snapshot  →  checkpoint
+
+The end of a grafted seed's hold turns the next interval into its recovery trial: the interval is
+trained twice on the same batches, with and without the seed, and the better model goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from esper.contracts.base import utc_now
+from esper.contracts.blueprints import BlueprintDocument
+from esper.contracts.enums import DecisionAction, SystemHealth
+from esper.contracts.operational import (
+    AdaptationDecision,
+    ControllerSettings,
+    HealthSignal,
+    SeedTransition,
+    SystemStatePacket,
+)
+from esper.core.model_wrapper import MorphableModel
+from esper.errors import Interrupted, LossNotFinite
+from esper.services.tolaria.config import TolariaConfig
+from esper.services.tolaria.data import Datasets
+from esper.services.tolaria.engine import Engine, Quality
+from esper.services.tolaria.gates import Verdict
+from esper.services.tolaria.growth import Growth, KernelSupply
+from esper.services.tolaria.objective import Objective
+from esper.services.tolaria.optimization import learning_rate_share
+from esper.services.tolaria.seeds import SeedBook, SeedRecord
+from esper.services.tolaria.snapshots import Snapshot
+
+Row = dict[str, Any]
+
+
+class Controller(Protocol):
+    """Who answers a packet with a decision."""
+
+    async def decide(self, packet: SystemStatePacket) -> AdaptationDecision:
+        """The decision about `packet`."""
+
+
+class Observer(Protocol):
+    """Who is told what happens: the run's log, the live view, the status."""
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """An epoch is over; `row` is a line of metrics.jsonl."""
+
+    def transition(self, transition: SeedTransition) -> None:
+        """A seed changed its state."""
+
+    def decision(self, decision: AdaptationDecision, applied: bool, outcome: str) -> None:
+        """A decision was carried out, or refused."""
+
+    def event(self, epoch: int, reason: str, message: str) -> None:
+        """Something else worth telling; `reason` is a constant."""
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        """A boundary at which a checkpoint is due."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What a finished training run came to. `test` was read once, after everything else."""
+
+    test: Quality
+    epochs: int
+    parameters_base: int
+    parameters: int
+    flops: int
+    flops_trials: int
+    seconds: float
+    seeds: dict[str, int]
+    grown: tuple[SeedRecord, ...]
+
+
+class TolariaTrainer:
+    """Trains one session from its first epoch, or from a snapshot, to its last."""
+
+    def __init__(
+        self,
+        config: TolariaConfig,
+        model: MorphableModel,
+        datasets: Datasets,
+        objective: Objective,
+        documents: Sequence[BlueprintDocument],
+        *,
+        controller: Controller,
+        kernels: KernelSupply,
+        observers: Sequence[Observer] = (),
+        recorded: Sequence[AdaptationDecision] = (),
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`recorded` are decisions made before an interruption: replayed rather than asked again.
+
+        `model` has been wrapped and probed.
+        """
+        self.config = config
+        self.epoch = 0
+        self._observers = tuple(observers)
+        self._controller = controller
+        self._recorded: dict[int, list[AdaptationDecision]] = {}
+        for decision in recorded:
+            self._recorded.setdefault(decision.epoch, []).append(decision)
+        self.engine = Engine(config, model, datasets, objective, SeedBook(), stopping)
+        self.growth = Growth(config, self.engine, documents, kernels, self._tell_transition)
+        self._sequence = 0
+        self._failures = 0
+        self._applied: list[str] = []
+        self._seconds_before = 0.0
+        self._started = time.monotonic()
+        self._last: Snapshot | None = None
+
+    # -- the loop ---------------------------------------------------------------------------
+
+    async def run(self) -> TrainingResult:
+        """Train to the last epoch and read the test set.
+
+        Raises:
+            LossNotFinite: every configured rollback was used up.
+            Interrupted: asked to stop; observers were given the last boundary as a checkpoint.
+        """
+        epochs = self.config.training.epochs
+        interval = self.config.growth.controller.interval_epochs
+        self._last = self._last or self._capture()
+        while self.epoch < epochs:
+            try:
+                rows = self._interval(min(interval, epochs - self.epoch))
+            except Interrupted:
+                self._each(lambda observer: observer.checkpoint(self._boundary_snapshot()))
+                raise
+            if rows is None:
+                self._roll_back()
+                continue
+            self._failures = 0
+            before, self.epoch = self.epoch, self.epoch + len(rows)
+            await self._boundary(rows)
+            self._last = self._capture()
+            every = self.config.training.checkpoint.every_epochs
+            if self.epoch // every > before // every or self.epoch == epochs:
+                self._each(lambda observer: observer.checkpoint(self._boundary_snapshot()))
+        return self._finish()
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue from `snapshot`; the model's structure has been rebuilt from it."""
+        state = snapshot.state
+        self.engine.book = SeedBook.from_state(state["book"])
+        self.engine.restore(snapshot)
+        self.epoch = snapshot.epoch
+        self._sequence = state["sequence"]
+        self._failures = state["failures"]
+        self._applied = list(state["applied"])
+        self._seconds_before = state["seconds"]
+        self._last = self._capture()
+
+    def _interval(self, epochs: int) -> list[Row] | None:
+        """Train `epochs` epochs, as a recovery trial where one is due; None: not finite."""
+        record = self.growth.recovery_due()
+        rows = self._train(epochs) if record is None else self._recovery_trial(record, epochs)
+        return rows if all(_finite(row) for row in rows) else None
+
+    def _train(self, epochs: int, *, trial: bool = False) -> list[Row]:
+        rows = []
+        for epoch in range(self.epoch + 1, self.epoch + epochs + 1):
+            started = time.monotonic()
+            train_loss = self.engine.train_epoch(epoch, trial=trial)
+            quality = self.engine.evaluate(
+                self.engine.datasets.validation, key="validation", trial=trial
+            )
+            rows.append(self._row(epoch, train_loss, quality, time.monotonic() - started))
+            if not _finite(rows[-1]):
+                break
+        return rows
+
+    def _recovery_trial(self, record: SeedRecord, epochs: int) -> list[Row]:
+        """Train the interval with and without the seed; the better arm becomes the model."""
+        before = self._boundary_snapshot()
+        end = self.epoch + epochs
+        with_rows = self._train(epochs)
+        with_nats = self.engine.sample_nats() if all(map(_finite, with_rows)) else []
+        with_seed = self._capture(end)
+        self.engine.restore(before, keep_flops=True)
+        with self.engine.without(record.site):
+            rows = self._train(epochs, trial=True)
+            nats = self.engine.sample_nats() if all(map(_finite, rows)) else []
+        judgement = self.growth.judge_recovery(record, nats, with_nats)
+        if judgement.verdict is Verdict.FOSSILIZE:
+            self.engine.restore(with_seed, keep_flops=True)
+            self.growth.fossilize(record, end, judgement.reason)
+            rows = with_rows
+        else:
+            self.growth.cull(record, end, judgement.reason)
+        rows[-1] |= self._costs()
+        return rows
+
+    def _roll_back(self) -> None:
+        """Back to the last boundary; active seeds go first, then the learning rate is halved."""
+        allowed = self.config.training.max_rollbacks
+        snapshot = self._boundary_snapshot()
+        if self._failures >= allowed:
+            self.engine.restore(snapshot, keep_flops=True)
+            raise LossNotFinite(
+                f"the loss was not finite after epoch {self.epoch}, also after {allowed} "
+                "rollbacks; lower spec.training.optimizer.learningRate or raise "
+                "spec.training.nonFinite.maxRollbacks"
+            )
+        self._failures += 1
+        self.engine.book = SeedBook.from_state(snapshot.state["book"])
+        self.engine.restore(snapshot, keep_flops=True)
+        active = self.growth.active()
+        for record in active:
+            self.growth.cull(record, self.epoch, "the loss was not finite")
+        if not active:
+            self.engine.learning_rate_scale /= 2
+        done = (
+            f"{len(active)} active seeds were culled"
+            if active
+            else f"the learning rate is now {self.engine.learning_rate_scale:g} of the configured"
+        )
+        self._each(
+            lambda observer: observer.event(
+                self.epoch,
+                "RolledBack",
+                f"the loss was not finite after epoch {self.epoch}; back to its end, {done} "
+                f"({self._failures} of {allowed} tries)",
+            )
+        )
+        self._last = self._capture()
+
+    # -- the boundary -----------------------------------------------------------------------
+
+    async def _boundary(self, rows: list[Row]) -> None:
+        self.growth.grow_older(len(rows))
+        self.growth.judge_trials(self.epoch)
+        self.growth.reopen(self.epoch)
+        signals = self.engine.probe(self.epoch)
+        scores = [signal.health_score() for signal in signals]
+        health = SystemHealth.of(sum(scores) / len(scores) if scores else 0.0)
+        rows[-1] |= self._costs() | {
+            "health": health.value,
+            "layers": [
+                signal.to_wire() | {"healthScore": score}
+                for signal, score in zip(signals, scores, strict=True)
+            ],
+            "active": [r.observation().to_wire() for r in self.growth.book.records.values()],
+        }
+        for row in rows:
+            self._each(lambda observer, row=row: observer.epoch(row))  # type: ignore[misc]
+        if self.epoch < self.config.training.epochs:
+            await self._decide(rows[-1], signals, health)
+        self.growth.begin_trials(self.epoch)
+        self.growth.blend()
+
+    async def _decide(
+        self, row: Row, signals: tuple[HealthSignal, ...], health: SystemHealth
+    ) -> None:
+        """Ask and apply, until the controller waits; every answer is to a fresh snapshot."""
+        recorded = self._recorded.pop(self.epoch, [])
+        layers = self.growth.layer_descriptions()
+        most = 2 * sum(layer.slots for layer in layers) + 1
+        for _ in range(most):
+            packet = self._packet(row, signals, health)
+            decision = recorded.pop(0) if recorded else await self._controller.decide(packet)
+            if decision.id in self._applied:
+                return
+            applied, outcome = await self.growth.apply(decision, self.epoch)
+            self._applied.append(decision.id)
+            self._each(
+                lambda observer, d=decision, a=applied, o=outcome: observer.decision(d, a, o)  # type: ignore[misc]
+            )
+            if decision.action is DecisionAction.WAIT or not applied:
+                return
+
+    def _packet(
+        self, row: Row, signals: tuple[HealthSignal, ...], health: SystemHealth
+    ) -> SystemStatePacket:
+        growth, gates = self.config.growth, self.config.growth.gates
+        self._sequence += 1
+        return SystemStatePacket(
+            session=self.config.session,
+            sequence=self._sequence,
+            epoch=self.epoch,
+            epochs=self.config.training.epochs,
+            train_loss=row["trainLoss"],
+            validation_loss=row["validationLoss"],
+            parameters_base=self.growth.parameters_base,
+            parameters=self.growth.parameters(),
+            remaining_parameters=self.growth.remaining_parameters(),
+            remaining_epochs=self.config.training.epochs - self.epoch,
+            settings=ControllerSettings(
+                policy=growth.controller.policy,
+                seed=self.config.training.seed,
+                interval_epochs=growth.controller.interval_epochs,
+                minimum_confidence=growth.controller.minimum_confidence,
+                active_seeds=growth.active_seeds,
+                passes=gates.passes,
+                dwell_epochs=gates.dwell_epochs,
+                age_epochs=gates.age_epochs,
+                ramp_epochs=gates.ramp_epochs,
+                hold_epochs=gates.hold_epochs,
+            ),
+            layers=self.growth.layer_descriptions(),
+            edges=self.engine.model.morphology.edges,
+            signals=signals,
+            seeds=tuple(r.observation() for r in self.growth.book.records.values()),
+            candidates=self.growth.candidates,
+            trials=tuple(self.growth.book.trials),
+            health=health,
+        )
+
+    # -- parts ------------------------------------------------------------------------------
+
+    def _finish(self) -> TrainingResult:
+        for record in self.growth.active():
+            self.growth.cull(record, self.epoch, "the session ended before its trial did")
+        test = self.engine.evaluate(self.engine.datasets.test, key="test")
+        return TrainingResult(
+            test=test,
+            epochs=self.epoch,
+            parameters_base=self.growth.parameters_base,
+            parameters=self.growth.parameters(),
+            flops=self.engine.meter.total,
+            flops_trials=self.engine.meter.trials,
+            seconds=self.seconds,
+            seeds=self.growth.book.counts(),
+            grown=tuple(
+                record
+                for record in self.growth.book.records.values()
+                if record.fossilized_epoch is not None
+            ),
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Wall time spent in training, over all resumptions."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def _row(self, epoch: int, train_loss: float, quality: Quality, seconds: float) -> Row:
+        training = self.config.training
+        share = learning_rate_share(training.schedule, epoch, training.epochs)
+        return {
+            "epoch": epoch,
+            "time": utc_now().isoformat(),
+            "seconds": round(seconds, 4),
+            "trainLoss": train_loss,
+            "validationLoss": quality.loss,
+            "validationMetric": quality.metric,
+            "learningRate": training.optimizer.learning_rate
+            * share
+            * self.engine.learning_rate_scale,
+        } | self._costs()
+
+    def _costs(self) -> Row:
+        return {
+            "parameters": self.growth.parameters(),
+            "flops": self.engine.meter.total,
+            "flopsTrials": self.engine.meter.trials,
+            "seeds": self.growth.book.counts(),
+        }
+
+    def _capture(self, epoch: int | None = None) -> Snapshot:
+        return self.engine.capture(
+            self.epoch if epoch is None else epoch,
+            {
+                "book": self.growth.book.to_state(),
+                "sequence": self._sequence,
+                "failures": self._failures,
+                "applied": self._applied[-64:],
+                "seconds": self.seconds,
+            },
+        )
+
+    def _boundary_snapshot(self) -> Snapshot:
+        assert self._last is not None, "run() captures before it trains"
+        return self._last
+
+    def _tell_transition(self, transition: SeedTransition) -> None:
+        self._each(lambda observer: observer.transition(transition))
+
+    def _each(self, tell: Callable[[Observer], None]) -> None:
+        for observer in self._observers:
+            tell(observer)
+
+
+def _finite(row: Row) -> bool:
+    return math.isfinite(row["trainLoss"]) and math.isfinite(row["validationLoss"])

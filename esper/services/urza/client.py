@@ -1,0 +1,99 @@
+"""Urza as other services see it: the port, and the hub that lives in this process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Protocol
+
+from esper.configs import DatabaseConfig
+from esper.contracts.assets import Blueprint, CompiledKernel, TrainingSession
+from esper.contracts.blueprints import BlueprintDocument, KernelTarget
+from esper.contracts.enums import BlueprintState
+from esper.contracts.kernels import KernelMetadata
+
+
+class UrzaClient(Protocol):
+    """The hub. `metadata` and `artifact` are what a kernel cache reads from.
+
+    Everything can be asked again without harm. All methods raise HubUnavailable when the hub
+    does not answer; `UrzaHub` has the same methods and says what else each of them raises.
+    """
+
+    async def put_blueprint(self, document: BlueprintDocument) -> Blueprint:
+        """The blueprint of that content, made unless it is there; its first name stays."""
+        ...
+
+    async def blueprint(self, digest: str) -> Blueprint:
+        """The blueprint of that digest; BlueprintError where there is none."""
+        ...
+
+    async def blueprints(self) -> tuple[Blueprint, ...]:
+        """All blueprints, the oldest first."""
+        ...
+
+    async def request_kernel(self, blueprint_digest: str, target: KernelTarget) -> CompiledKernel:
+        """The kernel for that target, made in state proposed unless it is there."""
+        ...
+
+    async def kernel(self, kernel: str) -> CompiledKernel:
+        """The kernel of that id, in whatever state; KernelError where there is none."""
+        ...
+
+    async def kernels(self, states: Sequence[BlueprintState] = ...) -> tuple[CompiledKernel, ...]:
+        """The kernels in one of `states`, by default all, the oldest first."""
+        ...
+
+    async def claim_kernel(self, kernel: str, worker: str) -> bool:
+        """Whether `worker` may now compile the kernel."""
+        ...
+
+    async def release_kernel(self, kernel: str, worker: str) -> None:
+        """Give up `worker`'s claim."""
+        ...
+
+    async def complete_kernel(self, metadata: KernelMetadata, data: bytes) -> CompiledKernel:
+        """Keep a compiled kernel's artifact."""
+        ...
+
+    async def fail_kernel(self, kernel: str, error: str) -> CompiledKernel:
+        """Record why a kernel can't be compiled."""
+        ...
+
+    async def metadata(self, kernel: str) -> KernelMetadata:
+        """What is known of a compiled kernel; KernelError where it is not compiled."""
+        ...
+
+    async def artifact(self, kernel: str) -> bytes:
+        """The verified bytes of a compiled kernel; KernelError where they are lost or changed."""
+        ...
+
+    async def register_session(self, session: TrainingSession) -> TrainingSession:
+        """The session of that name: `session` itself the first time, as stored from then on."""
+        ...
+
+    async def update_session(self, session: TrainingSession) -> TrainingSession:
+        """Replace what is stored of a registered session."""
+        ...
+
+    async def health(self) -> bool:
+        """Whether the hub answers."""
+        ...
+
+
+@asynccontextmanager
+async def in_process_urza(database: DatabaseConfig, artifacts: Path) -> AsyncIterator[UrzaClient]:
+    """The hub in this process, over that database and that folder, closed at the end.
+
+    Raises:
+        ConfigError: the database's URL can't be read.
+        HubUnavailable: the database can't be opened.
+    """
+    # Whoever speaks to a hub elsewhere needs no database library.
+    from esper.services.urza.database import Database
+    from esper.services.urza.store import UrzaHub
+    from esper.utils.object_store import FolderStore
+
+    async with Database(database) as opened:
+        yield UrzaHub(opened, FolderStore(artifacts))

@@ -1,0 +1,101 @@
+import json
+import socket
+import sqlite3
+from importlib.metadata import version
+
+import pytest
+
+from esper.cli import checkup
+from esper.cli.main import main
+from esper.configs import NAMES, EsperConfig
+
+
+@pytest.fixture(autouse=True)
+def empty_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def look(**settings):
+    line = {name.replace("__", "."): value for name, value in settings.items()}
+    config = EsperConfig.load(line, environment={})
+    return {check.name: check for check in checkup.checks(config)}
+
+
+def test_doctor_tells_settings_versions_and_checks_as_json(capsys, empty_directory):
+    assert main(["doctor", "--json", "--set", "database.pool_size=2"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["healthy"] is True
+    settings = {setting.pop("name"): setting for setting in told["settings"]}
+    assert tuple(settings) == NAMES
+    assert settings["database.pool_size"] == {
+        "value": 2,
+        "origin": "command line --set database.pool_size",
+    }
+    assert told["versions"]["torch"] == version("torch")
+    assert int(told["versions"]["torch threads"]) >= 1
+    assert {check["status"] for check in told["checks"]} <= {"ok", "missing"}
+    assert list(empty_directory.iterdir()) == []
+
+
+def test_doctor_shows_the_same_to_a_person(capsys):
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for name in (*NAMES, "python", "torch", "cores", "bus", "storage", "default"):
+        assert name in shown
+
+
+def test_doctor_fails_where_a_run_would(capsys, empty_directory):
+    (empty_directory / "file").write_text("")
+    assert main(["doctor", "--set", "storage.folder=file/artifacts"]) == 1
+    assert "failed" in capsys.readouterr().out
+
+
+def test_a_database_that_is_there_is_opened(empty_directory):
+    path = empty_directory / "urza.sqlite"
+    sqlite3.connect(path).close()
+    check = look(database__url=f"sqlite+aiosqlite:///{path}")["database"]
+    assert check.status == "ok"
+    assert "opens" in check.detail
+
+
+def test_a_database_of_another_kind_fails(empty_directory):
+    path = empty_directory / "urza.sqlite"
+    path.write_bytes(b"no database at all" * 100)
+    assert look(database__url=f"sqlite+aiosqlite:///{path}")["database"].status == "failed"
+
+
+def test_a_database_that_is_not_there_needs_a_place_and_is_not_made(empty_directory):
+    check = look(database__url=f"sqlite+aiosqlite:///{empty_directory}/new/urza.sqlite")["database"]
+    assert check.status == "ok"
+    assert list(empty_directory.iterdir()) == []
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_folder_must_be_writable(empty_directory, monkeypatch, writable):
+    monkeypatch.setattr(checkup.os, "access", lambda place, mode: writable)
+    assert look()["storage"].status == ("ok" if writable else "failed")
+
+
+def test_the_bus_is_in_process_or_must_accept_connections():
+    assert look()["bus"].detail == "in-process"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert look(redis__url=f"redis://127.0.0.1:{port}/0")["bus"].status == "ok"
+    assert look(redis__url=f"redis://127.0.0.1:{port}/0")["bus"].status == "failed"
+    assert look(redis__url="redis://127.0.0.1:seven")["bus"].status == "failed"
+
+
+def test_an_absent_extra_says_how_to_install_it(monkeypatch):
+    absent = {"torch", "rliable"}
+    monkeypatch.setattr(checkup, "find_spec", lambda name: None if name in absent else object())
+    found = look()
+    assert found["extra runtime"].status == "failed"
+    assert found["extra bench"].status == "missing"
+    assert "pip install 'esper[bench]'" in found["extra bench"].detail
+    assert found["extra hub"].status == "ok"
+
+
+def test_modules_belong_to_the_extra_that_brings_them():
+    assert checkup.extra_of("sklearn") == "zoo"
+    assert checkup.extra_of("os") is None

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from esper.contracts import operational
+from esper.contracts.enums import SeedState, SystemHealth
+from esper.services.tamiyo import analyzer
+from esper.services.tamiyo.analyzer import ModelGraphAnalyzer
+
+
+def problems(state):
+    return {problem.layer: problem.reason for problem in state.problems}
+
+
+def test_the_graph_types_are_the_contracts():
+    assert analyzer.LayerNode is operational.LayerNode
+    assert analyzer.GraphTopology is operational.GraphTopology
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, math.nan])
+def test_a_decay_outside_its_range_is_refused(decay):
+    with pytest.raises(ValueError, match="decay: got"):
+        ModelGraphAnalyzer(decay=decay)
+
+
+def test_nodes_keep_the_layer_order_and_count_their_active_seeds(build):
+    seeds = (
+        build.seed("fc2", state=SeedState.GERMINATED),
+        build.seed("fc2", slot=1, state=SeedState.TRAINING),
+        build.seed("fc2", slot=2, state=SeedState.GRAFTING),
+        build.seed("fc3", state=SeedState.FOSSILIZED),
+        build.seed("fc3", slot=1, state=SeedState.CULLED),
+    )
+    nodes = ModelGraphAnalyzer().analyze(build.packet(seeds=seeds)).topology.nodes
+    assert [node.name for node in nodes] == ["fc1", "fc2", "fc3"]
+    assert [node.active_seeds for node in nodes] == [0, 3, 0]
+    assert {(node.kind, node.parameters) for node in nodes} == {("Linear", 366)}
+
+
+def test_edges_become_indices_and_unknown_layers_are_left_out(build):
+    edges = (("fc1", "fc3"), ("fc1", "norm"), ("norm", "fc2"), ("fc2", "fc3"))
+    state = ModelGraphAnalyzer().analyze(build.packet(edges=edges))
+    assert state.topology.edges == ((0, 2), (1, 2))
+
+
+def test_health_is_an_ema_that_starts_at_the_first_score(build):
+    engine = ModelGraphAnalyzer(decay=0.7)
+    good, bad = build.signal("fc1"), build.signal("fc1", activation_rank=0.3, dead_fraction=0.6)
+    first = engine.analyze(build.packet(epoch=10, signals=(good,))).topology.nodes[0]
+    second = engine.analyze(build.packet(epoch=14, signals=(bad,))).topology.nodes[0]
+    expected = 0.7 * good.health_score() + 0.3 * bad.health_score()
+    assert (first.health, first.trend) == (good.health_score(), 0.0)
+    assert second.health == pytest.approx(expected)
+    assert second.trend == pytest.approx((expected - good.health_score()) / 4)
+
+
+def test_the_loss_trend_is_the_change_of_its_ema_an_epoch(build):
+    engine = ModelGraphAnalyzer(decay=0.5)
+    losses = [(10, 2.0), (12, 1.0), (13, math.nan), (14, 1.5)]
+    trends = [
+        engine.analyze(build.packet(epoch=epoch, validation_loss=loss)).loss_trend
+        for epoch, loss in losses
+    ]
+    assert trends == [0.0, -0.25, math.inf, 0.0]
+
+
+def test_a_layer_without_a_signal_keeps_its_health_and_says_so(build):
+    engine = ModelGraphAnalyzer()
+    engine.analyze(build.packet(epoch=1, signals=(build.signal("fc1"),)))
+    state = engine.analyze(build.packet(epoch=2, signals=()))
+    assert state.topology.nodes[0].health == build.signal("fc1").health_score()
+    assert state.topology.nodes[0].trend == 0.0
+    assert [node.health for node in state.topology.nodes[1:]] == [0.0, 0.0]
+    assert problems(state) == dict.fromkeys(("fc1", "fc2", "fc3"), "sent no health signal")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({}, None),
+        ({"gradient_to_weight_ratio": 1e-7}, "has a vanishing gradient (1.0e-07 of its weights)"),
+        ({"gradient_to_weight_ratio": 12.5}, "has an exploding gradient (12.5 times its weights)"),
+        ({"activation_rank": 0.12}, "uses 12% of its rank"),
+        ({"dead_fraction": 0.62}, "has 62% of its units dead"),
+        (
+            {"activation_rank": math.nan},
+            "sent measurements that are not finite; has a health of 0.00",
+        ),
+        (
+            {"gradient_to_weight_ratio": math.inf},
+            "sent measurements that are not finite; has a health of 0.00",
+        ),
+        (
+            {"activation_rank": 0.1, "dead_fraction": 0.9},
+            "uses 10% of its rank; has 90% of its units dead; has a health of 0.40",
+        ),
+    ],
+)
+def test_problem_layers_say_what_is_wrong(build, fields, reason):
+    packet = build.packet(signals=(build.signal("fc1", **fields), build.signal("fc2")))
+    found = problems(ModelGraphAnalyzer().analyze(packet))
+    assert found.get("fc1") == reason
+    assert "fc2" not in found
+
+
+def test_falling_health_is_a_problem_before_it_is_low(build):
+    engine = ModelGraphAnalyzer()
+    engine.analyze(build.packet(epoch=1))
+    state = engine.analyze(build.packet(epoch=2, signals=(build.signal(dead_fraction=0.5),)))
+    assert problems(state)["fc1"] == "loses 0.04 of its health an epoch"
+
+
+@pytest.mark.parametrize(
+    ("rank", "health"),
+    [
+        (0.9, SystemHealth.HEALTHY),
+        (0.1, SystemHealth.DEGRADED),
+        (math.nan, SystemHealth.CRITICAL),
+    ],
+)
+def test_system_health_is_the_mean_of_the_layers(build, rank, health):
+    signals = tuple(build.signal(name, activation_rank=rank) for name in ("fc1", "fc2", "fc3"))
+    assert ModelGraphAnalyzer().analyze(build.packet(signals=signals)).health is health
+
+
+def test_without_any_signal_the_system_is_offline(build):
+    assert ModelGraphAnalyzer().analyze(build.packet(signals=())).health is SystemHealth.OFFLINE
+
+
+def packets_of(build, ranks, session="small"):
+    return [
+        build.packet(
+            session=session,
+            epoch=epoch,
+            validation_loss=2.0 - rank,
+            signals=(build.signal("fc1", activation_rank=rank),),
+        )
+        for epoch, rank in enumerate(ranks, start=1)
+    ]
+
+
+ranks = st.lists(st.floats(0, 1), min_size=1, max_size=8)
+
+
+@settings(deadline=None)
+@given(ranks, st.data())
+def test_a_redelivered_packet_or_a_step_back_changes_nothing(build, values, data):
+    packets = packets_of(build, values)
+    straight = ModelGraphAnalyzer()
+    expected = [straight.analyze(packet) for packet in packets]
+    back = data.draw(st.integers(0, len(packets) - 1))
+    assert [straight.analyze(packet) for packet in packets[back:]] == expected[back:]
+
+
+@settings(deadline=None)
+@given(ranks, ranks)
+def test_sessions_do_not_touch_one_another(build, first, second):
+    alone = ModelGraphAnalyzer()
+    expected = [alone.analyze(packet) for packet in packets_of(build, first)]
+    shared = ModelGraphAnalyzer()
+    for packet in packets_of(build, second, session="other"):
+        shared.analyze(packet)
+    assert [shared.analyze(packet) for packet in packets_of(build, first)] == expected
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(), min_size=1, max_size=5))
+def test_whatever_was_measured_health_stays_a_share(build, values):
+    engine = ModelGraphAnalyzer()
+    for packet in packets_of(build, values):
+        state = engine.analyze(packet)
+        assert all(0 <= node.health <= 1 for node in state.topology.nodes)
+
+
+def test_memory_is_bounded_and_forgets_the_longest_unseen_session(build):
+    engine = ModelGraphAnalyzer()
+    engine.analyze(build.packet(session="seen"))
+    for number in range(analyzer.KEPT_SESSIONS - 1):
+        engine.analyze(build.packet(session=f"session-{number}"))
+    engine.analyze(build.packet(session="seen", epoch=11))
+    engine.analyze(build.packet(session="one-more"))
+    low = (build.signal(activation_rank=0.0),)
+    kept = engine.analyze(build.packet(session="seen", epoch=12, signals=low))
+    forgotten = engine.analyze(build.packet(session="session-0", epoch=12, signals=low))
+    assert kept.topology.nodes[0].trend < 0
+    assert forgotten.topology.nodes[0].trend == 0

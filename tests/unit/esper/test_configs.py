@@ -1,0 +1,186 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from esper.configs import MAXIMUM_FILE_BYTES, NAMES, EsperConfig, parse_assignments
+from esper.errors import ConfigError, OutputError
+
+DEFAULTS = {
+    "database.url": "sqlite+aiosqlite:///{run}/hub/urza.sqlite",
+    "database.pool_size": 5,
+    "database.pool_timeout_seconds": 30.0,
+    "database.pre_ping": True,
+    "redis.url": None,
+    "storage.folder": "{run}/hub/artifacts",
+    "component.kernel_cache_bytes": 512 * 2**20,
+    "component.log_level": "warning",
+    "component.log_file": None,
+    "component.log_queue_records": 10_000,
+}
+
+
+@pytest.fixture(autouse=True)
+def empty_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def load(command_line=None, environment=None, **keywords):
+    return EsperConfig.load(command_line, environment=environment or {}, **keywords)
+
+
+def origins(config):
+    return {setting.name: setting.origin for setting in config.settings()}
+
+
+def test_defaults_and_names_are_frozen():
+    config = load()
+    assert {setting.name: setting.value for setting in config.settings()} == DEFAULTS
+    assert tuple(DEFAULTS) == NAMES
+    assert set(origins(config).values()) == {"default"}
+
+
+def test_the_stronger_place_wins_and_its_origin_is_kept(empty_directory):
+    (empty_directory / "esper.yaml").write_text(
+        "database: {pool_size: 2, pre_ping: false}\ncomponent:\n  log_level: error\n"
+    )
+    config = load(
+        {"database.pool_size": "4"},
+        {"ESPER_DATABASE__POOL_SIZE": "3", "ESPER_COMPONENT__LOG_LEVEL": "info"},
+    )
+    assert config.database.pool_size == 4
+    assert config.component.log_level == "info"
+    assert config.database.pre_ping is False
+    assert origins(config) | {
+        "database.pool_size": "command line --set database.pool_size",
+        "component.log_level": "environment ESPER_COMPONENT__LOG_LEVEL",
+        "database.pre_ping": "file esper.yaml",
+        "redis.url": "default",
+    } == origins(config)
+
+
+@given(st.integers(1, 100), st.integers(1, 100), st.integers(1, 100), st.integers(0, 7))
+def test_precedence_holds_for_every_mix_of_places(tmp_path_factory, line, variable, file, given_by):
+    path = tmp_path_factory.mktemp("settings") / "s.yaml"
+    path.write_text(f"database: {{pool_size: {file}}}" if given_by & 1 else "")
+    environment = {"ESPER_DATABASE__POOL_SIZE": str(variable)} if given_by & 2 else {}
+    command_line = {"database.pool_size": str(line)} if given_by & 4 else {}
+    expected = line if given_by & 4 else variable if given_by & 2 else file if given_by & 1 else 5
+    assert load(command_line, environment, file=path).database.pool_size == expected
+
+
+@pytest.mark.parametrize("text", ["", "null"])
+def test_null_can_be_typed(text):
+    assert load({"redis.url": text}, {"ESPER_REDIS__URL": "redis://h"}).redis.url is None
+
+
+@pytest.mark.parametrize(
+    ("command_line", "environment", "file", "parts"),
+    [
+        ({"database.size": "1"}, {}, "", ["--set database.size", "database.pool_size"]),
+        ({"pool_size": "1"}, {}, "", ["got pool_size"]),
+        ({"database.pool_size": "many"}, {}, "", ["database.pool_size", "many", "1 to 100"]),
+        ({"database.pool_size": "101"}, {}, "", ["101", "1 to 100"]),
+        ({}, {"ESPER_DATABASE__POOL_SIZE": "0"}, "", ["environment ESPER_DATABASE__POOL_SIZE"]),
+        ({}, {"ESPER_LOG_LEVEL": "info"}, "", ["environment ESPER_LOG_LEVEL", "log_level"]),
+        ({}, {"ESPER_COMPONENT__LOG_LEVEL": "loud"}, "", ["loud", "debug, info, warning, error"]),
+        ({}, {"ESPER_DATABASE__URL": "postgresql://h"}, "", ["sqlite+aiosqlite:///"]),
+        ({}, {"ESPER_DATABASE__URL": ""}, "", ["database.url", "None", "sqlite+aiosqlite:///"]),
+        ({}, {"ESPER_DATABASE__PRE_PING": "maybe"}, "", ["maybe", "true or false"]),
+        ({}, {"ESPER_REDIS__URL": "http://h"}, "", ["redis.url", "redis://"]),
+        ({}, {}, "databases: {}", ["file esper.yaml", "databases"]),
+        ({}, {}, "database: {size: 1}", ["file esper.yaml", "database.size"]),
+        ({}, {}, "database: 3", ["database (file esper.yaml)", "3", "mapping"]),
+        ({}, {}, "database: {pool_size: true}", ["database.pool_size", "True"]),
+        ({}, {}, "database: {pool_size: [1]}", ["database.pool_size", "[1]"]),
+        ({}, {}, "database: {pool_timeout_seconds: .nan}", ["pool_timeout_seconds", "nan"]),
+        ({}, {}, "component: {kernel_cache_bytes: 1}", ["kernel_cache_bytes", "1048576"]),
+        ({}, {}, "- a list", ["esper.yaml", "mapping of sections"]),
+        ({}, {}, "database: {", ["esper.yaml", "well-formed YAML"]),
+        ({}, {}, "database: !!python/name:os.system {}", ["esper.yaml", "well-formed YAML"]),
+        ({}, {}, "#" * (MAXIMUM_FILE_BYTES + 1), ["esper.yaml", "bytes"]),
+    ],
+)
+def test_bad_settings_name_the_setting_its_origin_and_what_is_allowed(
+    empty_directory, command_line, environment, file, parts
+):
+    (empty_directory / "esper.yaml").write_text(file)
+    with pytest.raises(ConfigError) as caught:
+        load(command_line, environment)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert caught.value.exit_code == 2
+    for part in parts:
+        assert part in message
+
+
+def test_broken_bytes_are_no_yaml(empty_directory):
+    (empty_directory / "esper.yaml").write_bytes(b"a: \xff\xfe")
+    with pytest.raises(ConfigError, match="well-formed YAML"):
+        load()
+
+
+def test_a_named_file_must_exist_and_be_a_file(empty_directory):
+    with pytest.raises(ConfigError, match=r"--config: got nowhere\.yaml"):
+        load(file=Path("nowhere.yaml"))
+    with pytest.raises(ConfigError, match="can be read"):
+        load(file=empty_directory)
+
+
+def test_an_empty_file_or_section_gives_the_defaults(empty_directory):
+    (empty_directory / "esper.yaml").write_text("database:\n")
+    assert load() == EsperConfig()
+    (empty_directory / "esper.yaml").write_text("")
+    assert load() == EsperConfig()
+
+
+def test_variables_of_a_kubernetes_service_are_no_settings():
+    environment = {
+        "ESPER_PORT": "tcp://10.0.0.1:80",
+        "ESPER_HUB_SERVICE_HOST": "10.0.0.1",
+        "ESPER_HUB_SERVICE_PORT_HTTP": "80",
+        "ESPER_HUB_PORT_80_TCP_ADDR": "10.0.0.1",
+        "UNRELATED": "1",
+    }
+    assert load({}, environment) == EsperConfig()
+
+
+def test_the_process_environment_is_read_by_default(monkeypatch):
+    monkeypatch.setenv("ESPER_DATABASE__POOL_SIZE", "9")
+    assert EsperConfig.load().database.pool_size == 9
+
+
+def test_settings_are_frozen_and_closed():
+    config = load()
+    with pytest.raises(ValidationError):
+        config.database = None
+    with pytest.raises(ValidationError):
+        EsperConfig(unknown=1)
+
+
+def test_inside_a_run_places_are_absolute_and_origins_stay(empty_directory):
+    config = load({"database.pool_size": "2"}).inside(Path("runs/a"))
+    place = empty_directory.resolve() / "runs/a"
+    assert config.database.url == f"sqlite+aiosqlite:///{place}/hub/urza.sqlite"
+    assert config.storage.folder == f"{place}/hub/artifacts"
+    assert origins(config)["database.pool_size"] == "command line --set database.pool_size"
+
+
+def test_places_of_their_own_are_left_alone():
+    config = load({"database.url": "sqlite+aiosqlite:///a.db", "storage.folder": "kept"})
+    assert config.inside(Path("what?")) == config
+
+
+def test_a_directory_that_no_url_can_name_is_refused():
+    with pytest.raises(OutputError, match="question mark"):
+        load().inside(Path("what?"))
+
+
+def test_assignments_are_split_at_the_first_sign_and_the_last_wins():
+    assert parse_assignments(["a=1", "b=x=y", "a=2"]) == {"a": "2", "b": "x=y"}
+    for wrong in ("a", "=1", " =1"):
+        with pytest.raises(ConfigError, match="NAME=VALUE"):
+            parse_assignments([wrong])
