@@ -383,8 +383,8 @@ def _shown_end(result: Mapping[str, Any], path: Path, shown: _Shown) -> None:
     if not shown.quiet:
         grown = result["parameters"] - result["parametersBase"]
         sys.stderr.write(
-            f"{result['session']}: {result['outcome']}, {result['metric']} {result['accuracy']:.4f} "
-            f"on the test set, {result['parametersBase']} + {grown} parameters\n"
+            f"{result['session']}: {result['outcome']}, "
+            f"{result['metric']} {result['accuracy']:.4f} on the test set, {result['parametersBase']} + {grown} parameters\n"
             f"report: {path / 'report.html'}\n"
         )
     if shown.json:

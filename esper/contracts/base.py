@@ -27,7 +27,9 @@ class Contract(BaseModel):
 
     def to_wire(self) -> dict[str, object]:
         """The contract as JSON-ready data, absent optional fields left out."""
-        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        # By way of text: only there does pydantic write non-finite floats as strings.
+        data: dict[str, object] = json.loads(self.model_dump_json(by_alias=True, exclude_none=True))
+        return data
 
 
 def canonical_json(data: object) -> bytes:

@@ -100,14 +100,15 @@ class OonaMessage(Contract):
             raise TypeError(
                 f"{topic}: got {type(payload).__name__}; allowed: {PAYLOADS[topic].__name__}"
             )
-        fields = {"trace_id": trace_id} if trace_id else {}
-        return cls(
-            topic=topic,
-            type=type(payload).__name__,
-            sender=sender,
-            payload=payload.to_wire(),
-            **fields,
-        )
+        message: dict[str, object] = {
+            "topic": topic,
+            "type": type(payload).__name__,
+            "sender": sender,
+            "payload": payload.to_wire(),
+        }
+        if trace_id is not None:
+            message["traceId"] = trace_id
+        return cls.model_validate(message)
 
     def open(self) -> Contract:
         """The payload as the contract its topic carries.

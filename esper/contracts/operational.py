@@ -268,7 +268,7 @@ class SeedTransition(Contract):
 
 
 class SessionEvent(Contract):
-    """Something worth telling about a session that is no seed transition; `reason` is a constant."""
+    """Something worth telling that is no seed transition; `reason` is a constant."""
 
     session: str
     epoch: Count

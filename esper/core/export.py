@@ -20,7 +20,7 @@ from esper.core.folding import LayerPlan, plan
 from esper.core.model_wrapper import MorphableModel
 from esper.core.source import Origin, render
 from esper.errors import EntryPointError, OutputError, StorageFull, WrapError
-from esper.execution.kasmina_layer import GROWN
+from esper.execution.kasmina_layer import GROWN, KasminaLayer
 
 WEIGHTS_FILE = "model.safetensors"
 SOURCE_FILE = "grown.py"
@@ -98,17 +98,10 @@ def _tensors(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state by name, each tensor once, and for the other names of one the name it is under."""
     state = model.state_dict()
-    kept = {
-        f"{one.prefix}{GROWN}.{slot}." for one in plans.values() for slot in one.kept
-    }
-    seeds = _seed_prefixes(model)
-    for name in list(state):
-        if name.startswith(tuple(seeds)) and not name.startswith(tuple(kept)):
-            del state[name]
-    for one in plans.values():
-        state[f"{one.prefix}weight"] = one.weight
-        if one.bias is not None:
-            state[f"{one.prefix}bias"] = one.bias
+    changed = {id(one.layer): one for one in plans.values()}
+    for path, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, KasminaLayer):
+            _settle(state, f"{path}." if path else "", changed.get(id(layer)))
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     stored: dict[tuple[Any, ...], str] = {}
@@ -125,19 +118,20 @@ def _tensors(
     return tensors, shared
 
 
-def _seed_prefixes(model: nn.Module) -> set[str]:
-    if not isinstance(model, MorphableModel):
-        return set()
-    return {
-        f"{prefix}{GROWN}."
-        for name, layer in model.named_modules(remove_duplicate=False)
-        if GROWN in layer._modules and "site" in layer.__dict__
-        for prefix in [f"{name}." if name else ""]
-    }
+def _settle(state: dict[str, Any], prefix: str, one: LayerPlan | None) -> None:
+    """Bring one layer's entries from what they are while it lives to what they are in the end."""
+    kept = tuple(f"{prefix}{GROWN}.{slot}." for slot in one.kept) if one is not None else ()
+    for name in list(state):
+        if name.startswith(f"{prefix}{GROWN}.") and not name.startswith(kept):
+            del state[name]
+    if one is not None:
+        state[f"{prefix}weight"] = one.weight
+        if one.bias is not None:
+            state[f"{prefix}bias"] = one.bias
 
 
 def _file_beside(module: str) -> tuple[str, bytes] | None:
-    """The file to copy beside, as (name, contents): a single-file module of the user's or the zoo's.
+    """The file to copy beside, as (name, contents): the zoo's, or the user's one-file module.
 
     Raises:
         EntryPointError: the module can't be found.
@@ -154,7 +148,8 @@ def _file_beside(module: str) -> tuple[str, bytes] | None:
     installed = {"site-packages", "dist-packages"} & set(Path(file).parts)
     if "." in module or installed or module in sys.stdlib_module_names:
         return None
-    return f"{module}.py", Path(file).read_bytes()
+    name = f"user_{module}.py" if f"{module}.py" == SOURCE_FILE else f"{module}.py"
+    return name, Path(file).read_bytes()
 
 
 def _fused_around(model: nn.Module, plans: Mapping[str, LayerPlan]) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ Legend: o = outputs, i = inputs, k and l = window height and width, u = new unit
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -42,7 +43,8 @@ class LayerPlan:
 
     `weight` and `bias` are the layer's own in the end, (o, i) or (o, i, k, l) and (o); `outputs`
     and `inputs` its sizes before growth. `kept` are the seeds that stay modules, by slot; `notes`
-    says for each slot what became of it.
+    says for each slot what became of it. `tied` says that another layer has a parameter of this
+    one; `feeds` names the (layer, slot) of kept seeds that read this layer's input.
     """
 
     name: str
@@ -51,17 +53,17 @@ class LayerPlan:
     bias: Tensor | None
     outputs: int
     inputs: int
+    tied: bool = False
     kept: dict[int, Branch] = field(default_factory=dict)
     notes: dict[int, str] = field(default_factory=dict)
     rows: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     columns: list[Tensor] = field(default_factory=list)
     feeds: list[tuple[str, int]] = field(default_factory=list)
-    producer: str | None = None
 
     @property
     def is_root(self) -> bool:
         """Whether the layer is the whole model."""
-        return isinstance(self.layer, MorphableModel)
+        return "morphology" in self.layer.__dict__
 
     @property
     def new_outputs(self) -> int:
@@ -89,7 +91,8 @@ def plan(morphology: Morphology) -> dict[str, LayerPlan]:
 
     The model is left as it is. Tensors are copies.
     """
-    plans = {name: _unchanged(name, layer) for name, layer in morphology.layers.items()}
+    owners = Counter(id(p) for p in _all_parameters(morphology.model))
+    plans = {name: _unchanged(name, layer, owners) for name, layer in morphology.layers.items()}
     for name, layer in morphology.layers.items():
         for slot, branch in sorted(layer.site.branches.items()):
             if morphology.state(name, slot) is SeedLifecycleState.FOSSILIZED:
@@ -135,7 +138,7 @@ def keep_unfused(model: nn.Module, layer: nn.Module) -> None:
             module.use_nested_tensor = False
 
 
-def _unchanged(name: str, layer: KasminaLayer) -> LayerPlan:
+def _unchanged(name: str, layer: KasminaLayer, owners: Counter[int]) -> LayerPlan:
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
     assert weight is not None
     sizes = geometry(layer)
@@ -146,6 +149,7 @@ def _unchanged(name: str, layer: KasminaLayer) -> LayerPlan:
         bias=None if bias is None else bias.detach().clone(),
         outputs=sizes.outputs,
         inputs=sizes.inputs,
+        tied=any(owners[id(parameter)] > 1 for parameter in layer.parameters(recurse=False)),
     )
 
 
@@ -163,7 +167,6 @@ def _settle(
         pair = next(pair for pair in morphology.pairs if pair.consumer == name)
         producer = plans[pair.producer]
         widening = _widening(branch, pair, geometry(producer.layer), geometry(own.layer))
-        own.producer = pair.producer
         if widening is not None:
             first, last = widening
             rows, row_bias = _parameters(first)
@@ -333,7 +336,8 @@ def _parameter(old: nn.Parameter | None, value: Tensor | None) -> nn.Parameter |
 
 
 def _all_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [p for _, p in model.named_parameters(remove_duplicate=False)]
+    """The parameters of every module; one that two modules share comes twice."""
+    return [p for module in model.modules() for p in module._parameters.values() if p is not None]
 
 
 def _holds(module: nn.Module, layer: nn.Module) -> bool:

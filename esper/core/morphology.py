@@ -55,6 +55,11 @@ class Morphology:
         self._place()
 
     @property
+    def model(self) -> nn.Module:
+        """The wrapped model itself."""
+        return self._model
+
+    @property
     def edges(self) -> tuple[tuple[str, str], ...]:
         """Dataflow pairs (producer, consumer) between hosts."""
         return self._dataflow.edges
@@ -245,8 +250,9 @@ class Morphology:
             host = self._probed_layer(str(entry["layer"]))
             slot, site = int(entry["slot"]), host.site
             state = SeedLifecycleState.of(SeedState(entry["state"]))
-            if site.record(slot).state is not SeedLifecycleState.DORMANT:
-                raise WrapError(f"{site.name}[{slot}]", site.record(slot).state.name, "dormant")
+            taken = site.record(slot).state
+            if taken is not SeedLifecycleState.DORMANT:
+                raise WrapError(f"{site.name}[{slot}]", taken.seed_state, "a dormant slot")
             self.layout.write(
                 site.index,
                 slot,

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from esper.core.folding import LayerPlan
@@ -26,14 +27,12 @@ Written by Esper {version}; needs torch and `{module}` only.
 from __future__ import annotations
 
 import json
-import operator
-from pathlib import Path
+{operator}from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-
-import {module}
+{functional}
+import {module} as origin
 
 ARGUMENTS = {arguments}
 
@@ -42,7 +41,7 @@ ARGUMENTS = {arguments}
 _FOOTER = '''
 def build() -> nn.Module:
     """The grown model's structure, its weights not yet loaded."""
-    model = {module}.{attribute}(**ARGUMENTS)
+    model = origin.{attribute}(**ARGUMENTS)
 {changes}    return model
 
 
@@ -158,7 +157,7 @@ def render(
     changes = [_change(one, names[name]) for name, one in plans.items()]
     links = [line for one in plans.values() for line in _links(one, names)]
     for path in fused.get("layers", ()):
-        links.append(f"    # The fused path would read weights and pass over what grew.")
+        links.append("    # The fused path would read weights and pass over what grew.")
         links.append(f"    model.get_submodule({path!r}).activation_relu_or_gelu = 0")
     links += [
         f"    model.get_submodule({path!r}).use_nested_tensor = False"
@@ -178,12 +177,13 @@ def render(
             summary=_quoted(f"{origin.attribute} of {origin.module}, as it has grown."),
             version=version,
             module=origin.module,
+            operator="import operator\n" if "operator." in body else "",
+            functional="from torch.nn import functional as F\n" if "F." in body else "",
             growth=_quoted(growth),
             arguments=pprint.pformat(dict(origin.arguments), width=90, sort_dicts=False),
         )
         + body
         + _FOOTER.format(
-            module=origin.module,
             attribute=origin.attribute,
             changes="".join(f"{line}\n" for line in lines),
         )
@@ -192,7 +192,7 @@ def render(
 
 def _story(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
-        return "grown"
+        return "a seed"
     text = f"{entry.get('blueprint') or 'a seed'}"
     if entry.get("epoch") is not None:
         text += f", part of the model since epoch {entry['epoch']}"
@@ -246,7 +246,9 @@ def _seed_class(
     code = re.sub(r";  [^\n]*$", "", module.code.strip("\n"), flags=re.MULTILINE)
     code = code[code.index("def forward") :].replace("torch.Tensor", "Tensor")
     code = code.replace("x : Tensor", "x: Tensor")
-    indented = "".join(f"    {line}\n" if line else "\n" for line in code.splitlines())
+    indented = "".join(
+        f"    {line.rstrip()}\n" if line.strip() else "\n" for line in code.rstrip().splitlines()
+    )
     told = _quoted(f"What grew at {layer}, slot {slot}: {_story(story)}.")
     return (
         f'\nclass {name}(nn.Module):\n    """{told}"""\n\n'
@@ -258,10 +260,13 @@ def _seed_class(
 def _layer_class(one: LayerPlan, name: str) -> str:
     base = "Conv2d" if isinstance(one.layer, nn.Conv2d) else "Linear"
     made = "".join(f'                "{slot}": {name}Seed{slot}(),\n' for slot in one.kept)
-    grown = f"        self.grown = nn.ModuleDict(\n            {{\n{made}            }}\n        )\n"
+    grown = (
+        f"        self.grown = nn.ModuleDict(\n            {{\n{made}            }}\n        )\n"
+    )
     read = "input" if not one.new_inputs else f"input.narrow({one.axis}, 0, {one.inputs})"
     steps = [
-        f"        self.kept_{_slug(consumer)}_{slot}.input = input\n" for consumer, slot in one.feeds
+        f"        self.kept_{_slug(consumer)}_{slot}.input = input\n"
+        for consumer, slot in one.feeds
     ]
     steps.append("        out = super().forward(input)\n")
     for slot, branch in one.kept.items():
@@ -285,7 +290,7 @@ def _change(one: LayerPlan, name: str) -> str:
     grew_bias = (one.bias is None) != (one.layer.bias is None)
     if one.kept or one.feeds:
         made = f"{name}()"
-    elif one.new_outputs or one.new_inputs or grew_bias:
+    elif one.new_outputs or one.new_inputs or grew_bias or one.tied:
         base = "Conv2d" if isinstance(one.layer, nn.Conv2d) else "Linear"
         made = f"nn.{base}({_sizes(one)})"
     else:
@@ -310,32 +315,46 @@ def _sizes(one: LayerPlan) -> str:
     """The constructor's arguments of the layer as it is in the end."""
     outputs, inputs = one.outputs + one.new_outputs, one.inputs + one.new_inputs
     layer = one.layer
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    return _arguments(layer, inputs, outputs, one.bias is not None)
+
+
+def _arguments(layer: nn.Linear | nn.Conv2d, inputs: int, outputs: int, bias: bool) -> str:
     text = f"{inputs}, {outputs}"
     if isinstance(layer, nn.Conv2d):
-        text += (
-            f", {layer.kernel_size}, stride={layer.stride}, padding={layer.padding!r}, "
-            f"dilation={layer.dilation}, groups={layer.groups}, "
-            f"padding_mode={layer.padding_mode!r}"
-        )
-    if one.bias is None:
+        text += f", {layer.kernel_size}"
+        defaults = {
+            "stride": (1, 1),
+            "padding": (0, 0),
+            "dilation": (1, 1),
+            "groups": 1,
+            "padding_mode": "zeros",
+        }
+        for name, default in defaults.items():
+            if getattr(layer, name) != default:
+                text += f", {name}={getattr(layer, name)!r}"
+    if not bias:
         text += ", bias=False"
-    if one.weight.dtype.is_floating_point and str(one.weight.dtype) != "torch.float32":
-        text += f", dtype={one.weight.dtype}"
+    if layer.weight.dtype != torch.float32:
+        text += f", dtype={layer.weight.dtype}"
     return text
 
 
 def _constructed(module: nn.Module) -> str:
     """A plain torch module as the call that makes it."""
+    if isinstance(module, nn.Linear):
+        sizes = module.in_features, module.out_features
+        return f"nn.Linear({_arguments(module, *sizes, module.bias is not None)})"
+    if isinstance(module, nn.Conv2d):
+        sizes = module.in_channels, module.out_channels
+        return f"nn.Conv2d({_arguments(module, *sizes, module.bias is not None)})"
     if isinstance(module, nn.AvgPool2d):
         return (
             f"nn.AvgPool2d({module.kernel_size}, {module.stride}, {module.padding}, "
             f"{module.ceil_mode}, {module.count_include_pad}, {module.divisor_override})"
         )
-    text = repr(module)
-    weight = getattr(module, "weight", None)
-    if weight is not None and str(weight.dtype) != "torch.float32":
-        text = f"{text[:-1]}, dtype={weight.dtype})"
-    return f"nn.{text}"
+    # Activations, dropout and max pooling print as they are called.
+    return f"nn.{module!r}"
 
 
 def _slug(path: str) -> str:

@@ -34,8 +34,3 @@ def ramped_alpha(age_epochs: int, ramp_epochs: int) -> float:
     if age_epochs < 0 or ramp_epochs < 0:
         raise BadInput("ageEpochs, rampEpochs", (age_epochs, ramp_epochs), "0 or more")
     return min(1.0, (age_epochs + 1) / (ramp_epochs + 1))
-
-
-def holding(age_epochs: int, ramp_epochs: int, hold_epochs: int) -> bool:
-    """Whether the ramp is over and the hold is not: the seed counts in full, its trial is ahead."""
-    return ramp_epochs <= age_epochs < ramp_epochs + hold_epochs

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class RandomState:
     @classmethod
     def capture(cls) -> RandomState:
         """The streams as they stand now."""
-        _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+        _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
         cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else ()
         return cls(
             torch_cpu=torch.get_rng_state(),
@@ -54,7 +54,7 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def preserved_randomness(seed: int | None = None) -> Iterator[None]:
-    """Every random stream is put back at the end; inside, it starts from `seed` where one is given."""
+    """Every random stream is put back at the end; inside, each starts from `seed` if given."""
     state = RandomState.capture()
     try:
         if seed is not None:
@@ -74,6 +74,27 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)
+
+
+@contextmanager
+def borrowed_buffers(model: nn.Module, own: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the model's buffers hold `own` values by name; afterwards the bits they had.
+
+    What the buffers became inside goes back into `own`, which may start empty: so a seed on trial
+    gathers the normalisation statistics that the model would have with it.
+    """
+    named = dict(model.named_buffers())
+    kept = {name: buffer.detach().clone() for name, buffer in named.items()}
+    with torch.no_grad():
+        for name, value in own.items():
+            named[name].copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in named.items():
+                own[name] = buffer.detach().clone()
+                buffer.copy_(kept[name])
 
 
 @contextmanager

@@ -29,11 +29,11 @@ class KernelSource(Protocol):
     Unavailable error when the other side does not answer.
     """
 
-    async def metadata(self, kernel_id: str) -> KernelMetadata:
+    async def metadata(self, kernel_id: str, /) -> KernelMetadata:
         """The artifact's digest and size."""
         ...
 
-    async def artifact(self, kernel_id: str) -> bytes:
+    async def artifact(self, kernel_id: str, /) -> bytes:
         """The artifact's bytes."""
         ...
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from esper.execution.isolation import preserved_buffers, preserved_randomness
+from esper.execution.isolation import borrowed_buffers, preserved_randomness
 
 
 def shadow_gradients(
@@ -25,17 +25,20 @@ def shadow_gradients(
     loss_of_batch: Callable[[], Tensor],
     *,
     random_seed: int,
+    buffers: dict[str, Tensor],
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The loss of one batch, and the gradients of `parameters` alone, leaving no other trace.
 
     The caller has opened the model's `trialling` context, so that `loss_of_batch` sees the seed.
     `random_seed` starts the pass's own random stream: dropout in the shadow draws its own masks.
+    `buffers` are the seed's own normalisation statistics, gathered from one pass to the next: in
+    eval mode the host's would not fit activations that the seed has changed.
 
     Returns:
         The loss, 0-d and detached, and one gradient a parameter (None where the loss does not
         depend on it).
     """
-    with preserved_randomness(random_seed), preserved_buffers(model):
+    with preserved_randomness(random_seed), borrowed_buffers(model, buffers):
         loss = loss_of_batch()
         gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
     return loss.detach(), list(gradients)

@@ -60,7 +60,9 @@ def digits(
     return _split(x, y, train, validation, test)
 
 
-def _split(x: Tensor, y: Tensor, train: int, validation: int, test: int) -> dict[str, TensorDataset]:
+def _split(
+    x: Tensor, y: Tensor, train: int, validation: int, test: int
+) -> dict[str, TensorDataset]:
     total = train + validation + test
     if min(train, validation, test) < 1 or total > len(x):
         raise ValueError(

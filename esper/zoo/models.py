@@ -1,8 +1,9 @@
-"""Small models, plain torch: this file is copied beside what a run leaves, so it imports no more."""
+"""Small models in plain torch: this file is copied beside what a run leaves."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -17,11 +18,12 @@ class MLP(nn.Module):
         super().__init__()
         widths = [inputs, *hidden]
         self.hidden = nn.ModuleList(
-            nn.Linear(before, after) for before, after in zip(widths, widths[1:], strict=False)
+            nn.Linear(before, after) for before, after in pairwise(widths)
         )
         self.head = nn.Linear(widths[-1], outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, outputs]."""
         x = x.flatten(1)
         for layer in self.hidden:
             x = layer(x).relu()
@@ -59,5 +61,6 @@ class CNN(nn.Module):
         self.head = nn.Linear(before, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, outputs]."""
         out: Tensor = self.head(self.features(x).mean(dim=(2, 3)))
         return out

@@ -39,7 +39,7 @@ FALLING_TREND = -0.02
 """Smoothed health lost an epoch."""
 
 KEPT_SESSIONS = 256
-KEPT_PACKETS = 256
+KEPT_EPOCHS = 256
 
 ACTIVE_STATES = frozenset({SeedState.GERMINATED, SeedState.TRAINING, SeedState.GRAFTING})
 """The states in which a seed holds one of the session's active seats."""
@@ -47,7 +47,7 @@ ACTIVE_STATES = frozenset({SeedState.GERMINATED, SeedState.TRAINING, SeedState.G
 
 @dataclass(frozen=True)
 class _Memory:
-    """The averages after one packet; loss is None until a finite one came."""
+    """The averages after an epoch's first packet; loss is None until a finite one came."""
 
     sequence: int = -1
     epoch: int = 0
@@ -58,12 +58,13 @@ class _Memory:
 class ModelGraphAnalyzer:
     """Smooths health per layer and session, and names the layers with problems.
 
-    An average moves as `decay · before + (1 - decay) · now` with each packet; a trend is the
-    average's change an epoch.
+    An average moves as `decay · before + (1 - decay) · now` with the first packet of an epoch; a
+    trend is the average's change an epoch. The packets that follow at the same epoch, one after
+    each decision that was carried out, move nothing: their measurements are those of the first.
 
     A packet with a sequence number seen before is analysed from the averages before it, so a
     redelivered packet changes nothing and a trainer that went back to a checkpoint is followed
-    there. At most `KEPT_PACKETS` steps back are remembered, for `KEPT_SESSIONS` sessions.
+    there. At most `KEPT_EPOCHS` steps back are remembered, for `KEPT_SESSIONS` sessions.
     """
 
     def __init__(self, decay: float = 0.7) -> None:
@@ -84,47 +85,61 @@ class ModelGraphAnalyzer:
         measurement that is missing counts against a layer. `loss_trend` is the change an epoch of
         the smoothed validation loss in nats, infinite while that loss is not finite.
         """
-        before = self._memory_before(packet)
+        before, now = self._remembered(packet)
         signals = {signal.layer: signal for signal in packet.signals}
-        health = dict(before.health)
-        for name, signal in signals.items():
-            health[name] = self._smooth(before.health.get(name), signal.health_score())
-        loss, loss_trend = before.loss, math.inf
         elapsed = max(packet.epoch - before.epoch, 1)
-        if math.isfinite(packet.validation_loss):
-            loss = self._smooth(before.loss, packet.validation_loss)
-            loss_trend = 0.0 if before.loss is None else (loss - before.loss) / elapsed
-        self._sessions[packet.session].append(
-            _Memory(sequence=packet.sequence, epoch=packet.epoch, health=health, loss=loss)
-        )
-
-        topology = _topology(packet, health, before, elapsed)
+        topology = _topology(packet, now.health, before, elapsed)
         problems = tuple(
             ProblemLayer(layer=node.name, reason="; ".join(found))
             for node in topology.nodes
             if (found := _findings(node, signals.get(node.name)))
         )
-        scores = [health[node.name] for node in topology.nodes if node.name in health]
+        scores = [now.health[node.name] for node in topology.nodes if node.name in now.health]
         return ModelGraphState(
             session=packet.session,
             epoch=packet.epoch,
             topology=topology,
             problems=problems,
             health=(SystemHealth.of(sum(scores) / len(scores)) if scores else SystemHealth.OFFLINE),
-            loss_trend=loss_trend,
+            loss_trend=_loss_trend(packet, before, now, elapsed),
         )
 
-    def _memory_before(self, packet: SystemStatePacket) -> _Memory:
-        past = self._sessions.setdefault(packet.session, deque(maxlen=KEPT_PACKETS))
+    def _remembered(self, packet: SystemStatePacket) -> tuple[_Memory, _Memory]:
+        """The averages before the packet's epoch, and those at it."""
+        past = self._sessions.setdefault(packet.session, deque(maxlen=KEPT_EPOCHS))
         self._sessions.move_to_end(packet.session)
         if len(self._sessions) > KEPT_SESSIONS:
             self._sessions.popitem(last=False)
         while past and past[-1].sequence >= packet.sequence:
             past.pop()
-        return past[-1] if past else _Memory()
+        if past and past[-1].epoch == packet.epoch:
+            return (past[-2] if len(past) > 1 else _Memory()), past[-1]
+        before = past[-1] if past else _Memory()
+        past.append(now := self._moved(before, packet))
+        return before, now
+
+    def _moved(self, before: _Memory, packet: SystemStatePacket) -> _Memory:
+        """The averages once the packet's measurements are in."""
+        health = dict(before.health)
+        for signal in packet.signals:
+            health[signal.layer] = self._smooth(
+                before.health.get(signal.layer), signal.health_score()
+            )
+        loss = before.loss
+        if math.isfinite(packet.validation_loss):
+            loss = self._smooth(before.loss, packet.validation_loss)
+        return _Memory(sequence=packet.sequence, epoch=packet.epoch, health=health, loss=loss)
 
     def _smooth(self, before: float | None, now: float) -> float:
         return now if before is None else self.decay * before + (1 - self.decay) * now
+
+
+def _loss_trend(packet: SystemStatePacket, before: _Memory, now: _Memory, elapsed: int) -> float:
+    if not math.isfinite(packet.validation_loss):
+        return math.inf
+    if before.loss is None or now.loss is None:
+        return 0.0
+    return (now.loss - before.loss) / elapsed
 
 
 def _topology(

@@ -18,6 +18,7 @@ from esper.core.model_wrapper import MorphableModel
 from esper.errors import Interrupted
 from esper.execution.isolation import (
     RandomState,
+    borrowed_buffers,
     evaluating,
     preserved_buffers,
     preserved_randomness,
@@ -79,6 +80,7 @@ class Engine:
         self._host_groups: list[list[str]] = [[name for name, _ in model.named_parameters()]]
         self.host_optimizer = self._make_optimizer(self._parameters_named(self._host_groups[0]))
         self.seed_optimizers: dict[Site, torch.optim.Optimizer] = {}
+        self._shadow_buffers: dict[Site, dict[str, Tensor]] = {}
 
     # -- seeds ------------------------------------------------------------------------------
 
@@ -91,6 +93,7 @@ class Engine:
     def stop_learning(self, site: Site) -> None:
         """Forget a seed's optimiser."""
         self.seed_optimizers.pop(site, None)
+        self._shadow_buffers.pop(site, None)
 
     def adopt(self, site: Site) -> None:
         """Move a fossilised seed's parameters and moments into the host's optimiser."""
@@ -148,7 +151,7 @@ class Engine:
                 self._shadow_batch(record, inputs, targets, epoch, number, every)
             with self.meter.counting("train", structure, _shape(inputs), trial=trial):
                 loss = self._loss(inputs, targets)
-                (loss / every if every > 1 else loss).backward()  # type: ignore[no-untyped-call]
+                (loss / every if every > 1 else loss).backward()
             total += loss.detach().double() * len(targets)
             seen += len(targets)
             if number % every == 0 or number == len(pieces):
@@ -186,6 +189,7 @@ class Engine:
                 parameters,
                 lambda: self._loss(inputs, targets),
                 random_seed=draw,
+                buffers=self._shadow_buffers.setdefault(record.site, {}),
             )
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
@@ -226,7 +230,11 @@ class Engine:
                     if trying is None:
                         outputs.append(self._forward(inputs))
                     else:
-                        with self.model.morphology.trialling(*trying):
+                        own = dict(self._shadow_buffers.get(trying, {}))
+                        with (
+                            borrowed_buffers(self.model, own),
+                            self.model.morphology.trialling(*trying),
+                        ):
                             outputs.append(self._forward(inputs))
                 targets.append(target)
             output, target = torch.cat(outputs), torch.cat(targets)
@@ -248,9 +256,7 @@ class Engine:
         ):
             self._forward(inputs)
         kinds = {name: layer_kind(layer) for name, layer in layers.items()}
-        return telemetry.health_signals(
-            self.config.session, epoch, kinds, self.gradients, outputs
-        )
+        return telemetry.health_signals(self.config.session, epoch, kinds, self.gradients, outputs)
 
     # -- snapshots --------------------------------------------------------------------------
 
@@ -263,6 +269,9 @@ class Engine:
         for optimizer in self.seed_optimizers.values():
             for name, tensor in optimization.optimizer_tensors(optimizer, names).items():
                 tensors[f"seeds/{name}"] = tensor
+        for (layer, slot), buffers in self._shadow_buffers.items():
+            for name, tensor in buffers.items():
+                tensors[f"shadow/{slot}/{layer}//{name}"] = tensor
         return Snapshot(
             epoch=epoch,
             tensors={name: tensor.detach().clone() for name, tensor in tensors.items()},
@@ -296,6 +305,13 @@ class Engine:
         for layer, slot in snapshot.state["seedOptimizers"]:
             self.start_learning((layer, slot))
             self._load(self.seed_optimizers[layer, slot], "seeds/", snapshot, names)
+        self._shadow_buffers = {}
+        for key, tensor in snapshot.tensors.items():
+            if key.startswith("shadow/"):
+                slot, rest = key.removeprefix("shadow/").split("/", 1)
+                layer, name = rest.split("//")
+                site = (layer, int(slot))
+                self._shadow_buffers.setdefault(site, {})[name] = tensor.clone()
         self.learning_rate_scale = snapshot.state["learningRateScale"]
         if not keep_flops:
             self.meter.total = snapshot.state["flops"]

@@ -93,15 +93,8 @@ def judge_recovery(measurement: Measurement | None) -> Judgement:
 
 
 def embargo_epochs(cycle: int, gates: GatesConfig) -> int:
-    """How long a culled slot stays closed: doubling with every cycle, at most 32 times the first."""
-    return gates.embargo_epochs * 2 ** min(cycle, 5)
-
-
-def ramped_alpha(age_epochs: int, gates: GatesConfig) -> float:
-    """The blending factor after `age_epochs` epochs of grafting: linear up to 1."""
-    if gates.ramp_epochs == 0:
-        return 1.0
-    return min(1.0, age_epochs / gates.ramp_epochs)
+    """How long a culled slot stays closed: doubling with every cycle, at most 32-fold."""
+    return gates.embargo_epochs << min(cycle, 5)
 
 
 def recovery_due(age_epochs: int, gates: GatesConfig) -> bool:

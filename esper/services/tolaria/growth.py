@@ -21,6 +21,7 @@ from esper.contracts.operational import (
     SeedTransition,
 )
 from esper.errors import BlueprintError, EsperError
+from esper.execution.blending import ramped_alpha
 from esper.services.tolaria import gates as rules
 from esper.services.tolaria.config import TolariaConfig
 from esper.services.tolaria.engine import Engine, layer_kind, lifecycle
@@ -94,7 +95,7 @@ class Growth:
 
     def layer_descriptions(self) -> tuple[LayerDescription, ...]:
         """The host layers in execution order."""
-        base = {name: 0 for name in self._engine.model.morphology.layers}
+        base = dict.fromkeys(self._engine.model.morphology.layers, 0)
         for name, layer in self._engine.model.morphology.layers.items():
             own = (p for key, p in layer.named_parameters() if not key.startswith("grown."))
             base[name] = sum(p.numel() for p in own)
@@ -333,9 +334,7 @@ class Growth:
         )
 
     def _blend(self, record: SeedRecord) -> None:
-        # The first interval already blends a little: a seed at zero would learn nothing.
-        interval = self._config.growth.controller.interval_epochs
-        record.alpha = rules.ramped_alpha(record.age_epochs + interval, self._gates)
+        record.alpha = ramped_alpha(record.age_epochs, self._gates.ramp_epochs)
         self._engine.model.morphology.set_alpha(record.layer, record.slot, record.alpha)
 
     def _move(self, record: SeedRecord, state: SeedState, epoch: int, reason: str) -> None:

@@ -89,9 +89,7 @@ def adopt(host: torch.optim.Optimizer, seed: torch.optim.Optimizer) -> None:
             host.state[parameter] = seed.state[parameter]
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: dict[int, str]
-) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
     """The optimiser's state as tensors by `<parameter name>::<state key>`; names by id."""
     found: dict[str, Tensor] = {}
     for parameter, state in optimizer.state.items():
@@ -115,8 +113,6 @@ def load_optimizer_tensors(
             state = by_name.get(names[id(parameter)])
             if state is not None:
                 optimizer.state[parameter] = {
-                    key: value.clone()
-                    if key == "step"
-                    else value.clone().to(parameter.device)
+                    key: value.clone() if key == "step" else value.clone().to(parameter.device)
                     for key, value in state.items()
                 }

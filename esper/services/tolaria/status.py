@@ -102,9 +102,7 @@ class StatusFile:
         """Name the newest checkpoint; the observer that writes it stands before this one."""
         name = f"checkpoints/{PREFIX}{snapshot.epoch:06d}"
         self._condition("Checkpointed", "True", "Written", name)
-        self._update(
-            checkpoint=CheckpointStatus(name=name, epoch=snapshot.epoch, time=utc_now())
-        )
+        self._update(checkpoint=CheckpointStatus(name=name, epoch=snapshot.epoch, time=utc_now()))
         self.write()
 
     def finish(

@@ -1,14 +1,16 @@
 """The policy `heuristic`: try every candidate in the shadow, then grow the best.
 
-Three measurements shaped it. Waiting for a plateau hurts, so it goes by the clock. The gradient a new module would be born with ranks the sites backwards, so nothing is
-read off before a trial. A short trial of each blueprint at each site, in the shadow of its host,
-ranks them right, so it pays for those trials and lets their lower bounds decide.
+Three measurements shaped it. Waiting for a plateau hurts, so it goes by the clock. The gradient
+that a new module would be born with ranks the sites backwards, so nothing is read off before a
+trial. A short trial of each blueprint at each site, in the shadow of its host, ranks them right,
+so it pays for those trials and lets their lower bounds decide.
 
-A survey is one round of trials against one host. It ends with a graft: the host is another one
-then, and whatever was measured against the old one is void. Within a survey, losers are raced
-out early as in Hoeffding races (Maron & Moore, "Hoeffding Races: Accelerating Model Selection
-Search for Classification and Function Approximation", NIPS 1994): a trial ends once its upper
-bound lies below another's lower bound.
+A survey is one round of trials against one host. It ends with a fossil: the host is another one
+then, and whatever was measured against the old one is void. It also ends when every candidate
+was tried. Within a survey, losers are raced out early as in Hoeffding races (Maron & Moore,
+"Hoeffding Races: Accelerating Model Selection Search for Classification and Function
+Approximation", NIPS 1994): a trial ends once its upper bound lies below the lower bound of
+another one of its age.
 
 Kernels that fold into their host's own layer add no function class. They may grow only where
 nothing else could, and the placebo never: it is tried because a search that would pick it is
@@ -16,6 +18,8 @@ measuring noise.
 """
 
 from __future__ import annotations
+
+from collections import Counter
 
 from esper.contracts.enums import DecisionAction, SeedState
 from esper.contracts.operational import (
@@ -73,6 +77,8 @@ def decide(packet: SystemStatePacket, state: ModelGraphState) -> AdaptationDecis
 def first_survey_epoch(packet: SystemStatePacket) -> int:
     """When the first survey begins: at its share of the epochs, or while a graft still pays."""
     latest = packet.epochs - growth_epochs(packet.settings)
+    # Nothing begins between two boundaries, so the last one that leaves the time counts.
+    latest -= latest % packet.settings.interval_epochs
     return max(1, min(int(FIRST_SURVEY * packet.epochs), latest))
 
 
@@ -108,18 +114,30 @@ def _exhausted(survey: list[TrialRecord], wanted: set[tuple[str, str]], epoch: i
     return bool(survey) and wanted <= tried and over
 
 
+def _plantable(packet: SystemStatePacket) -> list[Candidate]:
+    """The affordable candidates at layers that have, or will have, a slot for them.
+
+    A fossil keeps its slot for good: a survey that waited for it would never be over.
+    """
+    fossils = Counter(seed.layer for seed in packet.seeds if seed.state is SeedState.FOSSILIZED)
+    layers = {layer.name for layer in packet.layers if fossils[layer.name] < layer.slots}
+    return [
+        candidate
+        for candidate in packet.candidates
+        if candidate.layer in layers and affordable(packet, candidate)
+    ]
+
+
 def _eligible(packet: SystemStatePacket) -> list[Candidate]:
-    """The affordable candidates that could be grafted: never the placebo.
+    """The plantable candidates that could be grafted: never the placebo.
 
     Kernels that fold are among them only where the session's blueprints offer nothing else.
     """
     only_folds = all(candidate.folds for candidate in packet.candidates)
     return [
         candidate
-        for candidate in packet.candidates
-        if candidate.parameters > 0
-        and affordable(packet, candidate)
-        and (only_folds or not candidate.folds)
+        for candidate in _plantable(packet)
+        if candidate.parameters > 0 and (only_folds or not candidate.folds)
     ]
 
 
@@ -159,9 +177,9 @@ def _clear_up(packet: SystemStatePacket, grafting: SeedObservation) -> Adaptatio
 def _race(packet: SystemStatePacket) -> AdaptationDecision | None:
     """Cull a seed that can't win this survey any more.
 
-    Ready seeds that may not or can't be grafted go first, then the trial whose upper bound, rent
-    taken off, lies furthest below the best lower bound, rent taken off. Only seeds that may grow
-    can lead: the placebo's zero would otherwise end every slow start.
+    Ready seeds that may not or can't be grafted go first: their trials are over, so they would
+    hold their slots and the survey for good. Then goes the trial whose upper bound, rent taken
+    off, lies furthest below the best lower bound of its age, rent taken off.
     """
     for seed in ready_seeds(packet):
         if not _may_grow(packet, seed):
@@ -174,25 +192,22 @@ def _race(packet: SystemStatePacket) -> AdaptationDecision | None:
             )
         if seed.parameters > packet.remaining_parameters:
             return change(packet, DecisionAction.CULL, seed, outgrown(packet, seed))
+        if shortfall := _shortfall(packet, seed):
+            return change(packet, DecisionAction.CULL, seed, shortfall)
     racing = [
         seed
         for seed in packet.seeds
         if seed.state is SeedState.TRAINING and seed.age_epochs >= RACING_AGE_EPOCHS
     ]
-    leader = max((seed for seed in racing if _may_grow(packet, seed)), key=least_gain, default=None)
-    # Only trials of one age compare: early in training everything helps, and a seed that has
-    # learnt for longer helps more.
-    loser = min(
-        (
-            seed
-            for seed in racing
-            if seed is not leader and leader is not None and seed.age_epochs == leader.age_epochs
-        ),
-        key=most_gain,
-        default=None,
-    )
-    if leader is None or loser is None or most_gain(loser) >= least_gain(leader):
+    behind = [
+        (seed, leader)
+        for seed in racing
+        if (leader := _leader(packet, racing, seed)) is not seed
+        and most_gain(seed) < least_gain(leader)
+    ]
+    if not behind:
         return None
+    loser, leader = min(behind, key=lambda pair: most_gain(pair[0]) - least_gain(pair[1]))
     return change(
         packet,
         DecisionAction.CULL,
@@ -200,6 +215,37 @@ def _race(packet: SystemStatePacket) -> AdaptationDecision | None:
         f"{describe(loser)} gains at most {most_gain(loser):.3f} nats after rent, and"
         f" {describe(leader)} at least {least_gain(leader):.3f}, so it can't win this survey.",
     )
+
+
+def _leader(
+    packet: SystemStatePacket, racing: list[SeedObservation], seed: SeedObservation
+) -> SeedObservation:
+    """The seed of `racing` with the best lower bound among those of `seed`'s age, or `seed`.
+
+    Only trials of one age compare: early in training everything helps, and a seed that has learnt
+    for longer helps more. Only seeds that may grow can lead: the placebo's zero would otherwise
+    end every slow start.
+    """
+    return max(
+        (
+            rival
+            for rival in racing
+            if rival.age_epochs == seed.age_epochs and _may_grow(packet, rival)
+        ),
+        key=least_gain,
+        default=seed,
+    )
+
+
+def _shortfall(packet: SystemStatePacket, seed: SeedObservation) -> str | None:
+    """What a ready seed's evidence lacks for a graft, as a sentence, or None."""
+    ended = f"{describe(seed)} ended its trial with {_gain(seed)}"
+    if seed.measurement is None or not seed.measurement.passes():
+        return f"{ended}, which does not show that it earns its rent."
+    sure, asked = confidence(seed), packet.settings.minimum_confidence
+    if sure < asked:
+        return f"{ended} and earns its rent with a confidence of {sure:.3f}, below {asked:.3f}."
+    return None
 
 
 def _untried(packet: SystemStatePacket) -> list[Candidate]:
@@ -211,14 +257,14 @@ def _untried(packet: SystemStatePacket) -> list[Candidate]:
     eligible = _eligible(packet)
     if not eligible:
         return []
-    placebos = [candidate for candidate in packet.candidates if candidate.parameters == 0]
+    placebos = [candidate for candidate in _plantable(packet) if candidate.parameters == 0]
     tried = {(trial.layer, trial.blueprint) for trial in survey_trials(packet)}
     position = {layer.name: index for index, layer in enumerate(packet.layers)}
     return sorted(
         (
             candidate
             for candidate in (*eligible, *placebos)
-            if candidate.layer in position and (candidate.layer, candidate.blueprint) not in tried
+            if (candidate.layer, candidate.blueprint) not in tried
         ),
         key=lambda candidate: (
             candidate.parameters == 0,
@@ -272,13 +318,18 @@ def _contenders(packet: SystemStatePacket) -> list[SeedObservation]:
 
 
 def _graft_best(packet: SystemStatePacket) -> AdaptationDecision | None:
-    """Graft the best ready seed when nothing is in trial and nothing speaks against it."""
+    """Graft the best ready seed once the survey has nothing left to try.
+
+    At the last boundary at which a graft fits, it waits for no trial and no embargo any more.
+    """
     contenders = _contenders(packet)
-    if _in_trial(packet) or not contenders or _reopening(packet):
+    left, needed = packet.remaining_epochs, graft_epochs(packet.settings)
+    if not contenders or left < needed:
         return None
     best = contenders[0]
     measured = best.measurement
-    if measured is None or _objection(packet, best):
+    last_call = left - packet.settings.interval_epochs < needed
+    if measured is None or (not last_call and (_in_trial(packet) or _reopening(packet))):
         return None
     return change(
         packet,
@@ -306,20 +357,6 @@ def _reopening(packet: SystemStatePacket) -> list[Candidate]:
     ]
 
 
-def _objection(packet: SystemStatePacket, best: SeedObservation) -> str | None:
-    """What keeps the best ready seed from being grafted, as a sentence, or None."""
-    leads = f"{describe(best)} leads with {_gain(best)}"
-    if best.measurement is None or not best.measurement.passes():
-        return f"{leads}, which does not show that it earns its rent."
-    sure, asked = confidence(best), packet.settings.minimum_confidence
-    if sure < asked:
-        return f"{leads} and earns its rent with a confidence of {sure:.3f}, below {asked:.3f}."
-    left, needed = packet.remaining_epochs, graft_epochs(packet.settings)
-    if left < needed:
-        return f"{leads}, but a graft takes {counted(needed, 'epoch')} and {left} are left."
-    return None
-
-
 def _waiting_for(packet: SystemStatePacket) -> str:
     """What the survey waits for, as a sentence."""
     trials = _in_trial(packet)
@@ -327,8 +364,12 @@ def _waiting_for(packet: SystemStatePacket) -> str:
         names = ", ".join(describe(seed) for seed in trials)
         return f"The survey goes on with {counted(len(trials), 'trial')} under way: {names}."
     contenders = _contenders(packet)
-    if contenders and (objection := _objection(packet, contenders[0])):
-        return objection
+    left, needed = packet.remaining_epochs, graft_epochs(packet.settings)
+    if contenders and left < needed:
+        return (
+            f"{describe(contenders[0])} leads with {_gain(contenders[0])}, but a graft takes"
+            f" {counted(needed, 'epoch')} and {left} are left."
+        )
     untried = _untried(packet)
     tried = len(survey_trials(packet))
     if not untried:
@@ -336,7 +377,7 @@ def _waiting_for(packet: SystemStatePacket) -> str:
             f"The survey is over after {counted(tried, 'trial')}: nothing else fits the"
             f" {counted(packet.remaining_parameters, 'parameter')} left."
         )
-    left, needed = packet.remaining_epochs, growth_epochs(packet.settings)
+    needed = growth_epochs(packet.settings)
     if left < needed:
         return (
             f"A trial with its graft and payback takes {counted(needed, 'epoch')} and {left} are"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import sys
 from collections import Counter
@@ -14,10 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from esper.contracts.blueprints import BlueprintDocument, Graph
 from esper.core import wrap
-from esper.errors import BadInput, KernelError
-from esper.execution.kasmina_layer import KasminaConv2d, KasminaLayer, KasminaLinear, Tap
+from esper.errors import BadInput
+from esper.execution.kasmina_layer import KasminaConv2d, KasminaLayer, KasminaLinear
 from esper.execution.state_layout import SeedLifecycleState as S
 
 DORMANT_TO_GRAFTING = (S.TRAINING, S.GRAFTING)
@@ -36,7 +34,9 @@ class Scaling(nn.Module):
         return self.map(x)
 
 
-def linear_pair(inputs: int = 5, outputs: int = 4, bias: bool = True) -> tuple[nn.Module, nn.Module]:
+def linear_pair(
+    inputs: int = 5, outputs: int = 4, bias: bool = True
+) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     bare = nn.Sequential(nn.Linear(inputs, outputs, bias=bias), nn.ReLU(), nn.Linear(outputs, 3))
     wrapped = wrap(bare, torch.randn(2, inputs), copy=True)
@@ -390,105 +390,6 @@ def test_what_the_lifecycle_does_not_allow_is_refused_and_changes_nothing(action
     with pytest.raises(BadInput, match=message):
         action(wrapped.morphology)
     assert wrapped.morphology.structure() == before
-
-
-class ReadsProducer(nn.Module):
-    """A widening by `units`: like the producer, its activation, like the consumer."""
-
-    def __init__(self, inputs: int, units: int, outputs: int) -> None:
-        super().__init__()
-        self.rows, self.columns = nn.Linear(inputs, units), nn.Linear(units, outputs, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.columns(torch.relu(self.rows(x)))
-
-
-@pytest.mark.parametrize("states", [DORMANT_TO_GRAFTING, TO_FOSSIL])
-def test_a_widening_seed_reads_the_producers_input(states) -> None:
-    bare, wrapped = linear_pair()
-    seed = ReadsProducer(5, 7, 3)
-    grow(wrapped, "2", seed, states, reads_producer=True)
-    if states == DORMANT_TO_GRAFTING:
-        wrapped.morphology.set_alpha("2", 0, 1.0)
-    x = torch.randn(4, 5)
-    assert same(wrapped(x), bare(x) + seed(x))
-    tap = wrapped[0].live[0]
-    assert isinstance(tap, Tap)
-    assert tap.kept is None
-
-
-def test_the_producer_keeps_nothing_unless_a_consumer_asks() -> None:
-    _, wrapped = linear_pair()
-    grow(wrapped, "2", ReadsProducer(5, 7, 3), (S.TRAINING,), reads_producer=True)
-    assert wrapped[0].live == ()
-    with wrapped.morphology.trialling("2", 0):
-        assert len(wrapped[0].live) == 1
-    assert wrapped[0].live == ()
-    with wrapped.morphology.trialling("2", 0), wrapped.morphology.without("2", 0):
-        assert wrapped[0].live == ()
-
-
-def test_a_producer_with_a_seed_of_its_own_still_feeds_its_consumer() -> None:
-    bare, wrapped = linear_pair()
-    own, widening = Scaling(5, 4), ReadsProducer(5, 7, 3)
-    grow(wrapped, "2", widening, TO_FOSSIL, reads_producer=True)
-    grow(wrapped, "0", own, TO_FOSSIL)
-    x = torch.randn(4, 5)
-    hidden = torch.relu(bare[0](x) + own(x))
-    assert same(wrapped(x), bare[2](hidden) + widening(x))
-    with wrapped.morphology.without("0", 0):
-        assert same(wrapped(x), bare(x) + widening(x))
-
-
-def test_a_consumer_that_runs_before_its_producer_says_so() -> None:
-    _, wrapped = linear_pair()
-    grow(wrapped, "2", ReadsProducer(5, 7, 3), TO_FOSSIL, reads_producer=True)
-    with pytest.raises(KernelError, match="before the producer"):
-        wrapped[2](torch.randn(4, 4))
-
-
-def test_loading_a_kernel_takes_it_from_the_cache_with_the_seeds_own_weights() -> None:
-    from esper.contracts.kernels import KernelMetadata
-    from esper.execution.kernel_cache import KernelCache
-
-    bare, wrapped = linear_pair()
-    artifact, metadata, kernel = compiled(wrapped.morphology.target("0"))
-
-    class Shelf:
-        async def metadata(self, kernel_id: str) -> KernelMetadata:
-            return metadata
-
-        async def artifact(self, kernel_id: str) -> bytes:
-            return artifact
-
-    layer = wrapped.morphology.layers["0"]
-    asyncio.run(layer.load_kernel(0, kernel, KernelCache(Shelf()), generator_seed=3))
-    assert wrapped.morphology.record("0", 0).kernel == kernel
-    assert isinstance(wrapped.morphology.seed_graph("0", 0), Graph)
-    x = torch.randn(3, 5)
-    with wrapped.morphology.trialling("0", 0):
-        assert torch.equal(wrapped(x), bare(x))
-
-
-def compiled(target):
-    """A kernel that is zero at birth, compiled for `target`, as (bytes, metadata, id)."""
-    from esper.services.tezzeret.compiler import compile_kernel
-
-    document = BlueprintDocument.model_validate(
-        {
-            "name": "double",
-            "hosts": ["Linear"],
-            "graph": {
-                "nodes": [
-                    {"op": "input", "id": "x"},
-                    {"op": "linear", "id": "y", "input": "x", "features": "out", "init": "zero"},
-                ],
-                "output": "y",
-            },
-        }
-    )
-    artifact = compile_kernel(document, target)
-    return artifact.data, artifact.metadata, artifact.metadata.kernel
 
 
 @pytest.mark.parametrize("kind", [KasminaLinear, KasminaConv2d])
