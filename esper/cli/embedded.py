@@ -52,6 +52,7 @@ from esper.services.tolaria.entrypoints import (
     check_fit,
     make_importable,
 )
+from esper.services.tolaria.growth import refuse_misfit
 from esper.services.tolaria.main import TolariaService
 from esper.services.tolaria.objective import Objective
 from esper.services.tolaria.run_directory import RunDirectory, RunLog, refuse_unusable
@@ -165,6 +166,12 @@ def prepare(manifest: Manifest, folder: Path) -> Prepared:
         ),
         seeds_per_layer=config.growth.seeds_per_layer,
     )
+    selected = {document.name: document for document in documents}
+    for blueprint in manifest.blueprints:
+        document = selected.get(blueprint.metadata.name)
+        if document is not None:
+            builtin = blueprint.spec.builtin is not None
+            refuse_misfit(document, wrapped.morphology, builtin=builtin)
     return Prepared(
         manifest=manifest,
         config=config,
@@ -367,7 +374,7 @@ def _finished(
     )
     status.finish(
         SessionOutcome.SUCCEEDED,
-        f"{result.epochs} epochs; {len(result.grown)} parts grown",
+        f"{result.epochs} epochs; parts grown: {len(result.grown)}",
         changes={
             "metrics": status.test_metric(result.test.metric),
             "parameters": result.parameters,
@@ -384,7 +391,8 @@ def _shown_end(result: Mapping[str, Any], path: Path, shown: _Shown) -> None:
         grown = result["parameters"] - result["parametersBase"]
         sys.stderr.write(
             f"{result['session']}: {result['outcome']}, "
-            f"{result['metric']} {result['accuracy']:.4f} on the test set, {result['parametersBase']} + {grown} parameters\n"
+            f"{result['metric']} {result['accuracy']:.4f} on the test set, "
+            f"{result['parametersBase']} + {grown} parameters\n"
             f"report: {path / 'report.html'}\n"
         )
     if shown.json:

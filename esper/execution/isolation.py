@@ -67,13 +67,8 @@ def preserved_randomness(seed: int | None = None) -> Iterator[None]:
 @contextmanager
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
     """The model's buffers (BatchNorm statistics and the like) hold the same bits at the end."""
-    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
+    with borrowed_buffers(model, {}):
         yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
 
 
 @contextmanager
@@ -83,18 +78,38 @@ def borrowed_buffers(model: nn.Module, own: dict[str, Tensor]) -> Iterator[None]
     What the buffers became inside goes back into `own`, which may start empty: so a seed on trial
     gathers the normalisation statistics that the model would have with it.
     """
-    named = dict(model.named_buffers())
-    kept = {name: buffer.detach().clone() for name, buffer in named.items()}
+    # By their place in their modules: a forward may assign a new tensor instead of writing.
+    places = {
+        f"{path}.{key}" if path else key: (module._buffers, key)
+        for path, module in model.named_modules()
+        for key in module._buffers
+    }
+    kept = {}
+    for name, (buffers, key) in places.items():
+        buffer = buffers[key]
+        kept[name] = (buffer, None if buffer is None else buffer.detach().clone())
     with torch.no_grad():
-        for name, value in own.items():
-            named[name].copy_(value)
+        for name, (buffers, key) in places.items():
+            buffer = buffers[key]
+            if name not in own:
+                continue
+            if buffer is not None and buffer.shape == own[name].shape:
+                buffer.copy_(own[name])
+            else:
+                buffers[key] = own[name].clone()
     try:
         yield
     finally:
         with torch.no_grad():
-            for name, buffer in named.items():
-                own[name] = buffer.detach().clone()
-                buffer.copy_(kept[name])
+            for name, (buffers, key) in places.items():
+                became = buffers[key]
+                if became is not None:
+                    own[name] = became.detach().clone()
+            for name, (buffers, key) in places.items():
+                buffer, value = kept[name]
+                buffers[key] = buffer
+                if buffer is not None:
+                    buffer.copy_(value)
 
 
 @contextmanager

@@ -41,4 +41,17 @@ def shadow_gradients(
     with preserved_randomness(random_seed), borrowed_buffers(model, buffers):
         loss = loss_of_batch()
         gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
-    return loss.detach(), list(gradients)
+    return loss.detach(), [
+        None if gradient is None else _laid_out_as(parameter, gradient)
+        for parameter, gradient in zip(parameters, gradients, strict=True)
+    ]
+
+
+def _laid_out_as(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+    """`gradient` in the strides of `parameter`, as `backward` would have left it.
+
+    `grad` gives them as they fall, e.g. channels last, and fused optimisers walk through memory.
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter, requires_grad=False).copy_(gradient)

@@ -17,6 +17,7 @@ class Spiral(nn.Module):
         self.out = nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, 3]."""
         x = torch.tanh(self.lift(x))
         x = torch.tanh(self.mix(x))
         return self.out(x)
@@ -28,7 +29,7 @@ def spirals(points: int = 3000, noise: float = 0.15, seed: int = 0) -> dict[str,
     arm = torch.randint(3, (points,), generator=generator)
     radius = torch.rand(points, generator=generator)
     jitter = noise * torch.randn(points, generator=generator)
-    angle = 2 * math.pi * arm / 3 + 4.0 * radius + jitter
+    angle = 2 * math.pi * arm / 3 + 7.0 * radius + jitter
     x = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1) * 2
     parts = {"train": (0, 0.6), "validation": (0.6, 0.8), "test": (0.8, 1.0)}
     return {

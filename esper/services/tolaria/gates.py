@@ -43,8 +43,8 @@ def paired_measurement(
     """What the seed contributes: the mean of the paired differences, in nats per sample.
 
     The bounds are one-sided at `confidence_level` each, from the normal law of the mean of
-    paired differences. None where fewer than two samples or a non-finite one came: no measurement
-    is better than a wrong one.
+    paired differences. None where fewer than two samples came, or one that is not finite or too
+    large to square: no measurement is better than a wrong one.
     """
     if len(without) != len(with_seed) or len(without) < 2:
         return None
@@ -52,8 +52,11 @@ def paired_measurement(
     if not all(math.isfinite(value) for value in differences):
         return None
     count = len(differences)
-    mean = math.fsum(differences) / count
-    variance = math.fsum((value - mean) ** 2 for value in differences) / (count - 1)
+    try:
+        mean = math.fsum(differences) / count
+        variance = math.fsum((value - mean) ** 2 for value in differences) / (count - 1)
+    except OverflowError:
+        return None
     margin = NormalDist().inv_cdf(confidence_level) * math.sqrt(variance / count)
     return Measurement(
         mean=mean, lower=mean - margin, upper=mean + margin, rent=rent, samples=count

@@ -20,6 +20,7 @@ from esper.contracts.operational import (
     Measurement,
     SeedTransition,
 )
+from esper.core.model_wrapper import Morphology
 from esper.errors import BlueprintError, EsperError
 from esper.execution.blending import ramped_alpha
 from esper.services.tolaria import gates as rules
@@ -52,6 +53,45 @@ class KernelSupply(Protocol):
             KernelError: the kernel failed to compile or to verify.
             Unavailable: a service did not answer within the configured patience.
         """
+
+
+def refuse_misfit(document: BlueprintDocument, morphology: Morphology, *, builtin: bool) -> None:
+    """Refuse a blueprint of the manifest that no layer of the model can host.
+
+    A built-in one with other arguments (`builtin`) was not written for this model and may fit
+    nowhere, as the catalogue's own; over a size cap wherever it fits, it is refused too.
+
+    Raises:
+        BlueprintError: it fits no layer of its kinds; the first layer's reason.
+    """
+    misfits: list[tuple[str, BlueprintError]] = []
+    too_large: list[tuple[str, BlueprintError]] = []
+    kinds = {name: layer_kind(layer) for name, layer in morphology.layers.items()}
+    for layer in (name for name, kind in kinds.items() if kind in document.hosts):
+        refusals = misfits
+        try:
+            graph = lower(document, morphology.target(layer))
+            refusals = too_large
+            infer(graph, morphology.target(layer))
+        except BlueprintError as error:
+            refusals.append((layer, error))
+        else:
+            return
+    if not too_large and (builtin or not kinds):
+        return
+    if not too_large + misfits:
+        raise BlueprintError(
+            "spec.hosts",
+            ", ".join(document.hosts),
+            f"a kind of the model's host layers: {', '.join(sorted(set(kinds.values())))} "
+            f"(Blueprint {document.name})",
+        )
+    layer, error = (too_large + misfits)[0]
+    raise BlueprintError(
+        "spec.arguments" if builtin else error.field,
+        error.came,
+        f"{error.allowed} (Blueprint {document.name} at layer {layer}, and no other layer fits)",
+    ) from error
 
 
 class Growth:
@@ -118,9 +158,9 @@ class Growth:
                     continue
                 try:
                     graph = lower(document, target)
+                    cost = infer(graph, target)
                 except BlueprintError:
                     continue  # e.g. widen at a layer without a traced producer
-                cost = infer(graph, target)
                 found.append(
                     Candidate(
                         layer=layer,

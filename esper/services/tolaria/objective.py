@@ -143,7 +143,7 @@ def fitted_temperature(logits: Tensor, targets: Tensor, steps: int = 50) -> floa
         return 1.0
     log_scale = 0.0
     classes = logits.movedim(1, -1).reshape(-1, logits.shape[1])
-    labels = targets.reshape(-1, 1)
+    labels = targets.reshape(-1, 1).long()
     target = classes.gather(1, labels)[:, 0]
     limit = math.log(100.0)
     for _ in range(steps):

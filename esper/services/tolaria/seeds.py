@@ -83,6 +83,17 @@ class SeedBook:
             found[record.state.value] = found.get(record.state.value, 0) + 1
         return dict(sorted(found.items()))
 
+    def lives(self, slots: int) -> dict[str, int]:
+        """What became of every seed that ever lived, by the state in which it ended.
+
+        `slots` are all the session's; those that hold nothing now are dormant.
+        """
+        found = dict.fromkeys((state.value for state in SeedState), 0)
+        for trial in self.trials:
+            found[trial.state.value] += 1
+        found[SeedState.DORMANT.value] = slots - len(self.in_state(*ALIVE))
+        return found
+
     def open_trial(self, record: SeedRecord, epoch: int) -> None:
         """Remember that a candidate is being tried."""
         self.trials.append(

@@ -68,7 +68,10 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a finished training run came to. `test` was read once, after everything else."""
+    """What a finished training run came to. `test` was read once, after everything else.
+
+    `seeds` counts every seed that lived by the state it ended in, and the slots left dormant.
+    """
 
     test: Quality
     epochs: int
@@ -329,7 +332,9 @@ class TolariaTrainer:
             flops=self.engine.meter.total,
             flops_trials=self.engine.meter.trials,
             seconds=self.seconds,
-            seeds=self.growth.book.counts(),
+            seeds=self.growth.book.lives(
+                sum(layer.slots for layer in self.growth.layer_descriptions())
+            ),
             grown=tuple(
                 record
                 for record in self.growth.book.records.values()

@@ -147,6 +147,11 @@ class Build:
             }
         )
 
+    @staticmethod
+    def surveying(settings: dict[str, Any] | None = None, **fields: Any) -> SystemStatePacket:
+        """A packet at the epoch at which the first survey of 100 epochs begins."""
+        return Build.packet(settings, **{"epoch": 50, **fields})
+
 
 @pytest.fixture(scope="session")
 def build() -> type[Build]:

@@ -143,20 +143,87 @@ def packets_of(build, ranks, session="small"):
     ]
 
 
-ranks = st.lists(st.floats(0, 1), min_size=1, max_size=8)
+def test_the_averages_move_once_an_epoch(build):
+    first, second = packets_of(build, [0.8, 0.2])
+    engine, plain = ModelGraphAnalyzer(), ModelGraphAnalyzer()
+    assert engine.analyze(first) == plain.analyze(first)
+    moved = plain.analyze(second)
+    assert engine.analyze(second) == moved
+    for sequence in (3, 4, 5):
+        again = second.model_copy(update={"sequence": sequence})
+        assert engine.analyze(again) == moved
+    following = packets_of(build, [0.0, 0.0, 0.5])[2].model_copy(update={"sequence": 6})
+    assert engine.analyze(following) == plain.analyze(following)
 
 
-@settings(deadline=None)
-@given(ranks, st.data())
-def test_a_redelivered_packet_or_a_step_back_changes_nothing(build, values, data):
-    packets = packets_of(build, values)
+def test_a_second_packet_of_an_epoch_moves_no_average_whatever_it_says(build):
+    engine = ModelGraphAnalyzer()
+    first = build.packet(epoch=1, sequence=1, signals=(build.signal(),), validation_loss=2.0)
+    second = first.model_copy(
+        update={
+            "sequence": 2,
+            "signals": (build.signal(activation_rank=0.1), build.signal("fc2")),
+            "validation_loss": 1.0,
+        }
+    )
+    before, after = engine.analyze(first), engine.analyze(second)
+    assert after.topology == before.topology
+    assert (after.loss_trend, after.health) == (before.loss_trend, before.health)
+    assert problems(after)["fc1"] == "uses 10% of its rank"
+
+
+def test_a_first_packet_without_a_finite_loss_leaves_no_trend_for_its_epoch(build):
+    engine = ModelGraphAnalyzer()
+    losses = [(1, 1, math.nan), (2, 1, 2.0), (3, 2, 2.0), (4, 2, math.nan), (5, 3, 1.0)]
+    trends = [
+        engine.analyze(
+            build.packet(sequence=sequence, epoch=epoch, validation_loss=loss)
+        ).loss_trend
+        for sequence, epoch, loss in losses
+    ]
+    assert trends == [math.inf, 0.0, 0.0, math.inf, pytest.approx(-0.3)]
+
+
+def test_seeds_are_counted_anew_with_every_packet_of_an_epoch(build):
+    engine = ModelGraphAnalyzer()
+    engine.analyze(build.packet(epoch=1, sequence=1))
+    state = engine.analyze(build.packet(epoch=1, sequence=2, seeds=(build.seed("fc1"),)))
+    assert [node.active_seeds for node in state.topology.nodes] == [1, 0, 0]
+
+
+def several_an_epoch(packets, repeats):
+    """Each packet as often as `repeats` says, numbered through."""
+    spread = [packet for packet, count in zip(packets, repeats, strict=False) for _ in range(count)]
+    return [
+        packet.model_copy(update={"sequence": number}) for number, packet in enumerate(spread, 1)
+    ]
+
+
+ranks = st.lists(st.floats(0, 1), min_size=1, max_size=6)
+repeats = st.lists(st.integers(1, 3), min_size=6, max_size=6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(ranks, repeats, st.data())
+def test_a_redelivered_packet_or_a_step_back_changes_nothing(build, values, counts, data):
+    packets = several_an_epoch(packets_of(build, values), counts)
     straight = ModelGraphAnalyzer()
     expected = [straight.analyze(packet) for packet in packets]
     back = data.draw(st.integers(0, len(packets) - 1))
     assert [straight.analyze(packet) for packet in packets[back:]] == expected[back:]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
+@given(ranks, repeats)
+def test_more_packets_an_epoch_change_no_state(build, values, counts):
+    packets = packets_of(build, values)
+    plain, asked = ModelGraphAnalyzer(), ModelGraphAnalyzer()
+    expected = {packet.epoch: plain.analyze(packet) for packet in packets}
+    for packet in several_an_epoch(packets, counts):
+        assert asked.analyze(packet) == expected[packet.epoch]
+
+
+@settings(deadline=None, max_examples=40)
 @given(ranks, ranks)
 def test_sessions_do_not_touch_one_another(build, first, second):
     alone = ModelGraphAnalyzer()
@@ -167,7 +234,7 @@ def test_sessions_do_not_touch_one_another(build, first, second):
     assert [shared.analyze(packet) for packet in packets_of(build, first)] == expected
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.floats(), min_size=1, max_size=5))
 def test_whatever_was_measured_health_stays_a_share(build, values):
     engine = ModelGraphAnalyzer()

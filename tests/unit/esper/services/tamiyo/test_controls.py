@@ -233,18 +233,39 @@ def test_random_draws_every_candidate_that_fits_about_equally_often(build):
     assert all(97 < count < 203 for count in drawn.values())
 
 
-def test_random_depends_on_the_seed_and_the_epoch_alone(build):
-    def draws(seed, session="small", loss=1.0):
+def test_random_depends_on_the_seed_the_epoch_and_the_number_of_trials_alone(build):
+    def draws(seed, trials=(), **fields):
         found = []
         for epoch in range(10, 40):
             packet = build.packet(
-                {"policy": "random", "seed": seed}, epoch=epoch, session=session, train_loss=loss
+                {"policy": "random", "seed": seed}, epoch=epoch, trials=trials, **fields
             )
             found.append(told(decided(packet)))
         return found
 
-    assert draws(1) == draws(1, session="other", loss=9.0)
+    assert draws(1) == draws(1, session="other", train_loss=9.0, sequence=3)
     assert draws(1) != draws(2)
+    trials = (build.trial("fc1"), build.trial("fc2", "noop"))
+    assert draws(1, trials[:1]) == draws(1, trials[1:])
+    assert len({tuple(draws(1, trials[:count])) for count in range(3)}) == 3
+
+
+def test_random_draws_anew_for_each_seat_that_it_fills_at_one_epoch(build):
+    candidates = tuple(
+        build.candidate("fc1", name, parameters=9) for name in ("a", "b", "c", "d", "e")
+    )
+    drawn = []
+    for number in range(40):
+        packet = build.packet(
+            {"policy": "random", "active_seeds": 64},
+            candidates=candidates,
+            sequence=number,
+            trials=(build.trial(),) * number,
+        )
+        drawn.append(decided(packet).blueprint)
+    # 40 draws of 1/5: five standard deviations are 13.
+    assert set(Counter(drawn)) == {"a", "b", "c", "d", "e"}
+    assert max(Counter(drawn).values()) < 21
 
 
 def test_random_says_what_it_drew_from(build):
@@ -259,7 +280,7 @@ def test_random_says_what_it_drew_from(build):
 @pytest.mark.parametrize("policy", ["periodic", "random", "heuristic"])
 def test_a_ready_seed_the_budget_has_no_room_for_any_more_is_culled(build, policy):
     seeds = (build.ready("fc2", "bottleneck-mlp", 0.1), build.ready("fc3", "widen", 0.1))
-    decision = decided(build.packet({"policy": policy}, seeds=seeds, remaining_parameters=900))
+    decision = decided(build.surveying({"policy": policy}, seeds=seeds, remaining_parameters=900))
     assert told(decision) == (DecisionAction.CULL, "fc2", 0, "bottleneck-mlp")
     assert decision.reason == (
         "bottleneck-mlp at fc2 takes 2000 parameters, and growth elsewhere has left 900."

@@ -1,0 +1,169 @@
+"""Commands of `esper` as processes of their own that start at once.
+
+A server imports what a run needs and then forks: every command is a process that can be killed
+like any other, without the seconds that imports take. Run as a module, this file is the server: it
+reads one request a line ({argv, folder, output, fault}) and answers with the process's id, then
+with its exit status.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PRELOADED = (
+    "esper.cli.embedded",
+    "torch._inductor.config",
+    "matplotlib.backends.backend_agg",
+    "mpl_toolkits.mplot3d",
+    "sqlalchemy.ext.asyncio",
+    "aiosqlite",
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its exit status, negative for a signal, and what it wrote."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Server:
+    """Starts commands one after the other."""
+
+    def __init__(self, folder):
+        """`folder` takes what the commands write to their standard streams."""
+        self._folder = folder
+        self._count = 0
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+            env=environment(),
+            text=True,
+        )
+
+    def start(self, *argv, folder=None, fault=None):
+        """A started command; `fault` is the name and the arguments of one in `faults.py`."""
+        self._count += 1
+        output = self._folder / f"{self._count}"
+        request = {
+            "argv": [str(word) for word in argv],
+            "folder": str(folder or self._folder),
+            "output": str(output),
+            "fault": fault,
+        }
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return Started(int(self._process.stdout.readline()), self._process.stdout, output)
+
+    def run(self, *argv, folder=None, fault=None):
+        """A command from its start to its end."""
+        return self.start(*argv, folder=folder, fault=fault).wait()
+
+    def close(self):
+        """End the server."""
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+        self._process.stdout.close()
+
+
+class Started:
+    """A command at work."""
+
+    def __init__(self, pid, answers, output):
+        self.pid = pid
+        self._answers = answers
+        self._output = output
+
+    def signal(self, number):
+        """Send a signal; one that has ended already gets none."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def wait(self):
+        """Wait for its end."""
+        status = int(self._answers.readline())
+        out, err = (Path(f"{self._output}.{name}").read_text() for name in ("out", "err"))
+        return Ended(status, out, err)
+
+
+def environment():
+    """The environment of a process that finds Esper and computes on one thread."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def until(condition, process_ended=lambda: False, seconds=60):
+    """Look every millisecond until `condition` holds.
+
+    Raises:
+        TimeoutError: it did not within `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline or process_ended():
+            raise TimeoutError("what was waited for did not happen")
+        time.sleep(0.001)
+
+
+def _serve():
+    import importlib
+
+    for name in PRELOADED:
+        importlib.import_module(name)
+    # A fork takes along the calling thread alone.
+    assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread"
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            _become(request)
+        sys.stdout.write(f"{pid}\n")
+        sys.stdout.flush()
+        _, status = os.waitpid(pid, 0)
+        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
+        sys.stdout.flush()
+
+
+def _become(request):
+    """Be the command, in the forked process."""
+    status = 70
+    try:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, name in ((1, "out"), (2, "err")):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            os.dup2(os.open(f"{request['output']}.{name}", flags), number)
+        os.chdir(request["folder"])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        from esper.cli.main import main
+        from tests.integration import faults
+
+        if request["fault"]:
+            name, *arguments = request["fault"]
+            getattr(faults, name)(*arguments)
+        try:
+            status = main(request["argv"])
+        except SystemExit as end:
+            status = end.code
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    _serve()

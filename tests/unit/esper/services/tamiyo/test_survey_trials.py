@@ -1,0 +1,309 @@
+"""The heuristic, rule by rule: which trials make a survey, and which comes next."""
+
+from __future__ import annotations
+
+import pytest
+
+from esper.contracts.enums import DecisionAction, SeedState
+from esper.contracts.operational import LayerDescription
+from esper.services.tamiyo.analyzer import ModelGraphAnalyzer
+from esper.services.tamiyo.policies import survey
+
+WAIT, GERMINATE, GRAFT = DecisionAction.WAIT, DecisionAction.GERMINATE, DecisionAction.GRAFT
+NAMES = ("fc1", "fc2", "fc3")
+
+
+def decided(packet):
+    return survey.decide(packet, ModelGraphAnalyzer().analyze(packet))
+
+
+def told(decision):
+    return (decision.action, decision.layer, decision.slot, decision.blueprint)
+
+
+def layers(slots, names=NAMES):
+    return tuple(
+        LayerDescription(name=name, kind="Linear", parameters=9, slots=slots) for name in names
+    )
+
+
+def tried(build, *sites, **fields):
+    """Trials of this survey, over by now unless a field says otherwise."""
+    return tuple(
+        build.trial(layer, blueprint, **{"started_epoch": 45, "ended_epoch": 50, **fields})
+        for layer, blueprint in sites
+    )
+
+
+def mlps(*names):
+    return tuple((name, "bottleneck-mlp") for name in names)
+
+
+# What comes next.
+
+
+def test_the_survey_goes_by_layer_and_comes_to_the_placebos_last(build):
+    found, trials = [], ()
+    for _ in range(6):
+        decision = decided(build.surveying(trials=trials))
+        assert decision.action is GERMINATE
+        found.append((decision.layer, decision.blueprint))
+        trials += tried(build, found[-1])
+    assert found == [(name, kind) for kind in ("bottleneck-mlp", "noop") for name in NAMES]
+    decision = decided(build.surveying(trials=trials))
+    assert (decision.action, decision.reason) == (
+        WAIT,
+        "The survey is over after 6 trials: nothing else fits the 5000 parameters left.",
+    )
+
+
+def test_within_a_layer_the_smaller_comes_first_and_equals_go_by_name(build):
+    candidates = (
+        build.candidate("fc2", "aaa", parameters=1),
+        build.candidate("fc1", "widen", parameters=9),
+        build.candidate("fc1", "mlp", parameters=9),
+        build.candidate("fc1", "big", parameters=99),
+        build.candidate("fc1", "noop"),
+    )
+    for listed in (candidates, candidates[::-1]):
+        found, trials = [], ()
+        for _ in candidates:
+            decision = decided(build.surveying(candidates=listed, trials=trials))
+            found.append((decision.layer, decision.blueprint))
+            trials += tried(build, found[-1])
+        assert [name for _, name in found] == ["mlp", "widen", "big", "aaa", "noop"]
+
+
+def test_a_trial_says_its_number_its_price_and_what_ails_the_layer(build):
+    packet = build.surveying(
+        candidates=(build.candidate("fc1"),),
+        signals=(build.signal("fc1", activation_rank=0.12),),
+        trials=tried(build, *mlps("fc2", "fc3")),
+    )
+    assert decided(packet).reason == (
+        "Trial 3 of this survey: bottleneck-mlp at fc1 for 2000 of the 5000 parameters left"
+        " (fc1 uses 12% of its rank)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("remaining", "offered", "past", "expected"),
+    [
+        # where the session offers something else, what folds is not tried
+        (5000, ("low-rank", "bottleneck-mlp"), (), "bottleneck-mlp"),
+        (5000, ("low-rank", "bottleneck-mlp"), ("bottleneck-mlp",), None),
+        # also when that is too big for what is left
+        (500, ("low-rank", "bottleneck-mlp"), (), None),
+        (500, ("low-rank", "bottleneck-mlp"), ("bottleneck-mlp",), None),
+        # where it offers nothing else, it is, before the placebo
+        (500, ("low-rank",), (), "low-rank"),
+        (500, ("low-rank", "noop"), (), "low-rank"),
+        (500, ("low-rank", "noop"), ("low-rank",), "noop"),
+        (200, ("low-rank", "noop"), (), None),
+        # the placebo is tried only in a search that has something to find
+        (2000, ("bottleneck-mlp", "noop"), ("bottleneck-mlp",), "noop"),
+        (1999, ("bottleneck-mlp", "noop"), (), None),
+        (5000, ("noop",), (), None),
+        (0, ("bottleneck-mlp", "low-rank", "noop"), (), None),
+    ],
+)
+def test_kernels_that_fold_and_placebos_are_tried_only_where_they_have_a_meaning(
+    build, remaining, offered, past, expected
+):
+    packet = build.surveying(
+        remaining_parameters=remaining,
+        candidates=tuple(build.candidate("fc1", name) for name in offered),
+        trials=tried(build, *(("fc1", name) for name in past)),
+    )
+    decision = decided(packet)
+    assert decision.blueprint == expected
+    assert decision.action is (GERMINATE if expected else WAIT)
+
+
+def test_placebos_come_after_all_that_fold(build):
+    candidates = tuple(
+        build.candidate(layer, name) for layer in ("fc1", "fc2") for name in ("noop", "low-rank")
+    )
+    found, trials = [], ()
+    for _ in candidates:
+        decision = decided(build.surveying(candidates=candidates, trials=trials))
+        found.append((decision.layer, decision.blueprint))
+        trials += tried(build, found[-1])
+    assert found == [("fc1", "low-rank"), ("fc2", "low-rank"), ("fc1", "noop"), ("fc2", "noop")]
+
+
+@pytest.mark.parametrize(
+    ("active", "seeds", "action"),
+    [
+        (1, (SeedState.TRAINING,), WAIT),
+        (1, (SeedState.GERMINATED,), WAIT),
+        (2, (SeedState.TRAINING,), GERMINATE),
+        (2, (SeedState.TRAINING, SeedState.GERMINATED), WAIT),
+        (1, (SeedState.FOSSILIZED, SeedState.CULLED), GERMINATE),
+    ],
+)
+def test_only_trials_under_way_take_the_seats(build, active, seeds, action):
+    placed = tuple(
+        build.seed(layer, state=state) for layer, state in zip(("fc1", "fc2"), seeds, strict=False)
+    )
+    decision = decided(build.surveying({"active_seeds": active}, seeds=placed))
+    assert decision.action is action
+    if action is GERMINATE:
+        assert decision.layer == ("fc2", "fc3")[len(seeds) - 1]
+
+
+def test_a_ready_seed_keeps_its_slot_but_not_its_seat(build):
+    packet = build.surveying(
+        seeds=(build.ready("fc1", "bottleneck-mlp", 0.2),),
+        trials=tried(build, *mlps("fc1"), ended_epoch=None),
+    )
+    assert told(decided(packet)) == (GERMINATE, "fc2", 0, "bottleneck-mlp")
+
+
+def test_a_second_slot_of_a_layer_is_used(build):
+    packet = build.surveying(
+        {"active_seeds": 2},
+        layers=layers(2),
+        candidates=(build.candidate("fc1"), build.candidate("fc1", "widen")),
+        seeds=(build.seed("fc1", "widen"),),
+        trials=tried(build, ("fc1", "widen"), ended_epoch=None),
+    )
+    assert told(decided(packet)) == (GERMINATE, "fc1", 1, "bottleneck-mlp")
+
+
+def test_without_a_free_slot_the_survey_waits_for_one(build):
+    seeds = tuple(build.seed(name, state=SeedState.CULLED) for name in NAMES)
+    decision = decided(build.surveying(seeds=seeds))
+    assert decision.action is WAIT
+    assert decision.reason == "No layer of 6 untried candidates has a free slot."
+
+
+def test_an_embargo_on_the_next_site_does_not_hold_up_the_others(build):
+    seeds = (build.seed("fc1", state=SeedState.CULLED),)
+    assert told(decided(build.surveying(seeds=seeds))) == (GERMINATE, "fc2", 0, "bottleneck-mlp")
+
+
+@pytest.mark.parametrize("full", [layers(0), layers(1, names=("fc8", "fc9"))])
+def test_a_candidate_whose_layer_can_hold_no_seed_is_left_alone(build, full):
+    decision = decided(build.surveying(layers=full, signals=()))
+    assert decision.reason == (
+        "The survey is over after 0 trials: nothing else fits the 5000 parameters left."
+    )
+
+
+@pytest.mark.parametrize(("epoch", "action"), [(84, GERMINATE), (85, WAIT)])
+def test_no_trial_starts_that_could_not_pay_back(build, epoch, action):
+    decision = decided(build.surveying(epoch=epoch))
+    assert decision.action is action
+    if action is WAIT:
+        assert decision.reason == (
+            "A trial with its graft and payback takes 16 epochs and 15 are left, so 6 candidates"
+            " stay untried."
+        )
+
+
+def test_a_model_without_candidates_has_nothing_to_survey(build):
+    decision = decided(build.surveying(candidates=(), remaining_parameters=1))
+    assert decision.reason == (
+        "The survey is over after 0 trials: nothing else fits the 1 parameter left."
+    )
+
+
+# Which trials belong to this survey.
+
+
+def test_a_survey_starts_where_the_latest_fossil_ended(build):
+    fossil = build.trial("fc1", state=SeedState.FOSSILIZED, started_epoch=50, ended_epoch=60)
+    earlier = build.trial("fc1", state=SeedState.FOSSILIZED, started_epoch=41, ended_epoch=45)
+    old = build.trial("fc2", started_epoch=51, ended_epoch=58)
+    same = build.trial("fc3", "noop", started_epoch=60, ended_epoch=63)
+    new = build.trial("fc3", started_epoch=63, ended_epoch=None, state=SeedState.TRAINING)
+    packet = build.packet(epoch=65, trials=(earlier, fossil, old, same, new))
+    assert survey.survey_trials(packet) == [same, new]
+
+
+def test_a_fossil_without_an_end_counts_from_its_start(build):
+    fossil = build.trial(state=SeedState.FOSSILIZED, started_epoch=50, ended_epoch=None)
+    old, new = build.trial("fc2", started_epoch=49), build.trial("fc2", started_epoch=50)
+    packet = build.packet(epoch=55, trials=(fossil, old, new))
+    assert survey.survey_trials(packet) == [new]
+
+
+def test_after_a_fossil_everything_is_tried_anew(build):
+    fossil = build.trial("fc1", state=SeedState.FOSSILIZED, started_epoch=50, ended_epoch=61)
+    packet = build.packet(
+        epoch=61,
+        seeds=(build.seed("fc1", state=SeedState.FOSSILIZED),),
+        trials=(fossil, *tried(build, *mlps("fc2", "fc3"), started_epoch=50, ended_epoch=55)),
+    )
+    assert told(decided(packet)) == (GERMINATE, "fc2", 0, "bottleneck-mlp")
+
+
+@pytest.mark.parametrize(
+    ("ended", "state", "count"),
+    [
+        # the last trial ended before this epoch: the next survey begins
+        ((50, 55, 59), SeedState.CULLED, 0),
+        # it ended at this very epoch, or goes on
+        ((50, 55, 60), SeedState.CULLED, 3),
+        ((50, 55, None), SeedState.TRAINING, 3),
+        # one candidate was not tried yet
+        ((50, 55), SeedState.CULLED, 2),
+    ],
+)
+def test_a_survey_ends_once_every_eligible_candidate_was_tried(build, ended, state, count):
+    trials = tuple(
+        build.trial(name, started_epoch=45, ended_epoch=end, state=state)
+        for name, end in zip(NAMES, ended, strict=False)
+    )
+    assert len(survey.survey_trials(build.packet(epoch=60, trials=trials))) == count
+
+
+def test_neither_placebos_nor_what_folds_nor_the_unaffordable_keep_a_survey_open(build):
+    trials = tried(build, *mlps("fc1"))
+    packet = build.packet(
+        epoch=51,
+        candidates=(
+            build.candidate("fc1"),
+            build.candidate("fc1", "noop"),
+            build.candidate("fc2", "low-rank"),
+            build.candidate("fc2", "huge", parameters=9999),
+        ),
+        trials=trials,
+    )
+    assert survey.survey_trials(packet) == []
+
+
+def test_a_layer_full_of_fossils_does_not_keep_a_survey_open(build):
+    fossil = build.trial("fc1", state=SeedState.FOSSILIZED, started_epoch=40, ended_epoch=45)
+    packet = build.packet(
+        epoch=51,
+        seeds=(build.seed("fc1", state=SeedState.FOSSILIZED),),
+        trials=(fossil, *tried(build, *mlps("fc2", "fc3"))),
+    )
+    assert told(decided(packet)) == (GERMINATE, "fc2", 0, "bottleneck-mlp")
+    roomy = packet.model_copy(update={"layers": layers(2)})
+    assert told(decided(roomy)) == (GERMINATE, "fc1", 1, "bottleneck-mlp")
+
+
+def test_earlier_surveys_are_told_apart_by_their_trials_alone(build):
+    first = tried(build, *mlps(*NAMES), started_epoch=50, ended_epoch=55)
+    placebo = tried(build, ("fc1", "noop"), started_epoch=55, ended_epoch=60)
+    second = tried(build, *mlps(*NAMES), started_epoch=61, ended_epoch=66)
+    third = tried(build, *mlps("fc1"), started_epoch=67, ended_epoch=None)
+
+    def of(epoch, *trials):
+        return survey.survey_trials(build.packet(epoch=epoch, trials=sum(trials, ())))
+
+    assert of(55, first) == list(first)
+    assert of(56, first) == []
+    assert of(60, first, placebo) == list(first + placebo)
+    assert of(61, first, placebo) == []
+    assert of(66, first, placebo, second) == list(second)
+    assert of(70, first, placebo, second, third) == list(third)
+
+
+def test_the_numbers_in_the_reasons_are_those_of_this_survey(build):
+    trials = tried(build, *mlps(*NAMES), started_epoch=45, ended_epoch=50)
+    assert decided(build.packet(epoch=51, trials=trials)).reason.startswith("Trial 1 of this")
+    assert decided(build.packet(epoch=50, trials=trials)).reason.startswith("Trial 4 of this")

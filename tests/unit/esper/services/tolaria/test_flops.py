@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from esper.services.tolaria.flops import FlopMeter
+
+
+def test_two_per_multiply_add_forward_and_backward() -> None:
+    meter = FlopMeter()
+    layer, x = nn.Linear(5, 7), torch.randn(3, 5, requires_grad=True)
+    with meter.counting("forward"):
+        out = layer(x)
+    assert meter.total == 2 * 3 * 5 * 7
+    with meter.counting("backward"):
+        out.sum().backward()
+    # One product for the weight's gradient, one for the input's.
+    assert meter.total == 3 * (2 * 3 * 5 * 7)
+    assert meter.trials == 0
+
+
+def test_convolutions_count_and_elementwise_work_does_not() -> None:
+    meter = FlopMeter()
+    layer, x = nn.Conv2d(2, 3, 3), torch.randn(4, 2, 6, 6)
+    with meter.counting("convolution"):
+        layer(x).relu() + 1
+    assert meter.total == 2 * 4 * (3 * 4 * 4) * (2 * 3 * 3)
+
+
+def test_a_known_kind_of_work_is_counted_without_looking() -> None:
+    meter = FlopMeter()
+    layer = nn.Linear(2, 2)
+    for key in ("a", "a", "b"):
+        with meter.counting(key, (1, 2)):
+            layer(torch.randn(1, 2))
+    assert meter.total == 3 * 8
+    with meter.counting("a", (1, 2)):
+        pass
+    assert meter.total == 4 * 8
+
+
+def test_work_without_products_is_remembered_as_free() -> None:
+    meter = FlopMeter()
+    for work in (lambda: None, lambda: nn.Linear(2, 2)(torch.randn(1, 2))):
+        with meter.counting("free"):
+            work()
+    assert meter.total == 0
+
+
+def test_trials_are_part_of_the_total_and_stand_apart() -> None:
+    meter = FlopMeter()
+    layer = nn.Linear(2, 2)
+    for trial in (False, True, True):
+        with meter.counting("work", trial=trial):
+            layer(torch.randn(1, 2))
+    assert (meter.total, meter.trials) == (24, 16)
+
+
+def test_work_that_fails_is_neither_counted_nor_remembered() -> None:
+    meter = FlopMeter()
+    layer = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError), meter.counting("work"):
+        layer(torch.randn(1, 3))
+    assert meter.total == 0
+    with meter.counting("work"):
+        layer(torch.randn(1, 2))
+    assert meter.total == 8
+
+
+NETS = {
+    "dense": (lambda: nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 2)), (5, 4)),
+    "convolutional": (
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.5)),
+        (2, 2, 5, 5),
+    ),
+    "attentive": (lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), (2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("training", [True, False])
+def test_counting_does_not_change_a_bit_of_the_work(net: str, training: bool) -> None:
+    # A resumed run counts afresh what an uninterrupted one remembers.
+    def work(meter: FlopMeter) -> list[Tensor]:
+        torch.manual_seed(0)
+        make, shape = NETS[net]
+        model = make().train(training)
+        x = torch.randn(*shape)
+        with meter.counting("work"):
+            if training:
+                out = model(x)
+                out.square().mean().backward()
+            else:
+                with torch.no_grad():
+                    out = model(x)
+        found = [out.detach(), torch.rand(2), *model.buffers()]
+        return found + [p.grad for p in model.parameters() if p.grad is not None]
+
+    meter = FlopMeter()
+    counted, remembered = work(meter), work(meter)
+    assert meter.total > 0
+    assert len(counted) == len(remembered)
+    assert all(map(torch.equal, counted, remembered))
