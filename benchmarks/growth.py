@@ -16,12 +16,20 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-import yaml
 from rliable import library, metrics
 from torch import nn
 
 from benchmarks.bars import RESULTS, write_results
-from benchmarks.growth_arms import SHAPES, Document, grown, merged, seeded, static, widths_for
+from benchmarks.growth_arms import (
+    SHAPES,
+    Document,
+    grown,
+    merged,
+    read_case,
+    seeded,
+    static,
+    widths_for,
+)
 from esper.zoo.models import CNN, MLP
 
 CASES = {
@@ -35,7 +43,7 @@ BARRED = "mnist1d-mlp"
 FIRST_SEED = 1000
 PAIRS = 24
 QUICK_PAIRS = 2
-QUICK_EPOCHS = 24
+QUICK_EPOCHS = 30
 REPETITIONS = 10_000
 STATIC_SIZES = tuple(f"static-equal-parameters-{shape}" for shape in SHAPES)
 
@@ -62,14 +70,15 @@ def main() -> int:
 
 def measure_pair(case: str, seed: int, quick: bool) -> dict[str, Any]:
     """Every arm of one case on one paired seed."""
-    document = seeded(yaml.safe_load(CASES[case].read_text()), seed)
+    session, blueprints = read_case(CASES[case])
+    document = seeded(session, seed)
     if quick:
         document = merged(document, {"spec": {"training": {"epochs": QUICK_EPOCHS}}})
 
     def policy(name: str, **growth: Any) -> Document:
         return merged(document, {"spec": {"growth": {"controller": {"policy": name}} | growth}})
 
-    heuristic = grown(document)
+    heuristic = grown(document, blueprints)
     site = {
         "layers": {"include": [_first_site(document)]},
         "blueprints": {"matchLabels": {"esper.dev/blueprint": _growing_blueprint(document)}},
@@ -77,10 +86,10 @@ def measure_pair(case: str, seed: int, quick: bool) -> dict[str, Any]:
     arms = {
         "static-small": static(document),
         "static-equal-flops": static(document, flops=heuristic.flops),
-        "seeds-off": grown(policy("none")),
-        "fixed-site": grown(policy("periodic", **site)),
-        "periodic": grown(policy("periodic")),
-        "random": grown(policy("random")),
+        "seeds-off": grown(policy("none"), blueprints),
+        "fixed-site": grown(policy("periodic", **site), blueprints),
+        "periodic": grown(policy("periodic"), blueprints),
+        "random": grown(policy("random"), blueprints),
         "heuristic": heuristic,
     }
     for shape in SHAPES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,16 @@ def seeded(document: Document, seed: int) -> Document:
     )
 
 
-def grown(document: Document) -> Outcome:
+def read_case(path: Path) -> tuple[Document, list[Document]]:
+    """The session of a manifest, and its blueprints."""
+    documents = list(yaml.safe_load_all(path.read_text()))
+    sessions = [found for found in documents if found["kind"] == "TrainingSession"]
+    return sessions[0], [found for found in documents if found["kind"] == "Blueprint"]
+
+
+def grown(document: Document, blueprints: Sequence[Document]) -> Outcome:
     """Train a session with Esper, every service in this process."""
-    manifest = parse_manifest(yaml.safe_dump(document), "benchmark")
+    manifest = parse_manifest(yaml.safe_dump_all([document, *blueprints]), "benchmark")
     prepared = prepare(manifest, Path.cwd())
     watch = _Watch()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 from typing import Any
 
@@ -24,21 +25,26 @@ def mnist1d(
     `seed` draws the set; `image` gives signals as [1, 1, 40] for convolutions. The three splits
     are disjoint samples of one draw.
     """
+    x, y = _mnist1d_signals(train + validation + test, seed)
+    if image:
+        x = x[:, None, None, :]
+    return _split(x, y, train, validation, test)
+
+
+@functools.lru_cache(maxsize=1)
+def _mnist1d_signals(samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """At least `samples` signals [N, 40] and their classes [N]; kept, as making them is slow."""
     from mnist1d.data import get_dataset_args, make_dataset
 
-    total = train + validation + test
     arguments = get_dataset_args()
     # The generator makes num_samples rounded down to tens, a tenth a class, in random order.
-    arguments.num_samples = -(-total // 10) * 10
+    arguments.num_samples = -(-samples // 10) * 10
     arguments.train_split = 1.0
     arguments.seed = seed
     with contextlib.redirect_stdout(io.StringIO()):
         made = make_dataset(arguments)
     x = torch.from_numpy(np.asarray(made["x"])).float()
-    y = torch.from_numpy(np.asarray(made["y"])).long()
-    if image:
-        x = x[:, None, None, :]
-    return _split(x, y, train, validation, test)
+    return x, torch.from_numpy(np.asarray(made["y"])).long()
 
 
 def digits(

@@ -17,9 +17,7 @@ class MLP(nn.Module):
     def __init__(self, inputs: int, hidden: Sequence[int], outputs: int) -> None:
         super().__init__()
         widths = [inputs, *hidden]
-        self.hidden = nn.ModuleList(
-            nn.Linear(before, after) for before, after in pairwise(widths)
-        )
+        self.hidden = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
         self.head = nn.Linear(widths[-1], outputs)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -122,9 +122,16 @@ def left(directory):
         "events": lines(directory / "events.jsonl", "time"),
         "decisions": lines(directory / "decisions.jsonl", "time"),
         "result": {name: value for name, value in result.items() if name != "seconds"},
-        "model": (directory / "model.safetensors").read_bytes(),
+        "model": tensors(directory / "model.safetensors"),
         "files": files(directory),
     }
+
+
+def tensors(path):
+    """What a safetensors file holds: its header, whose order is arbitrary, and its bytes."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
 
 
 def files(directory):

@@ -181,9 +181,13 @@ class TolariaConfig:
         """The configuration that `to_yaml` wrote.
 
         Raises:
-            ConfigError: a field is missing, unknown or of the wrong type.
+            ConfigError: it is no YAML, or a field is missing, unknown or of the wrong type.
         """
-        built = _built(cls, yaml.safe_load(text), "")
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError("configuration", f"broken YAML: {error}", "YAML") from error
+        built = _built(cls, data, "")
         assert isinstance(built, cls)
         return built
 
@@ -222,6 +226,8 @@ def _built(kind: Any, value: object, path: str) -> object:
             return None
         return _built(next(a for a in arguments if a is not type(None)), value, path)
     if origin is tuple and isinstance(value, list):
+        if Ellipsis not in arguments and len(value) != len(arguments):
+            raise ConfigError(path, value, f"{len(arguments)} values")
         return tuple(_built(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if kind is ControllerPolicy and value in list(ControllerPolicy):
         return ControllerPolicy(str(value))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
-from esper.errors import DataError
+from esper.errors import DataError, one_line
 
 SPLITS = ("train", "validation", "test")
 MEASURED_SAMPLES = 1024
@@ -62,7 +62,11 @@ def checked_datasets(value: object) -> Datasets:
             raise DataError(
                 f"data.{name}", f"{len(dataset)} samples", f"at least {least}, not an empty set"
             )
-        first = dataset[0]
+        try:
+            first = dataset[0]
+        except Exception as error:
+            came = f"{type(error).__name__}: {one_line(str(error))}"
+            raise DataError(f"data.{name}[0]", came, "a pair (input, target)") from error
         if not (isinstance(first, (tuple, list)) and len(first) == 2):
             raise DataError(f"data.{name}[0]", type(first).__name__, "a pair (input, target)")
     return Datasets(**{name: value[name] for name in SPLITS})

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from esper.errors import BadInput, DataError, EntryPointError, one_line
-from esper.execution.isolation import preserved_buffers, preserved_randomness, seed_everything
+from esper.execution.isolation import (
+    evaluating,
+    preserved_buffers,
+    preserved_randomness,
+    seed_everything,
+)
 from esper.services.tolaria.config import EntryPointConfig, TolariaConfig
 from esper.services.tolaria.data import Batch, Datasets, checked_datasets, ordered_batches
 from esper.services.tolaria.engine import forwarded
@@ -68,7 +73,7 @@ def imported(field: str, reference: str) -> Any:
     module_name, _, attribute = reference.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a __main__ guard may exit
         raise EntryPointError(
             field,
             f"{reference} ({_told(error)})",
@@ -123,8 +128,19 @@ def build_objective(config: TolariaConfig, datasets: Datasets) -> Objective:
         return Regression(float(targets.var(correction=0)))
     field = "spec.training.objective"
     target = imported(field, name)
-    user = target() if isinstance(target, type) or inspect.isfunction(target) else target
-    return CustomObjective(user, name)
+    if isinstance(target, type) or inspect.isfunction(target):
+        try:
+            target = target()
+        except BadInput:
+            raise
+        except Exception as error:
+            raise EntryPointError(
+                field,
+                f"{name}() -> {_told(error)}",
+                "an entry point that, called without arguments, returns an object with a method "
+                "loss(outputs, targets)",
+            ) from error
+    return CustomObjective(target, name)
 
 
 def check_fit(model: nn.Module, datasets: Datasets, objective: Objective) -> Batch:
@@ -137,23 +153,28 @@ def check_fit(model: nn.Module, datasets: Datasets, objective: Objective) -> Bat
     """
     examples: list[Batch] = []
     for split in ("train", "validation", "test"):
-        inputs, targets = next(iter(ordered_batches(getattr(datasets, split), 2, limit=2)))
+        try:
+            inputs, targets = next(iter(ordered_batches(getattr(datasets, split), 2, limit=2)))
+        except Exception as error:
+            raise DataError(
+                f"data.{split}", _told(error), "samples of equal shapes, which stack to a batch"
+            ) from error
         examples.append((inputs, targets))
         came = f"inputs {_shapes(inputs)}, targets {_shapes(targets)}"
-        with preserved_randomness(), preserved_buffers(model):
-            mode = model.training
-            model.eval()
-            try:
-                with torch.no_grad():
-                    output = forwarded(model, inputs)
-            except Exception as error:
-                raise DataError(
-                    f"data.{split}",
-                    f"{came}: {_told(error)}",
-                    f"a shape that {type(model).__name__} takes",
-                ) from error
-            finally:
-                model.train(mode)
+        try:
+            with (
+                preserved_randomness(),
+                preserved_buffers(model),
+                evaluating(model),
+                torch.no_grad(),
+            ):
+                output = forwarded(model, inputs)
+        except Exception as error:
+            raise DataError(
+                f"data.{split}",
+                f"{came}: {_told(error)}",
+                f"a shape that {type(model).__name__} takes",
+            ) from error
         if not isinstance(output, Tensor):
             raise DataError(
                 "spec.model.entrypoint",
@@ -161,7 +182,12 @@ def check_fit(model: nn.Module, datasets: Datasets, objective: Objective) -> Bat
                 "a model whose output is one tensor",
             )
         try:
-            objective.loss(output.float(), targets)
+            loss = objective.loss(output.float(), targets)
+            if loss.dim() != 0:
+                raise ValueError(f"a loss of shape {list(loss.shape)} instead of one number")
+            objective.metric_sum(output, targets)
+            if len(targets) > 1:
+                objective.nats(output, targets, slice(0, 1), slice(1, None))
         except Exception as error:
             raise DataError(
                 f"data.{split}",

@@ -55,14 +55,15 @@ class RunDirectory:
             OutputError: it can't be written, or holds another run or anything else.
         """
         refuse_unusable(path, overwrite=overwrite)
+        directory = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            directory = cls(path)
             directory._claim()
             if overwrite:
                 directory._clear()
             write_atomically(path / MANIFEST, manifest.encode())
         except OSError as error:
+            directory.close()
             raise _unwritable(path, error) from error
         return directory
 
@@ -158,7 +159,7 @@ class RunLog:
             if name == "decisions.jsonl":
                 lost = _decisions(path.read_bytes()[keep:])
             with path.open("r+b") as file:
-                file.truncate(keep)
+                file.truncate(min(keep, path.stat().st_size))
         return lost
 
     def open(self) -> None:

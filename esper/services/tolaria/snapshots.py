@@ -4,8 +4,8 @@ One snapshot serves four ends: the two arms of a recovery trial, rolling back af
 loss, checkpoints, and stopping in the middle of an interval.
 
 A checkpoint is a folder: `tensors.safetensors`, `structure.json` (the seeds to rebuild before any
-tensor is loaded) and `state.json`. It is written under a temporary name and renamed, so a folder
-with its final name is complete.
+tensor is loaded) and `state.json`. It is written under a temporary name and renamed, and gets
+another name before it is deleted, so a folder with its final name is complete.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from torch import Tensor
 from esper.execution.isolation import RandomState
 
 PREFIX = "epoch-"
+PARTIAL = ".partial"
+REPLACED = ".replaced"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,8 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int) -> Path:
     """Write `snapshot` below `folder` and drop all but the newest `keep` checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{PREFIX}{snapshot.epoch:06d}"
-    partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = _hidden(final, PARTIAL)
+    _clean_up(folder)
     partial.mkdir()
     try:
         randomness = snapshot.randomness
@@ -52,25 +54,26 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int) -> Path:
         tensors["random/numpy"] = randomness.numpy_keys
         for index, tensor in enumerate(randomness.torch_cuda):
             tensors[f"random/cuda/{index}"] = tensor
-        # safetensors refuses views of shared storage and non-contiguous tensors.
-        packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         state = snapshot.state | {
             "epoch": snapshot.epoch,
             "numpy": list(randomness.numpy_rest),
             "python": randomness.python,
         }
-        _write(partial / "tensors.safetensors", save_tensors(packed))
+        _write(partial / "tensors.safetensors", save_tensors(_packed(tensors)))
         _write(partial / "structure.json", json.dumps(snapshot.structure).encode())
         _write(partial / "state.json", json.dumps(state).encode())
+        _sync_folder(partial)
         if final.exists():
-            shutil.rmtree(final)
+            # Counts as the checkpoint until the new one has the name.
+            final.rename(_hidden(final, REPLACED))
         partial.rename(final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _sync_folder(folder)
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        old.rename(_hidden(old, PARTIAL))
+    _clean_up(folder)
     return final
 
 
@@ -78,7 +81,9 @@ def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints below `folder`, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+    found = {_final_name(path): path for path in folder.glob(f".{PREFIX}*{REPLACED}")}
+    found |= {path.name: path for path in folder.glob(f"{PREFIX}*") if path.is_dir()}
+    return [found[name] for name in sorted(found)]
 
 
 def read_checkpoint(path: Path) -> Snapshot:
@@ -108,6 +113,39 @@ def read_checkpoint(path: Path) -> Snapshot:
             python=(version, tuple(numbers), gauss),
         ),
     )
+
+
+def _packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: on the CPU, contiguous, none in another's storage."""
+    packed: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        if plain.untyped_storage().data_ptr() in storages:
+            plain = plain.clone()
+        storages.add(plain.untyped_storage().data_ptr())
+        packed[name] = plain
+    return packed
+
+
+def _hidden(final: Path, suffix: str) -> Path:
+    return final.with_name(f".{final.name}{suffix}")
+
+
+def _final_name(hidden: Path) -> str:
+    return hidden.stem.removeprefix(".")
+
+
+def _clean_up(folder: Path) -> None:
+    """Delete what is no checkpoint, or no longer; finish what a dead process left half done."""
+    for path in folder.glob(f".{PREFIX}*{REPLACED}"):
+        final = folder / _final_name(path)
+        if final.exists():
+            path.rename(_hidden(final, PARTIAL))
+        else:
+            path.rename(final)
+    for path in folder.glob(f".{PREFIX}*{PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _write(path: Path, data: bytes) -> None:

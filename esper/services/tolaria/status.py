@@ -22,10 +22,12 @@ from esper.contracts.resources import (
 )
 from esper.contracts.resources.common import decimal_text
 from esper.contracts.resources.session import MAX_SUMMARIES
+from esper.errors import one_line
 from esper.services.tolaria.run_directory import write_atomically
 from esper.services.tolaria.snapshots import PREFIX, Snapshot
 
 SUMMARY = "Succeeded"
+MAX_REASON, MAX_MESSAGE = 1024, 32768  # what the resource takes
 
 
 class StatusFile:
@@ -60,7 +62,7 @@ class StatusFile:
             start_time=self._since,
             layers=self._summaries({}),
             refused_layers=tuple(
-                RefusedLayer(name=name, reason=reason)
+                RefusedLayer(name=name, reason=one_line(reason, MAX_REASON))
                 for name, reason in list(refused.items())[:MAX_SUMMARIES]
             ),
         )
@@ -150,7 +152,7 @@ class StatusFile:
             type=kind,
             status=status,  # type: ignore[arg-type]
             reason=reason,
-            message=message,
+            message=message[:MAX_MESSAGE],
             last_transition_time=moved,
             observed_generation=self._session.metadata.generation,
         )

@@ -56,6 +56,8 @@ def effective_rank_share(rows: Tensor) -> float:
     The exponential of the entropy of the normalised singular values (Roy & Vetterli 2007).
     """
     centred = rows - rows.mean(dim=0)
+    if not float(centred.norm()) > 1e-12 * float(rows.norm()):
+        return 0.0  # what the mean's rounding leaves of a constant output is no rank
     values = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()
     total = float(values.sum())
     if not total > 0:

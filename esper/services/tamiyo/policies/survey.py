@@ -19,6 +19,7 @@ measuring noise.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from esper.contracts.enums import DecisionAction, SeedState
@@ -42,17 +43,18 @@ from esper.services.tamiyo.policies.room import (
     growth_epochs,
     outgrown,
     ready_seeds,
+    trial_epochs,
     wait,
 )
 
-RACING_AGE_EPOCHS = 2
-"""Epochs of trial before a seed can win or lose a race: the first steps say little."""
+RACING_SHARE = 0.5
+"""The share of a trial before a seed can win or lose a race: the first steps say little."""
 
-FIRST_SURVEY = 0.5
+FIRST_SURVEY = 0.6
 """The share of a session's epochs after which the first survey begins.
 
-On MNIST-1D a part born at a tenth or at four tenths of the training made the same accuracy, one
-born at seven tenths lost 0.8 points; every epoch before the birth saves the part's FLOPs.
+On MNIST-1D the time of birth moved accuracy by about a point, within the noise from half to two
+thirds of the training (docs/adr/0004); every epoch before the birth saves the part's FLOPs.
 """
 
 
@@ -80,6 +82,11 @@ def first_survey_epoch(packet: SystemStatePacket) -> int:
     # Nothing begins between two boundaries, so the last one that leaves the time counts.
     latest -= latest % packet.settings.interval_epochs
     return max(1, min(int(FIRST_SURVEY * packet.epochs), latest))
+
+
+def racing_age(packet: SystemStatePacket) -> int:
+    """The epochs of a trial before it may be raced out: its share of a trial, at least 2."""
+    return max(2, math.ceil(RACING_SHARE * trial_epochs(packet.settings)))
 
 
 def survey_trials(packet: SystemStatePacket) -> list[TrialRecord]:
@@ -197,7 +204,7 @@ def _race(packet: SystemStatePacket) -> AdaptationDecision | None:
     racing = [
         seed
         for seed in packet.seeds
-        if seed.state is SeedState.TRAINING and seed.age_epochs >= RACING_AGE_EPOCHS
+        if seed.state is SeedState.TRAINING and seed.age_epochs >= racing_age(packet)
     ]
     behind = [
         (seed, leader)
@@ -296,7 +303,8 @@ def _try_next(packet: SystemStatePacket, state: ModelGraphState) -> AdaptationDe
         for candidate in _untried(packet)
         if free_slot(packet, candidate.layer) is not None
     ]
-    if not waiting:
+    # A placebo is tried beside the others; nothing that is ready to grow waits for one.
+    if not waiting or (waiting[0].parameters == 0 and _contenders(packet)):
         return None
     candidate = waiting[0]
     problem = next(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -17,6 +18,10 @@ from esper.contracts.operational import (
     SystemStatePacket,
     TrialRecord,
 )
+from esper.services.tamiyo.policies.survey import first_survey_epoch
+
+LEFT = 50
+"""Epochs that a session of `Build.epochs` has left when its first survey begins."""
 
 
 class Build:
@@ -148,9 +153,33 @@ class Build:
         )
 
     @staticmethod
-    def surveying(settings: dict[str, Any] | None = None, **fields: Any) -> SystemStatePacket:
-        """A packet at the epoch at which the first survey of 100 epochs begins."""
-        return Build.packet(settings, **{"epoch": 50, **fields})
+    @cache
+    def epochs() -> int:
+        """The length of a session that has `LEFT` epochs left when its first survey begins."""
+        return next(
+            epochs
+            for epochs in range(LEFT + 1, 100 * LEFT)
+            if epochs - first_survey_epoch(Build.packet(epochs=epochs)) == LEFT
+        )
+
+    @staticmethod
+    def start() -> int:
+        """The epoch at which the first survey of `Build.epochs` begins."""
+        return Build.epochs() - LEFT
+
+    @staticmethod
+    def open_trial(layer: str = "fc1", blueprint: str = "bottleneck-mlp") -> TrialRecord:
+        """A trial under way since the first survey began."""
+        under_way = {"ended_epoch": None, "state": SeedState.TRAINING}
+        return Build.trial(layer, blueprint, started_epoch=Build.start(), **under_way)
+
+    @staticmethod
+    def surveying(
+        settings: dict[str, Any] | None = None, *, left: int = LEFT, **fields: Any
+    ) -> SystemStatePacket:
+        """A packet `left` epochs before the end; as a rule, where the first survey begins."""
+        place = {"epochs": Build.epochs(), "epoch": Build.epochs() - left, "remaining_epochs": left}
+        return Build.packet(settings, **{**place, **fields})
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from esper.contracts.operational import (
 from esper.services.tamiyo.analyzer import ModelGraphAnalyzer
 from esper.services.tamiyo.heuristics import decide
 from esper.services.tamiyo.policies.evidence import confidence
+from esper.services.tamiyo.policies.survey import FIRST_SURVEY, first_survey_epoch
 
 
 def made(contract, **fields):
@@ -28,7 +29,8 @@ def made(contract, **fields):
 
 LAYERS = ("fc1", "fc2", "conv.3")
 BLUEPRINTS = ("noop", "low-rank", "bottleneck-mlp", "widen")
-epochs = st.integers(0, 120)
+EPOCHS = 120
+epochs = st.integers(0, EPOCHS)
 layer_names, blueprint_names = st.sampled_from(LAYERS), st.sampled_from(BLUEPRINTS)
 sensible = st.tuples(st.floats(-0.1, 0.9), st.floats(0, 0.1), st.floats(0, 0.01)).map(
     lambda drawn: Measurement(
@@ -76,8 +78,9 @@ def packets(draw):
             SystemStatePacket,
             session=st.just("any"),
             sequence=epochs,
-            epoch=epochs | st.integers(60, 110),
-            epochs=st.just(120),
+            # half of them where the heuristic has begun, as a rule
+            epoch=epochs | st.integers(int(FIRST_SURVEY * EPOCHS), EPOCHS),
+            epochs=st.just(EPOCHS),
             train_loss=st.floats(),
             validation_loss=st.floats(),
             parameters_base=st.just(1000),
@@ -236,7 +239,7 @@ def test_the_heuristic_grafts_on_evidence_alone(packet, ended):
     packet = packet.model_copy(
         update={
             "settings": packet.settings.model_copy(update={"policy": ControllerPolicy.HEURISTIC}),
-            "epoch": 100,
+            "epoch": first_survey_epoch(packet),
             "remaining_epochs": 20,
             "remaining_parameters": 1200,
             "candidates": (),

@@ -8,6 +8,7 @@ from esper.contracts.enums import DecisionAction, SeedState
 from esper.contracts.operational import Measurement
 from esper.services.tamiyo.analyzer import ModelGraphAnalyzer
 from esper.services.tamiyo.policies import survey
+from esper.services.tamiyo.policies.room import growth_epochs
 
 WAIT, GERMINATE = DecisionAction.WAIT, DecisionAction.GERMINATE
 GRAFT, CULL = DecisionAction.GRAFT, DecisionAction.CULL
@@ -24,23 +25,23 @@ def told(decision):
 def all_tried(build):
     """One open trial for each candidate that a survey of the usual ones tries."""
     return tuple(
-        build.trial(layer, blueprint, started_epoch=50, ended_epoch=None, state=SeedState.TRAINING)
+        build.open_trial(layer, blueprint)
         for blueprint in ("bottleneck-mlp", "noop")
         for layer in ("fc1", "fc2", "fc3")
     )
 
 
-# The clock: the first survey begins at half of the epochs, or while a graft still pays.
+# The clock: the first survey begins at its share of the epochs, or while a graft still pays.
 
 
 @pytest.mark.parametrize(
-    ("epochs", "settings", "start"),
+    ("epochs", "settings", "latest"),
     [
-        (100, {}, 50),
         # a trial, its graft and its payback take 16 epochs
+        (100, {}, 84),
         (30, {}, 14),
         (32, {}, 16),
-        (33, {}, 16),
+        (33, {}, 17),
         (10, {}, 1),
         (16, {}, 1),
         (17, {}, 1),
@@ -49,23 +50,31 @@ def all_tried(build):
         (30, {"interval_epochs": 4}, 4),
         (29, {"interval_epochs": 4}, 4),
         (28, {"interval_epochs": 4}, 1),
-        (100, {"interval_epochs": 4}, 50),
+        (100, {"interval_epochs": 4}, 72),
         (100, {"dwell_epochs": 40}, 14),
         (1, {}, 1),
     ],
 )
-def test_the_first_survey_begins_at_half_of_the_epochs_or_while_a_graft_still_pays(
-    build, epochs, settings, start
+def test_the_first_survey_begins_at_its_share_of_the_epochs_or_while_a_graft_still_pays(
+    build, epochs, settings, latest
 ):
     packet = build.packet(settings, epochs=epochs, epoch=1, remaining_epochs=epochs - 1)
-    assert survey.first_survey_epoch(packet) == start
+    share = int(survey.FIRST_SURVEY * epochs)
+    assert survey.first_survey_epoch(packet) == max(1, min(share, latest))
 
 
-@pytest.mark.parametrize(("epochs", "start"), [(30, 14), (100, 50)])
-def test_nothing_happens_before_the_first_survey(build, epochs, start):
+def test_the_first_survey_begins_at_three_fifths_of_a_long_session(build):
+    found = [survey.first_survey_epoch(build.packet(epochs=epochs)) for epochs in (60, 101, 1000)]
+    assert found == [36, 60, 600]
+
+
+@pytest.mark.parametrize("epochs", [30, 100])
+def test_nothing_happens_before_the_first_survey(build, epochs):
     def at(epoch):
         return decided(build.packet(epochs=epochs, epoch=epoch, remaining_epochs=epochs - epoch))
 
+    start = survey.first_survey_epoch(build.packet(epochs=epochs))
+    assert 1 < start <= epochs - growth_epochs(build.settings())
     early = [at(epoch) for epoch in range(1, start)]
     assert {decision.action for decision in early} == {WAIT}
     assert {d.reason for d in early} == {f"The first survey begins at epoch {start}."}
@@ -109,6 +118,27 @@ def test_nothing_else_happens_while_a_seed_is_grafting(build):
 
 
 @pytest.mark.parametrize(
+    ("settings", "age"),
+    [
+        # a trial takes the dwell ...
+        ({}, 3),
+        ({"dwell_epochs": 8}, 4),
+        ({"dwell_epochs": 9}, 5),
+        # ... or the passes, one an interval
+        ({"interval_epochs": 4}, 4),
+        ({"interval_epochs": 4, "passes": 3}, 6),
+        # the graft and the age limit have no part in it
+        ({"ramp_epochs": 30, "hold_epochs": 20, "age_epochs": 40}, 3),
+        # however short a trial, its first epoch decides nothing
+        ({"dwell_epochs": 3}, 2),
+        ({"dwell_epochs": 1, "passes": 1}, 2),
+    ],
+)
+def test_a_race_is_decided_from_half_a_trial_on_and_never_before_two_epochs(build, settings, age):
+    assert survey.racing_age(build.packet(settings)) == age
+
+
+@pytest.mark.parametrize(
     ("laggard", "leader", "culled"),
     [
         # margins are 0.02 either way, so a race is lost from a gap of 0.04 on
@@ -119,16 +149,16 @@ def test_nothing_else_happens_while_a_seed_is_grafting(build):
         ({"measurement": (0.10,)}, {"measurement": (0.15, 0.02, 0.05)}, False),
         ({"measurement": (0.14, 0.02, 0.05)}, {"measurement": (0.15, 0.02, 0.0)}, True),
         # only trials of one age race
-        ({"measurement": (0.10,), "age_epochs": 4}, {"measurement": (0.15,)}, False),
-        ({"measurement": (0.10,)}, {"measurement": (0.95,), "age_epochs": 6}, False),
-        # and only from two epochs on
+        ({"measurement": (0.10,)}, {"measurement": (0.15,), "older": 1}, False),
+        ({"measurement": (0.10,), "older": 2}, {"measurement": (0.95,), "older": 1}, False),
+        # and only from the racing age on
         *(
             (
-                {"measurement": (0.10,), "age_epochs": age},
-                {"measurement": (0.15,), "age_epochs": age},
-                age >= 2,
+                {"measurement": (0.10,), "older": older},
+                {"measurement": (0.15,), "older": older},
+                older >= 0,
             )
-            for age in (0, 1, 2, 3)
+            for older in (-2, -1, 0, 1)
         ),
         # a ready seed leads and loses like any other
         ({"measurement": (0.10,)}, {"measurement": (0.15,), "ready": True}, True),
@@ -142,12 +172,13 @@ def test_nothing_else_happens_while_a_seed_is_grafting(build):
     ],
 )
 def test_a_trial_that_can_not_win_any_more_is_ended(build, laggard, leader, culled):
-    def racing(layer, fields):
-        measurement = fields.get("measurement")
-        measured = build.measured(*measurement) if measurement else None
-        return build.seed(layer, **{**fields, "measurement": measured})
+    age = survey.racing_age(build.packet())
 
-    seeds = (racing("fc1", leader), racing("fc2", laggard))
+    def racing(layer, *, measurement=None, older=0, **fields):
+        measured = build.measured(*measurement) if measurement else None
+        return build.seed(layer, measurement=measured, age_epochs=age + older, **fields)
+
+    seeds = (racing("fc1", **leader), racing("fc2", **laggard))
     decision = decided(build.surveying({"active_seeds": 2}, seeds=seeds))
     assert (told(decision) == (CULL, "fc2", 0, "bottleneck-mlp")) is culled
     assert (decision.action is CULL) is culled
@@ -168,10 +199,11 @@ def test_the_one_furthest_behind_goes_first_and_the_reason_names_both(build):
 
 
 def test_an_older_leader_does_not_stop_the_race_among_the_younger(build):
+    age = survey.racing_age(build.packet())
     seeds = (
-        build.ready("fc1", "bottleneck-mlp", 0.9, age_epochs=8),
-        build.seed("fc2", measurement=build.measured(0.3), age_epochs=3),
-        build.seed("fc3", measurement=build.measured(0.1), age_epochs=3),
+        build.ready("fc1", "bottleneck-mlp", 0.9, age_epochs=age + 5),
+        build.seed("fc2", measurement=build.measured(0.3), age_epochs=age),
+        build.seed("fc3", measurement=build.measured(0.1), age_epochs=age),
     )
     decision = decided(build.surveying({"active_seeds": 2}, seeds=seeds))
     assert told(decision) == (CULL, "fc3", 0, "bottleneck-mlp")
@@ -179,11 +211,12 @@ def test_an_older_leader_does_not_stop_the_race_among_the_younger(build):
 
 
 def test_of_several_races_the_widest_gap_goes_first(build):
+    age = survey.racing_age(build.packet())
     seeds = (
-        build.seed("fc1", measurement=build.measured(0.9), age_epochs=4),
-        build.seed("fc1", slot=1, measurement=build.measured(0.2), age_epochs=4),
-        build.seed("fc2", measurement=build.measured(0.2), age_epochs=3),
-        build.seed("fc3", measurement=build.measured(0.1), age_epochs=3),
+        build.seed("fc1", measurement=build.measured(0.9), age_epochs=age + 1),
+        build.seed("fc1", slot=1, measurement=build.measured(0.2), age_epochs=age + 1),
+        build.seed("fc2", measurement=build.measured(0.2), age_epochs=age),
+        build.seed("fc3", measurement=build.measured(0.1), age_epochs=age),
     )
     decision = decided(build.surveying({"active_seeds": 4}, seeds=seeds))
     assert told(decision) == (CULL, "fc1", 1, "bottleneck-mlp")
@@ -311,21 +344,21 @@ def test_nothing_is_grafted_while_a_trial_is_under_way(build):
 
 
 @pytest.mark.parametrize(
-    ("interval", "epoch", "action"), [(1, 93, WAIT), (1, 94, GRAFT), (1, 95, WAIT), (3, 90, GRAFT)]
+    ("interval", "left", "action"), [(1, 7, WAIT), (1, 6, GRAFT), (1, 5, WAIT), (3, 10, GRAFT)]
 )
 def test_a_trial_under_way_does_not_cost_a_ready_seed_its_last_boundary(
-    build, interval, epoch, action
+    build, interval, left, action
 ):
     seeds = (build.ready("fc1", "bottleneck-mlp", 0.2), build.seed("fc2"))
     settings = {"interval_epochs": interval, "age_epochs": 40}
-    decision = decided(build.surveying(settings, epoch=epoch, seeds=seeds))
+    decision = decided(build.surveying(settings, left=left, seeds=seeds))
     assert decision.action is action
 
 
-@pytest.mark.parametrize(("epoch", "action"), [(94, GRAFT), (95, WAIT)])
-def test_no_graft_begins_whose_verdict_would_come_too_late(build, epoch, action):
+@pytest.mark.parametrize(("left", "action"), [(6, GRAFT), (5, WAIT)])
+def test_no_graft_begins_whose_verdict_would_come_too_late(build, left, action):
     seeds = (build.ready("fc1", "bottleneck-mlp", 0.3),)
-    decision = decided(build.surveying(epoch=epoch, seeds=seeds, trials=all_tried(build)))
+    decision = decided(build.surveying(left=left, seeds=seeds, trials=all_tried(build)))
     assert decision.action is action
     if action is WAIT:
         assert decision.reason == (
@@ -335,13 +368,13 @@ def test_no_graft_begins_whose_verdict_would_come_too_late(build, epoch, action)
 
 
 @pytest.mark.parametrize(
-    ("culled", "tried", "epoch", "action"),
+    ("culled", "tried", "left", "action"),
     [
         # fc2 was not tried yet and opens again: worth waiting for
         ("fc2", ("fc1", "fc3"), 50, WAIT),
-        ("fc2", ("fc1", "fc3"), 84, WAIT),
+        ("fc2", ("fc1", "fc3"), 16, WAIT),
         # once a trial would come too late there is nothing to wait for
-        ("fc2", ("fc1", "fc3"), 85, GRAFT),
+        ("fc2", ("fc1", "fc3"), 15, GRAFT),
         # fc2 was tried: only its placebo is left, which could not win
         ("fc2", ("fc1", "fc2", "fc3"), 50, GRAFT),
         # fc3 is the closed one, and it was tried
@@ -349,10 +382,10 @@ def test_no_graft_begins_whose_verdict_would_come_too_late(build, epoch, action)
     ],
 )
 def test_grafting_waits_for_untried_candidates_behind_an_embargo(
-    build, culled, tried, epoch, action
+    build, culled, tried, left, action
 ):
     packet = build.surveying(
-        epoch=epoch,
+        left=left,
         candidates=tuple(
             build.candidate(layer, blueprint)
             for layer in ("fc1", "fc2", "fc3")
@@ -363,10 +396,7 @@ def test_grafting_waits_for_untried_candidates_behind_an_embargo(
             build.ready("fc1", "bottleneck-mlp", 0.2),
             build.seed(culled, "noop", state=SeedState.CULLED),
         ),
-        trials=tuple(
-            build.trial(layer, started_epoch=50, ended_epoch=None, state=SeedState.TRAINING)
-            for layer in tried
-        ),
+        trials=tuple(build.open_trial(layer) for layer in tried),
     )
     decision = decided(packet)
     assert decision.action is action
@@ -378,7 +408,7 @@ def test_a_slot_that_another_ready_seed_holds_is_not_waited_for(build):
     packet = build.surveying(
         candidates=(build.candidate("fc1"), build.candidate("fc1", "widen")),
         seeds=(build.ready("fc1", "bottleneck-mlp", 0.2),),
-        trials=(build.trial("fc1", started_epoch=50, ended_epoch=None, state=SeedState.TRAINING),),
+        trials=(build.open_trial("fc1"),),
     )
     assert told(decided(packet)) == (GRAFT, "fc1", 0, "bottleneck-mlp")
 

@@ -1,6 +1,7 @@
 """Whole surveys, packet by packet, their decisions carried out by the rules of the lifecycle.
 
-At each boundary the session is asked again until it waits, as a trainer does.
+At each boundary the session is asked again until it waits, as a trainer does. Epochs are counted
+from the first survey on, which leaves a session its last 50, unless a test says otherwise.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from esper.contracts.enums import DecisionAction, SeedState
 from esper.contracts.operational import LayerDescription
 from esper.services.tamiyo.analyzer import ModelGraphAnalyzer
 from esper.services.tamiyo.heuristics import decide
+from esper.services.tamiyo.policies import survey
 
 DWELL, AGE, PASSES, RAMP, HOLD, EMBARGO = 5, 10, 2, 3, 2, 5
 NAMES = ("fc1", "fc2", "fc3")
@@ -22,11 +24,13 @@ class Session:
     """One session's seeds and trials, aged and judged as the lifecycle has it.
 
     `gains` are what (layer, blueprint) contributes, else 0; a seed whose site is in `relapsing`
-    fails its recovery trial. `fossils` and `starts` keep (epoch, layer, blueprint).
+    fails its recovery trial. `fossils`, `starts` and `grafts()` keep (epoch since the first survey
+    began, layer, blueprint).
     """
 
-    def __init__(self, build, gains, *, slots=1, active=1, epochs=100, remaining=5000, **options):
-        self.build, self.gains, self.slots, self.epochs = build, gains, slots, epochs
+    def __init__(self, build, gains, *, slots=1, active=1, epochs=None, remaining=5000, **options):
+        self.build, self.gains, self.slots = build, gains, slots
+        self.epochs = epochs or build.epochs()
         self.remaining = remaining
         self.relapsing = options.pop("relapsing", ())
         self.candidates = options.pop("candidates", build.packet().candidates)
@@ -35,6 +39,8 @@ class Session:
         self.seeds, self.cycles, self.opens, self.trials = {}, Counter(), {}, []
         self.fossils, self.starts, self.decisions = [], [], []
         self.analyzer, self.sequence, self.epoch = ModelGraphAnalyzer(), 0, 0
+        self.first = survey.first_survey_epoch(self._packet())
+        self.racing = survey.racing_age(self._packet())
 
     def run(self):
         while self.epoch + self.interval < self.epochs:
@@ -49,6 +55,10 @@ class Session:
                     learning += 1
                     self._set(site, state=SeedState.TRAINING, age_epochs=0)
         return self
+
+    @property
+    def now(self):
+        return self.epoch - self.first
 
     @staticmethod
     def _learning(seed):
@@ -86,7 +96,7 @@ class Session:
                 self.remaining += seed.parameters
                 self._end(site, SeedState.CULLED)
             else:
-                self.fossils.append((self.epoch, seed.layer, seed.blueprint))
+                self.fossils.append((self.now, seed.layer, seed.blueprint))
                 self._end(site, SeedState.FOSSILIZED)
         elif seed.state is SeedState.CULLED and self.epoch >= self.opens[site]:
             self.cycles[site] += 1
@@ -131,7 +141,7 @@ class Session:
                     **place,
                 )
             )
-            self.starts.append((self.epoch, decision.layer, decision.blueprint))
+            self.starts.append((self.now, decision.layer, decision.blueprint))
         elif decision.action is DecisionAction.GRAFT:
             seed = self.seeds[site]
             assert seed.ready
@@ -144,7 +154,14 @@ class Session:
         return decision.action is not DecisionAction.WAIT
 
     def grafts(self):
-        return [(d.epoch, d.layer, d.blueprint) for d in self.decisions if d.action == "graft"]
+        return self.decided(DecisionAction.GRAFT)
+
+    def decided(self, action):
+        return [
+            (d.epoch - self.first, d.layer, d.blueprint)
+            for d in self.decisions
+            if d.action is action
+        ]
 
 
 def everywhere(gain, blueprint="bottleneck-mlp"):
@@ -164,12 +181,21 @@ def test_the_best_site_is_grown_first_wherever_it_is(build, best, active, slots)
 def test_one_slot_and_one_seat_reach_the_best_site_one_trial_at_a_time(build, best):
     session = Session(build, everywhere(0.1) | {(best, "bottleneck-mlp"): 0.4}).run()
     assert session.starts[:3] == [
-        (50, "fc1", "bottleneck-mlp"),
-        (55, "fc2", "bottleneck-mlp"),
-        (60, "fc3", "bottleneck-mlp"),
+        (0, "fc1", "bottleneck-mlp"),
+        (5, "fc2", "bottleneck-mlp"),
+        (10, "fc3", "bottleneck-mlp"),
     ]
-    assert session.grafts()[0] == (65, best, "bottleneck-mlp")
-    assert session.fossils[0] == (71, best, "bottleneck-mlp")
+    assert session.grafts()[0] == (15, best, "bottleneck-mlp")
+    assert session.fossils[0] == (21, best, "bottleneck-mlp")
+
+
+@pytest.mark.parametrize("best", NAMES)
+def test_with_one_seat_no_placebo_delays_a_graft_that_is_ready(build, best):
+    # The second slots are free for the placebos all along.
+    session = Session(build, everywhere(0.1) | {(best, "bottleneck-mlp"): 0.4}, slots=2).run()
+    assert session.grafts()[0] == (15, best, "bottleneck-mlp")
+    before = [blueprint for epoch, _, blueprint in session.starts if epoch <= 15]
+    assert before == ["bottleneck-mlp"] * 3
 
 
 def test_enough_seats_try_all_at_one_boundary_and_race(build):
@@ -178,16 +204,15 @@ def test_enough_seats_try_all_at_one_boundary_and_race(build):
     }
     session = Session(build, gains, slots=4, active=16).run()
     assert session.starts[:6] == [
-        (50, layer, blueprint) for blueprint in ("bottleneck-mlp", "noop") for layer in NAMES
+        (0, layer, blueprint) for blueprint in ("bottleneck-mlp", "noop") for layer in NAMES
     ]
-    culled = [d for d in session.decisions if d.action is DecisionAction.CULL and d.epoch <= 55]
-    # After two epochs the gains are 0.04, 0.16 and 0.08, each known to 0.02.
-    assert [(d.epoch, d.layer, d.blueprint) for d in culled] == [
-        *((52, layer, "noop") for layer in NAMES),
-        (52, "fc1", "bottleneck-mlp"),
-        (52, "fc3", "bottleneck-mlp"),
+    # From the second epoch on the gains are at least 0.04, 0.16 and 0.08, each known to 0.02.
+    assert session.decided(DecisionAction.CULL)[:5] == [
+        *((session.racing, layer, "noop") for layer in NAMES),
+        (session.racing, "fc1", "bottleneck-mlp"),
+        (session.racing, "fc3", "bottleneck-mlp"),
     ]
-    assert session.grafts()[0] == (55, "fc2", "bottleneck-mlp")
+    assert session.grafts()[0] == (5, "fc2", "bottleneck-mlp")
 
 
 def test_what_waits_behind_an_embargo_is_tried_before_anything_is_grafted(build):
@@ -195,25 +220,25 @@ def test_what_waits_behind_an_embargo_is_tried_before_anything_is_grafted(build)
     candidates = tuple(build.candidate(*kind) for kind in kinds)
     gains = {("fc1", "bottleneck-mlp"): 0.4, ("fc2", "bottleneck-mlp"): 0.1}
     session = Session(build, gains, candidates=candidates).run()
-    # `widen` is smaller, goes first, and fails at its age limit: fc1 is closed until 65.
+    # `widen` is smaller, goes first, and fails at its age limit: fc1 is closed until 15.
     assert session.starts[:3] == [
-        (50, "fc1", "widen"),
-        (60, "fc2", "bottleneck-mlp"),
-        (65, "fc1", "bottleneck-mlp"),
+        (0, "fc1", "widen"),
+        (10, "fc2", "bottleneck-mlp"),
+        (15, "fc1", "bottleneck-mlp"),
     ]
-    assert session.fossils[0] == (76, "fc1", "bottleneck-mlp")
+    assert session.fossils[0] == (26, "fc1", "bottleneck-mlp")
 
 
 def test_a_survey_that_found_nothing_starts_again_after_its_embargoes(build):
     candidates = tuple(build.candidate(layer) for layer in NAMES)
     session = Session(build, {}, active=3, candidates=candidates).run()
     # The first cycle's embargo is 5 epochs, the second's 10: it ends too late for a third survey.
-    expected = [(epoch, layer, "bottleneck-mlp") for epoch in (50, 65) for layer in NAMES]
+    expected = [(epoch, layer, "bottleneck-mlp") for epoch in (0, 15) for layer in NAMES]
     assert session.starts == expected
     assert (session.fossils, session.grafts()) == ([], [])
-    waited = {d.epoch: d.reason for d in session.decisions if 60 <= d.epoch < 65}
-    assert waited[60].startswith("The survey is over after 3 trials")
-    assert {waited[epoch] for epoch in (61, 62, 63, 64)} == {
+    waited = {d.epoch - session.first: d.reason for d in session.decisions}
+    assert waited[10].startswith("The survey is over after 3 trials")
+    assert {waited[epoch] for epoch in (11, 12, 13, 14)} == {
         "No layer of 3 untried candidates has a free slot."
     }
 
@@ -224,11 +249,11 @@ def test_a_site_that_did_not_pay_yet_gets_its_chance_in_the_next_survey(build):
 
     class Later(dict):
         def get(self, site, default=None):
-            return 0.3 if session.epoch > 60 and site[0] == "fc2" else default
+            return 0.3 if session.now > 10 and site[0] == "fc2" else default
 
     session.gains = Later()
     session.run()
-    assert session.fossils == [(76, "fc2", "bottleneck-mlp")]
+    assert session.fossils == [(26, "fc2", "bottleneck-mlp")]
 
 
 def test_a_failed_recovery_ends_no_survey_before_all_were_tried_and_the_next_one_follows(build):
@@ -241,10 +266,10 @@ def test_a_failed_recovery_ends_no_survey_before_all_were_tried_and_the_next_one
         relapsing={("fc1", "bottleneck-mlp")},
     ).run()
     assert session.grafts()[:2] == [
-        (55, "fc1", "bottleneck-mlp"),
-        (67, "fc1", "bottleneck-mlp"),
+        (5, "fc1", "bottleneck-mlp"),
+        (17, "fc1", "bottleneck-mlp"),
     ]
-    assert [epoch for epoch, layer, _ in session.starts if layer == "fc2"] == [50, 62, 74]
+    assert [epoch for epoch, layer, _ in session.starts if layer == "fc2"] == [0, 12, 24]
     assert session.fossils == []
 
 
@@ -252,18 +277,20 @@ def test_a_layer_full_of_fossils_is_passed_over_by_later_surveys(build):
     gains = {("fc1", "bottleneck-mlp"): 0.4}
     candidates = tuple(build.candidate(layer, parameters=10) for layer in NAMES)
     session = Session(build, gains, active=3, candidates=candidates).run()
-    assert session.fossils == [(61, "fc1", "bottleneck-mlp")]
-    # fc2 and fc3 lost the race at 52, opened at 57 and were surveyed anew from 61 on, then again
-    # after their second embargo of 10 epochs.
-    assert [epoch for epoch, layer, _ in session.starts if layer == "fc3"] == [50, 61, 81]
+    assert session.fossils == [(11, "fc1", "bottleneck-mlp")]
+    # fc2 and fc3 lost the race, opened 5 epochs later and were surveyed anew from 11 on, to their
+    # age limit at 21, and again after their second embargo of 10 epochs.
+    assert session.racing + EMBARGO < 11
+    assert [epoch for epoch, layer, _ in session.starts if layer == "fc3"] == [0, 11, 31]
 
 
 def test_the_budget_ends_growth_and_what_folds_stays_out(build):
     gains = everywhere(0.2) | everywhere(0.2, "low-rank")
-    session = Session(build, gains, active=3, slots=2, remaining=2100).run()
+    # Six seats: the placebos are tried beside the rest.
+    session = Session(build, gains, active=6, slots=2, remaining=2100).run()
     assert [fossil[1:] for fossil in session.fossils] == [("fc1", "bottleneck-mlp")]
     assert {blueprint for _, _, blueprint in session.starts} == {"bottleneck-mlp", "noop"}
-    assert all(epoch <= 61 for epoch, _, _ in session.starts)
+    assert all(epoch <= 11 for epoch, _, _ in session.starts)
 
 
 def test_what_folds_grows_where_the_session_offers_nothing_else(build):
@@ -281,23 +308,27 @@ def test_a_sound_host_grows_nothing_and_its_placebos_are_tried(build):
 
 
 @pytest.mark.parametrize(
-    ("epochs", "interval", "start"),
-    [(10, 1, None), (16, 1, None), (17, 1, 1), (30, 1, 14), (100, 1, 50), (30, 4, 4), (100, 4, 52)],
+    ("epochs", "interval", "pays"),
+    [
+        *((epochs, 1, epochs > 16) for epochs in (10, 16, 17, 30, 100)),
+        *((epochs, 4, epochs > 28) for epochs in (28, 30, 100)),
+    ],
 )
-def test_sessions_of_any_length_begin_when_it_pays_or_never(build, epochs, interval, start):
+def test_sessions_of_any_length_begin_when_it_pays_or_never(build, epochs, interval, pays):
     session = Session(
         build, everywhere(0.3), active=8, epochs=epochs, interval_epochs=interval
     ).run()
-    assert bool(session.starts) is bool(session.fossils) is (start is not None)
-    if start is not None:
-        assert min(session.starts)[0] == start
+    assert bool(session.starts) is bool(session.fossils) is pays
+    if pays:
+        # At the first survey's epoch, or at the boundary that follows it.
+        assert min(session.starts)[0] == -session.first % interval
 
 
 def test_a_hopeless_trial_does_not_cost_the_session_its_graft(build):
     gains = {("fc1", "bottleneck-mlp"): 0.3}
     session = Session(build, gains, active=1, age_epochs=60).run()
-    assert session.starts == [(50, "fc1", "bottleneck-mlp"), (55, "fc2", "bottleneck-mlp")]
-    assert session.grafts() == [(94, "fc1", "bottleneck-mlp")]
+    assert session.starts == [(0, "fc1", "bottleneck-mlp"), (5, "fc2", "bottleneck-mlp")]
+    assert session.grafts() == [(44, "fc1", "bottleneck-mlp")]
 
 
 def test_a_seed_below_the_confidence_asked_for_does_not_block_the_search(build):
@@ -307,6 +338,6 @@ def test_a_seed_below_the_confidence_asked_for_does_not_block_the_search(build):
     session = Session(build, gains, minimum_confidence=0.99, candidates=candidates).run()
     # At full share, from the fifth epoch on, 0.024 passes: twice in a row after six.
     assert session.starts[:3] == [
-        (epoch, layer, "bottleneck-mlp") for epoch, layer in zip((50, 56, 62), NAMES, strict=True)
+        (epoch, layer, "bottleneck-mlp") for epoch, layer in zip((0, 6, 12), NAMES, strict=True)
     ]
-    assert session.fossils == [(73, "fc3", "bottleneck-mlp")]
+    assert session.fossils == [(23, "fc3", "bottleneck-mlp")]

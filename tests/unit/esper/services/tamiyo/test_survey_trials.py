@@ -29,10 +29,8 @@ def layers(slots, names=NAMES):
 
 def tried(build, *sites, **fields):
     """Trials of this survey, over by now unless a field says otherwise."""
-    return tuple(
-        build.trial(layer, blueprint, **{"started_epoch": 45, "ended_epoch": 50, **fields})
-        for layer, blueprint in sites
-    )
+    past = {"started_epoch": build.start() - 5, "ended_epoch": build.start()}
+    return tuple(build.trial(layer, blueprint, **{**past, **fields}) for layer, blueprint in sites)
 
 
 def mlps(*names):
@@ -132,6 +130,23 @@ def test_placebos_come_after_all_that_fold(build):
     assert found == [("fc1", "low-rank"), ("fc2", "low-rank"), ("fc1", "noop"), ("fc2", "noop")]
 
 
+@pytest.mark.parametrize("active", [1, 2])
+def test_a_placebo_delays_nothing_that_is_ready_to_grow(build, active):
+    def decide(*seeds, sites=NAMES):
+        trials = tried(build, *mlps(*sites))
+        settings = {"active_seeds": active}
+        packet = build.surveying(settings, layers=layers(2), seeds=seeds, trials=trials)
+        return told(decided(packet))
+
+    ready = build.ready("fc1", "bottleneck-mlp", 0.2)
+    assert decide() == (GERMINATE, "fc1", 0, "noop")
+    assert decide(ready) == (GRAFT, "fc1", 0, "bottleneck-mlp")
+    # A candidate that could grow still goes first,
+    assert decide(ready, sites=("fc1", "fc2")) == (GERMINATE, "fc3", 0, "bottleneck-mlp")
+    # and no placebo takes the seat that is left beside a trial under way.
+    assert decide(ready, build.seed("fc3"))[0] is WAIT
+
+
 @pytest.mark.parametrize(
     ("active", "seeds", "action"),
     [
@@ -191,9 +206,9 @@ def test_a_candidate_whose_layer_can_hold_no_seed_is_left_alone(build, full):
     )
 
 
-@pytest.mark.parametrize(("epoch", "action"), [(84, GERMINATE), (85, WAIT)])
-def test_no_trial_starts_that_could_not_pay_back(build, epoch, action):
-    decision = decided(build.surveying(epoch=epoch))
+@pytest.mark.parametrize(("left", "action"), [(16, GERMINATE), (15, WAIT)])
+def test_no_trial_starts_that_could_not_pay_back(build, left, action):
+    decision = decided(build.surveying(left=left))
     assert decision.action is action
     if action is WAIT:
         assert decision.reason == (
@@ -230,11 +245,15 @@ def test_a_fossil_without_an_end_counts_from_its_start(build):
 
 
 def test_after_a_fossil_everything_is_tried_anew(build):
-    fossil = build.trial("fc1", state=SeedState.FOSSILIZED, started_epoch=50, ended_epoch=61)
-    packet = build.packet(
-        epoch=61,
+    start = build.start()
+    fossil = build.trial(
+        "fc1", state=SeedState.FOSSILIZED, started_epoch=start, ended_epoch=start + 11
+    )
+    others = tried(build, *mlps("fc2", "fc3"), started_epoch=start, ended_epoch=start + 5)
+    packet = build.surveying(
+        left=39,
         seeds=(build.seed("fc1", state=SeedState.FOSSILIZED),),
-        trials=(fossil, *tried(build, *mlps("fc2", "fc3"), started_epoch=50, ended_epoch=55)),
+        trials=(fossil, *others),
     )
     assert told(decided(packet)) == (GERMINATE, "fc2", 0, "bottleneck-mlp")
 
@@ -261,8 +280,8 @@ def test_a_survey_ends_once_every_eligible_candidate_was_tried(build, ended, sta
 
 def test_neither_placebos_nor_what_folds_nor_the_unaffordable_keep_a_survey_open(build):
     trials = tried(build, *mlps("fc1"))
-    packet = build.packet(
-        epoch=51,
+    packet = build.surveying(
+        left=49,
         candidates=(
             build.candidate("fc1"),
             build.candidate("fc1", "noop"),
@@ -275,9 +294,10 @@ def test_neither_placebos_nor_what_folds_nor_the_unaffordable_keep_a_survey_open
 
 
 def test_a_layer_full_of_fossils_does_not_keep_a_survey_open(build):
-    fossil = build.trial("fc1", state=SeedState.FOSSILIZED, started_epoch=40, ended_epoch=45)
-    packet = build.packet(
-        epoch=51,
+    past = {"started_epoch": build.start() - 10, "ended_epoch": build.start() - 5}
+    fossil = build.trial("fc1", state=SeedState.FOSSILIZED, **past)
+    packet = build.surveying(
+        left=49,
         seeds=(build.seed("fc1", state=SeedState.FOSSILIZED),),
         trials=(fossil, *tried(build, *mlps("fc2", "fc3"))),
     )
@@ -304,6 +324,6 @@ def test_earlier_surveys_are_told_apart_by_their_trials_alone(build):
 
 
 def test_the_numbers_in_the_reasons_are_those_of_this_survey(build):
-    trials = tried(build, *mlps(*NAMES), started_epoch=45, ended_epoch=50)
-    assert decided(build.packet(epoch=51, trials=trials)).reason.startswith("Trial 1 of this")
-    assert decided(build.packet(epoch=50, trials=trials)).reason.startswith("Trial 4 of this")
+    trials = tried(build, *mlps(*NAMES))
+    assert decided(build.surveying(left=49, trials=trials)).reason.startswith("Trial 1 of this")
+    assert decided(build.surveying(left=50, trials=trials)).reason.startswith("Trial 4 of this")

@@ -152,9 +152,7 @@ def test_yaml_keeps_the_order_of_the_fields() -> None:
 
 def test_an_integer_will_do_for_a_float_and_nothing_for_no_clipping() -> None:
     found = TolariaConfig.from_yaml(
-        changed(
-            training__optimizer__learning_rate=1, training__optimizer__max_gradient_norm=None
-        )
+        changed(training__optimizer__learning_rate=1, training__optimizer__max_gradient_norm=None)
     )
     assert found.training.optimizer.learning_rate == 1.0
     assert isinstance(found.training.optimizer.learning_rate, float)

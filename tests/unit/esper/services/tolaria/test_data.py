@@ -109,9 +109,7 @@ def test_whole_tensors_are_indexed_to_the_same_batch_as_sample_by_sample(
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.long]))
     inputs = torch.randn(samples, *shape)
     targets = (torch.randn(samples, *target_shape) * 9).to(dtype)
-    order = torch.tensor(
-        data.draw(st.lists(st.integers(0, samples - 1), min_size=1, max_size=10))
-    )
+    order = torch.tensor(data.draw(st.lists(st.integers(0, samples - 1), min_size=1, max_size=10)))
     fast = gathered(TensorDataset(inputs, targets), order)
     # A Subset is no TensorDataset, so its samples are fetched one by one.
     slow = gathered(Subset(TensorDataset(inputs, targets), range(samples)), order)
@@ -220,9 +218,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 
 def test_the_batch_size_does_not_change_the_order() -> None:
-    assert torch.equal(
-        torch.cat(epoch_order(50, 7, 1, 2)), torch.cat(epoch_order(50, 50, 1, 2))
-    )
+    assert torch.equal(torch.cat(epoch_order(50, 7, 1, 2)), torch.cat(epoch_order(50, 50, 1, 2)))
 
 
 @given(st.integers(1, 3000), seeds)

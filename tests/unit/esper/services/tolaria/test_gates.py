@@ -188,9 +188,7 @@ def test_nothing_but_enough_passes_in_a_row_opens_the_shadow_gate(
     extra: int,
 ) -> None:
     thresholds = gates(passes=needed, dwell_epochs=dwell, age_epochs=dwell + extra)
-    found = judge_shadow(
-        age_epochs=age, passes=passes, measurement=measurement, gates=thresholds
-    )
+    found = judge_shadow(age_epochs=age, passes=passes, measurement=measurement, gates=thresholds)
     passed = measurement is not None and measurement.passes()
     assert found.passes == (passes + 1 if passed else 0)
     if found.verdict is Verdict.READY:

@@ -172,7 +172,9 @@ def test_the_rate_is_set_in_every_group() -> None:
 
 
 @pytest.mark.parametrize(("limit", "moved"), [(None, 5.0), (1.0, 1.0), (50.0, 5.0)])
-def test_a_step_clips_to_the_norm_and_drops_the_gradients(limit: float | None, moved: float) -> None:
+def test_a_step_clips_to_the_norm_and_drops_the_gradients(
+    limit: float | None, moved: float
+) -> None:
     parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
     optimizer = make_optimizer(optimizer_config("sgd"), parameters, 1.0)
     for parameter, slope in zip(parameters, (3.0, 4.0), strict=True):
