@@ -35,7 +35,15 @@ from esper.contracts.manifests import (
 from esper.contracts.operational import AdaptationDecision, SeedTransition
 from esper.core.export import export_grown
 from esper.core.model_wrapper import LayerSelection, MorphableModel, wrap
-from esper.errors import EsperError, Interrupted, ManifestError, StorageFull, WorkFailed, one_line
+from esper.errors import (
+    ConfigError,
+    EsperError,
+    Interrupted,
+    ManifestError,
+    StorageFull,
+    WorkFailed,
+    one_line,
+)
 from esper.execution.builders import build
 from esper.execution.kernel_cache import KernelCache
 from esper.services.oona_client import InProcessOona
@@ -91,6 +99,7 @@ def run_file(
     config: EsperConfig,
 ) -> int:
     """`esper run FILE`: everything is checked before anything is written."""
+    _refuse_other_bus(config)
     manifest = load_manifest(path)
     directory = output_dir or Path("runs") / manifest.session.metadata.name
     refuse_unusable(directory, overwrite=overwrite)
@@ -106,6 +115,7 @@ def resume(
     directory: Path, *, json_output: bool, live: bool, quiet: bool, config: EsperConfig
 ) -> int:
     """`esper run --resume D`: on from the newest checkpoint, or from the start without one."""
+    _refuse_other_bus(config)
     run = RunDirectory.open(directory)
     try:
         manifest = parse_manifest(run.manifest, str(directory / "manifest.yaml"))
@@ -434,6 +444,12 @@ def _refuse_unserved(manifest: Manifest) -> None:
             training.checkpoint.resume_from,
             "nothing; this version resumes a run with: esper run --resume D",
         )
+
+
+def _refuse_other_bus(config: EsperConfig) -> None:
+    """An embedded run has its bus in itself; a setting that it would pass over is refused."""
+    if config.redis.url is not None:
+        raise ConfigError("redis.url", "a URL", "null: this version runs in one process")
 
 
 def _own_manifest(prepared: Prepared) -> str:

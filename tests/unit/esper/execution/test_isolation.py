@@ -111,8 +111,7 @@ def test_the_streams_are_put_back_after_an_error() -> None:
         expected = draws()
         seed_everything(4)
         with pytest.raises(ZeroDivisionError), preserved_randomness(5):
-            draws()
-            raise ZeroDivisionError
+            raise ZeroDivisionError(draws())
         assert draws() == expected
 
 

@@ -139,7 +139,7 @@ def test_the_configuration_is_frozen_and_holds_arguments_of_its_own() -> None:
 # -- YAML ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(values_of(TolariaConfig))
 def test_every_configuration_round_trips_through_yaml(found: TolariaConfig) -> None:
     assert TolariaConfig.from_yaml(found.to_yaml()) == found
@@ -193,7 +193,7 @@ def test_what_is_no_configuration_is_refused(
 
 @pytest.mark.parametrize("document", ["", "[]", "3", "session"])
 def test_something_else_than_a_mapping_is_refused(document: str) -> None:
-    with pytest.raises(ConfigError, match="configuration: .* a mapping"):
+    with pytest.raises(ConfigError, match=r"configuration: .* a mapping"):
         TolariaConfig.from_yaml(document)
 
 

@@ -388,8 +388,8 @@ def test_a_fit_gives_the_first_batch_and_takes_tuples_and_dicts() -> None:
     for samples in (pairs, named):
         found, _ = check_fit(Two(), Datasets(samples, samples, samples), Classification())
         assert len(found) == 2
+    wrong = [({"c": torch.ones(2)}, 1)] * 4
     with pytest.raises(DataError, match=r"inputs c \[2, 2\]"):
-        wrong = [({"c": torch.ones(2)}, 1)] * 4
         check_fit(Two(), Datasets(wrong, wrong, wrong), Classification())
 
 

@@ -242,14 +242,14 @@ def test_less_error_is_fewer_nats() -> None:
 # -- the user's own -----------------------------------------------------------------------------
 
 
-class AbsoluteError:
+class Distance:
     """As little as a custom objective may be."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs - targets).abs().mean()
 
 
-class FullObjective(AbsoluteError):
+class FullObjective(Distance):
     metric_name = "closeness"
 
     def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -261,7 +261,7 @@ class FullObjective(AbsoluteError):
 
 def test_a_custom_objective_needs_nothing_but_a_loss() -> None:
     outputs, targets = torch.randn(6), torch.randn(6)
-    objective = CustomObjective(AbsoluteError(), "mine:AbsoluteError")
+    objective = CustomObjective(Distance(), "mine:Distance")
     assert objective.metric_name == "score"
     assert objective.loss(outputs, targets) == (outputs - targets).abs().mean()
     assert objective.metric_sum(outputs, targets) == pytest.approx(
@@ -283,7 +283,7 @@ def test_a_custom_objectives_own_methods_are_used() -> None:
 
 
 def test_a_metric_without_a_name_is_called_metric() -> None:
-    class Nameless(AbsoluteError):
+    class Nameless(Distance):
         metric = staticmethod(lambda outputs, targets: 0.5)
 
     objective = CustomObjective(Nameless(), "mine:Nameless")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -153,7 +154,7 @@ def test_a_share_lies_between_zero_and_one_and_falls_after_the_warm_up(
     assert all(0 <= share <= 1 + 1e-12 for share in shares)
     warm, rest = shares[:warmup], shares[warmup:]
     assert warm == sorted(warm)
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(rest, rest[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(rest))
     if rest:
         assert rest[0] == pytest.approx(1.0)
     if len(rest) > 1 and name in ("cosine", "linear"):
