@@ -18,6 +18,8 @@ PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 	{ echo "$$name"; break; }; done)
 
 export UV_HTTP_TIMEOUT ?= 300
+# Where it is set, every one of the many processes of the tests would compile all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help
 help: ## List the commands

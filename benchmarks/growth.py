@@ -39,7 +39,7 @@ CASES = {
     "digits-cnn": Path(__file__).parent / "cases/digits-cnn.yaml",
 }
 BARRED = "mnist1d-mlp"
-# The hyperparameters were fixed on seeds 0 to 11 and 1000 to 1011; the report's seeds begin well above.
+# The hyperparameters were fixed on model seeds 0 to 11 and data seeds 1000 to 1011.
 FIRST_SEED = 5000
 PAIRS = 30
 QUICK_PAIRS = 2

@@ -6,6 +6,7 @@ reads one request a line ({argv, folder, output, fault}) and answers with the pr
 with its exit status.
 """
 
+import io
 import json
 import os
 import signal
@@ -120,6 +121,7 @@ def _serve():
 
     for name in PRELOADED:
         importlib.import_module(name)
+    _draw()
     # A fork takes along the calling thread alone.
     assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread"
     for line in sys.stdin:
@@ -132,6 +134,22 @@ def _serve():
         _, status = os.waitpid(pid, 0)
         sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
         sys.stdout.flush()
+
+
+def _draw():
+    """Look up fonts and formats once, not in every process."""
+    from matplotlib.figure import Figure
+
+    from esper.cli.report_drawing import drawing
+
+    with drawing():
+        figure = Figure()
+        axes = figure.subplots()
+        axes.plot([0, 1], label="line")
+        axes.set_title("title")
+        axes.legend()
+        for kind in ("svg", "png"):
+            figure.savefig(io.BytesIO(), format=kind)
 
 
 def _become(request):

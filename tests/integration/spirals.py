@@ -53,7 +53,7 @@ SESSION = {
     "spec": {
         "model": {"entrypoint": "spirals:Net"},
         "data": {"entrypoint": "spirals:spirals"},
-        "training": {"epochs": 10, "batchSize": 30, "optimizer": {"learningRate": 0.01}},
+        "training": {"epochs": 8, "batchSize": 30, "optimizer": {"learningRate": 0.01}},
         "growth": {
             "blueprints": {
                 "matchExpressions": [
@@ -77,7 +77,7 @@ SESSION = {
         },
     },
 }
-"""Short gates: shadow trials, grafts and recovery trials of both outcomes within ten epochs."""
+"""Short gates: shadow trials, grafts and recovery trials of both outcomes within eight epochs."""
 
 
 def changed(base, **changes):

@@ -20,7 +20,7 @@ from esper.contracts.operational import (
     Measurement,
     SeedTransition,
 )
-from esper.core.model_wrapper import Morphology
+from esper.core.morphology import Morphology
 from esper.errors import BlueprintError, EsperError
 from esper.execution.blending import ramped_alpha
 from esper.services.tolaria import gates as rules
@@ -73,8 +73,8 @@ def refuse_misfit(document: BlueprintDocument, morphology: Morphology, *, builti
             graph = lower(document, morphology.target(layer))
             refusals = too_large
             infer(graph, morphology.target(layer))
-        except BlueprintError as error:
-            refusals.append((layer, error))
+        except BlueprintError as refusal:
+            refusals.append((layer, refusal))
         else:
             return
     if not too_large and (builtin or not kinds):
