@@ -8,6 +8,7 @@ import errno
 import os
 import resource
 import signal
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 
@@ -126,32 +127,34 @@ def full_in_line(name, call=1):
     RunLog._append = limited
 
 
-def refused_sync(name, call=1):
-    """A disk that finds itself full when a file of that name is synced."""
+def refused_sync(pattern, call=1):
+    """A disk that finds itself full when a file of such a name is synced."""
     original = os.fsync
     calls = _counter(call)
 
     def refusing(descriptor):
-        if Path(f"/proc/self/fd/{descriptor}").readlink().name == name and calls():
+        name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+        if fnmatchcase(name, pattern) and calls():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(descriptor)
 
     os.fsync = refusing
 
 
-def full_database(pages):
-    """A database that may not grow beyond some pages."""
-    from esper.services.urza import database
+def full_database(place, call=1):
+    """A database that may not grow from a call of `place` on."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
 
-    original = database._prepare
+    full = []
 
-    def limited(connection, entry):
-        original(connection, entry)
-        cursor = connection.cursor()
-        cursor.execute(f"PRAGMA max_page_count = {pages}")
-        cursor.close()
+    def limit(connection):
+        if full:
+            # SQLite takes the size that the file has now.
+            connection.exec_driver_sql("PRAGMA max_page_count = 1")
 
-    database._prepare = limited
+    event.listen(Engine, "begin", limit)
+    _at(place, call, before=lambda *_, **__: full.append(True))
 
 
 def file_size(room):
