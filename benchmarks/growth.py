@@ -101,12 +101,15 @@ def measure_pair(case: str, seed: int, quick: bool) -> dict[str, Any]:
     return {"seed": seed} | {name: outcome.plain() for name, outcome in arms.items()}
 
 
-def summary(pairs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Interquartile means with intervals, paired differences and costs of every arm."""
+def summary(pairs: list[dict[str, Any]], repetitions: int = REPETITIONS) -> dict[str, Any]:
+    """Interquartile means with intervals, paired differences and costs of every arm.
+
+    `repetitions` is how often the bootstrap draws.
+    """
     arms = [name for name in pairs[0] if name != "seed"]
     scores = {arm: np.array([[pair[arm]["accuracy"]] for pair in pairs]) for arm in arms}
     table: dict[str, Any] = {}
-    points, intervals = _intervals(scores)
+    points, intervals = _intervals(scores, repetitions)
     for arm in arms:
         tried = [tuple(site) for pair in pairs for site in pair[arm]["tried"]]
         table[arm] = {
@@ -132,11 +135,11 @@ def summary(pairs: list[dict[str, Any]]) -> dict[str, Any]:
         if arm == "heuristic":
             continue
         difference = {arm: scores["heuristic"] - scores[arm]}
-        point, interval = _intervals(difference)
+        point, interval = _intervals(difference, repetitions)
         improvement, spread = library.get_interval_estimates(
             {arm: (scores["heuristic"], scores[arm])},
             metrics.probability_of_improvement,
-            reps=REPETITIONS,
+            reps=repetitions,
             random_state=np.random.RandomState(0),
         )
         ratios = [pair["heuristic"]["flops"] / pair[arm]["flops"] for pair in pairs]
@@ -200,7 +203,15 @@ def _measured(case: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     with context.Pool(
         arguments.processes, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        return pool.starmap(measure_pair, jobs, chunksize=1)
+        pairs = []
+        for pair in pool.imap(_measure_job, jobs):
+            pairs.append(pair)
+            sys.stderr.write(f"{case}: pair {len(pairs)} of {len(jobs)}\n")
+        return pairs
+
+
+def _measure_job(job: tuple[str, int, bool]) -> dict[str, Any]:
+    return measure_pair(*job)
 
 
 def _sized(document: Document, shape: str, parameters: int) -> Document:
@@ -230,12 +241,12 @@ def _growing_blueprint(document: Document) -> str:
 
 
 def _intervals(
-    scores: dict[str, np.ndarray[Any, Any]],
+    scores: dict[str, np.ndarray[Any, Any]], repetitions: int
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     points, intervals = library.get_interval_estimates(
         scores,
         lambda values: np.array([metrics.aggregate_iqm(values)]),
-        reps=REPETITIONS,
+        reps=repetitions,
         random_state=np.random.RandomState(0),
     )
     return (

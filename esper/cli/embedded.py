@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper.cli.live import LiveView, make_view
+from esper.cli.live import make_view
 from esper.cli.output import write_json
 from esper.cli.report_page import write_report
+from esper.cli.view_observer import ViewObserver
 from esper.configs import EsperConfig
 from esper.contracts import assets
 from esper.contracts.blueprints import CATALOGUE, BlueprintDocument, Graph
@@ -32,16 +34,16 @@ from esper.contracts.manifests import (
     select_blueprints,
     session_document,
 )
-from esper.contracts.operational import AdaptationDecision, SeedTransition
+from esper.contracts.operational import AdaptationDecision
 from esper.core.export import export_grown
 from esper.core.model_wrapper import LayerSelection, MorphableModel, wrap
 from esper.errors import (
+    BadInput,
     ConfigError,
     EsperError,
     Interrupted,
     ManifestError,
     StorageFull,
-    WorkFailed,
     one_line,
 )
 from esper.execution.builders import build
@@ -215,7 +217,6 @@ def _carry_out(
         layers={n: layer_kind(m) for n, m in prepared.model.morphology.layers.items()},
         refused=prepared.model.morphology.refused,
         parameters_base=sum(p.numel() for p in prepared.model.parameters()),
-        metric_name=prepared.objective.metric_name,
     )
     try:
         result = asyncio.run(
@@ -223,22 +224,24 @@ def _carry_out(
         )
     except Interrupted as error:
         status.finish(SessionOutcome.INTERRUPTED, str(error))
+        if shown.json:
+            _show_broken_off(prepared, SessionOutcome.INTERRUPTED, str(error))
         raise Interrupted(
             f"interrupted; a checkpoint was written. Go on with: esper run --resume {run.path}"
         ) from error
-    except EsperError as error:
-        _failed(status, run, error, shown)
-        raise
     except Exception as error:
-        if not _disk_is_full(error):
-            _failed(status, run, error, shown)
+        failure = error
+        if _disk_is_full(error):
+            failure = StorageFull(
+                f"no room left for {run.path}: {one_line(str(error))}; free some and go on with: "
+                f"esper run --resume {run.path}"
+            )
+        _failed(status, run, failure)
+        if shown.json and not isinstance(failure, BadInput):
+            _show_broken_off(prepared, SessionOutcome.FAILED, str(failure))
+        if failure is error:
             raise
-        full = StorageFull(
-            f"no room left for {run.path}: {one_line(str(error))}; free some and go on with: "
-            f"esper run --resume {run.path}"
-        )
-        _failed(status, run, full, shown)
-        raise full from error
+        raise failure from error
     _shown_end(result, run.path, shown)
     return 0
 
@@ -318,7 +321,7 @@ async def _session(
                 parameters_base=sum(p.numel() for p in prepared.model.parameters()),
                 metric=prepared.objective.metric_name,
             )
-            observers.append(_ViewObserver(stack.enter_context(view)))
+            observers.append(ViewObserver(stack.enter_context(view)))
         async with embedded_trainer(
             prepared,
             config,
@@ -348,7 +351,7 @@ def _finished(
     summary: dict[str, Any] = {
         "session": prepared.config.session,
         "outcome": SessionOutcome.SUCCEEDED.value,
-        "accuracy": result.test.metric,
+        "accuracy": result.test.metric if math.isfinite(result.test.metric) else None,
         "metric": prepared.objective.metric_name,
         "parametersBase": result.parameters_base,
         "parameters": result.parameters,
@@ -399,9 +402,11 @@ def _finished(
 def _shown_end(result: Mapping[str, Any], path: Path, shown: _Shown) -> None:
     if not shown.quiet:
         grown = result["parameters"] - result["parametersBase"]
+        metric = result["accuracy"]
+        reached = "not finite" if metric is None else f"{metric:.4f}"
         sys.stderr.write(
             f"{result['session']}: {result['outcome']}, "
-            f"{result['metric']} {result['accuracy']:.4f} on the test set, "
+            f"{result['metric']} {reached} on the test set, "
             f"{result['parametersBase']} + {grown} parameters\n"
             f"report: {path / 'report.html'}\n"
         )
@@ -409,25 +414,25 @@ def _shown_end(result: Mapping[str, Any], path: Path, shown: _Shown) -> None:
         write_json(result)
 
 
-def _failed(status: StatusFile, run: RunDirectory, error: BaseException, shown: _Shown) -> None:
+def _failed(status: StatusFile, run: RunDirectory, error: BaseException) -> None:
     """Say in the status why the session failed; a disk without room may refuse even that."""
     reason = one_line(str(error), 1000)
-    try:
-        status.finish(SessionOutcome.FAILED, reason)
+    with suppress(OSError, EsperError):
+        if run.result() is None:  # else all but the report is done
+            status.finish(SessionOutcome.FAILED, reason)
         write_report(run.path)
-    except OSError as refused:
-        sys.stderr.write(f"esper: the status could not be written: {one_line(str(refused))}\n")
-    if shown.json and isinstance(error, WorkFailed):
-        write_json(
-            {"session": run.path.name, "outcome": SessionOutcome.FAILED.value, "reason": reason}
-        )
+
+
+def _show_broken_off(prepared: Prepared, outcome: SessionOutcome, reason: str) -> None:
+    session, reason = prepared.config.session, one_line(reason, 1000)
+    write_json({"session": session, "outcome": outcome.value, "reason": reason})
 
 
 def _disk_is_full(error: BaseException) -> bool:
     """Whether `error`, or what caused it, is a write refused for want of room."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in FULL_DISK:
+        if isinstance(seen, StorageFull) or getattr(seen, "errno", None) in FULL_DISK:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
@@ -438,6 +443,12 @@ def _refuse_unserved(manifest: Manifest) -> None:
     training = manifest.session.spec.training
     if training.compile:
         raise ManifestError("spec.training.compile", True, "false; this version runs eager only")
+    if training.logical_shards is not None:
+        raise ManifestError(
+            "spec.training.logicalShards",
+            training.logical_shards,
+            "nothing; this version computes a batch in one piece",
+        )
     if training.checkpoint.resume_from is not None:
         raise ManifestError(
             "spec.training.checkpoint.resumeFrom",
@@ -473,27 +484,3 @@ async def _register(hub: UrzaClient, prepared: Prepared) -> None:
             num_slots=growth.seeds_per_layer,
         )
     )
-
-
-class _ViewObserver:
-    """Shows a trainer's news in the live view."""
-
-    def __init__(self, view: LiveView) -> None:
-        self._view = view
-
-    def epoch(self, row: Mapping[str, Any]) -> None:
-        self._view.epoch(row)
-
-    def transition(self, transition: SeedTransition) -> None:
-        self._view.transition({"type": "transition"} | transition.to_wire())
-
-    def decision(self, decision: AdaptationDecision, applied: bool, outcome: str) -> None:
-        self._view.decision(decision.to_wire() | {"applied": applied, "outcome": outcome})
-
-    def event(self, epoch: int, reason: str, message: str) -> None:
-        self._view.transition(
-            {"type": "event", "epoch": epoch, "reason": reason, "message": message}
-        )
-
-    def checkpoint(self, snapshot: Snapshot) -> None:
-        """Checkpoints are the status's business."""

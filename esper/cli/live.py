@@ -42,9 +42,6 @@ class LiveView(Protocol):
     def decision(self, decision: Mapping[str, object]) -> None:
         """Show a decision, as in decisions.jsonl; waiting is not worth a line."""
 
-    def note(self, text: str) -> None:
-        """Show one line that belongs to no epoch."""
-
 
 def make_view(
     stream: IO[str],
@@ -216,10 +213,6 @@ class PlainView:
         """Write a decision's line, unless it is to wait."""
         if decision.get("action") != DecisionAction.WAIT:
             self._write(decision_line(decision))
-
-    def note(self, text: str) -> None:
-        """Write a line."""
-        self._write(formats.printable(text))
 
     def _write(self, line: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"

@@ -94,10 +94,6 @@ class TerminalView:
         if decision.get("action") != DecisionAction.WAIT:
             self._remember(decision_line(decision), "default")
 
-    def note(self, text: str) -> None:
-        """Print the line above the view, where it stays."""
-        self._console.print(Text(formats.printable(text)), soft_wrap=True)
-
     def _remember(self, line: str, style: str) -> None:
         self._recent.append(Text(line, style=style, no_wrap=True, overflow="ellipsis"))
 

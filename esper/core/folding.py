@@ -30,7 +30,7 @@ from esper.core.morphology import Morphology, geometry
 from esper.core.tracing import WidenPair
 from esper.errors import WrapError
 from esper.execution.builders import submodule_name
-from esper.execution.kasmina_layer import Branch, KasminaLayer
+from esper.execution.kasmina_layer import Branch, KasminaLayer, become
 from esper.execution.state_layout import SeedLifecycleState
 
 FOLDED = "folded into the layer's weight"
@@ -123,7 +123,7 @@ def fold(morphology: Morphology, discard: Callable[[], nn.Module]) -> nn.Module:
     for one in plans.values():
         if one.kept:
             keep_unfused(model, one.layer)
-            model = _replaced(model, one.layer, as_graph_module(one))
+            _become_grown(one.layer, one)
         else:
             _resize(model, one.layer, one)
     return model
@@ -264,11 +264,33 @@ def _resize(model: nn.Module, layer: nn.Module, own: LayerPlan) -> None:
                 old.copy_(value)
         else:
             layer.register_parameter(name, _parameter(old, value))
-    if isinstance(layer, nn.Linear):
-        layer.out_features, layer.in_features = own.weight.shape
-    elif isinstance(layer, nn.Conv2d):
-        layer.out_channels = own.weight.shape[0]
-        layer.in_channels = own.weight.shape[1] * layer.groups
+    _note_sizes(layer, own)
+
+
+def _note_sizes(layer: nn.Module, own: LayerPlan) -> None:
+    outputs, inputs = own.outputs + own.new_outputs, own.inputs + own.new_inputs
+    if isinstance(layer, nn.Conv2d):
+        layer.out_channels, layer.in_channels = outputs, inputs
+    else:
+        layer.out_features, layer.in_features = outputs, inputs  # type: ignore[assignment]
+
+
+def _become_grown(layer: nn.Module, own: LayerPlan) -> None:
+    """Turn a plain layer into the module of it and its seeds, in place.
+
+    In place, so that the model's own references to it, in lists say, lead to what grew. Its sizes,
+    its hooks and what the user hung on it stay; `meta` keeps them through deepcopy.
+    """
+    _note_sizes(layer, own)
+    grown = as_graph_module(own)
+    held = ("_parameters", "_buffers", "_modules")
+    kept = {name: value for name, value in layer.__dict__.items() if name not in held}
+    layer.__dict__.update(vars(grown) | kept)
+    become(layer, type(grown))
+    assert isinstance(layer, fx.GraphModule)
+    hooks = {name: value for name, value in kept.items() if "_forward_" in name}
+    plain = {name: value for name, value in kept.items() if not name.startswith("_")}
+    layer.meta["_user_preserved_attributes"] = hooks | plain
 
 
 def as_graph_module(own: LayerPlan) -> fx.GraphModule:
@@ -316,16 +338,6 @@ def _host_operation(
         padding = (0, 0)
     window = (layer.stride, padding, layer.dilation, layer.groups)
     return graph.call_function(F.conv2d, (source, weight, bias, *window))
-
-
-def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    if model is old:
-        return new
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
-    return model
 
 
 def _parameter(old: nn.Parameter | None, value: Tensor | None) -> nn.Parameter | None:

@@ -70,6 +70,9 @@ class MorphableModel(nn.Module):
     morphology: Morphology
     host_class: ClassVar[type[nn.Module]]
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """The host class does not hear of its subclass: its registry would hand out ours."""
+
     def statistics(self) -> dict[str, Any]:
         """See `Morphology.statistics`."""
         return self.morphology.statistics()
@@ -178,8 +181,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
     Seeds that are not fossilized go; without fossilized ones the model is what it was before
     `wrap`. Fossilized seeds stay as plain torch: folded into their layers where that is exact,
-    else as torch-only modules. A model that is itself a host layer and can't fold is replaced, so
-    use what is returned.
+    else as torch-only modules: the layers stay the same objects.
 
     Raises:
         WrapError: the model is not wrapped.
@@ -332,8 +334,11 @@ def _refuse_unfit(model: nn.Module) -> None:
         raise WrapError(
             "model", "uninitialised (lazy) parameters", "a model that has run once, so has shapes"
         )
-    if hasattr(model, "morphology"):
-        raise WrapError("model", "an attribute named morphology", "a model without one")
+    contents = {**model._modules, **model._parameters, **model._buffers}
+    for name in ("morphology", "host_class", "statistics"):
+        # A method of this name is the user's own; a part would hide behind ours.
+        if name in contents or (name != "statistics" and hasattr(model, name)):
+            raise WrapError("model", f"an attribute named {name}", "a model without one")
 
 
 def _probe(morphology: Morphology, example_inputs: Any) -> None:

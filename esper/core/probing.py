@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -58,8 +58,9 @@ def probe(
     """Run `model(*args, **kwargs)` in both modes, on copies of the inputs, and look.
 
     A mode in which the model raises (BatchNorm refuses a training batch of one) is left out; the
-    layers are then judged by the other. The trace needs the evaluation mode; a model that can't
-    be traced has no edges and no widen pairs, and is no worse a host for it.
+    layers are then judged by the other. The edges are those of the evaluation mode, the widen
+    pairs those that both modes show; a model that can't be traced has neither, and is no worse a
+    host for it.
     """
     found = Probe()
     shapes: dict[str, LayerShapes] = {}
@@ -68,9 +69,12 @@ def probe(
         own_args, own_kwargs = tree_map(_copied, (args, dict(kwargs)))
         return model(*own_args, **own_kwargs)
 
+    in_training = Dataflow()
     with undisturbed(model):
         model.train()
         called_training, training_error = _called(hosts, shapes, forward)
+        if training_error is None:
+            in_training = _traced(hosts, forward, training=True)
     with undisturbed(model), evaluating(model):
         for module in model.modules():
             if isinstance(module, nn.TransformerEncoder):
@@ -78,7 +82,11 @@ def probe(
                 module.use_nested_tensor = False
         called_evaluation, evaluation_error = _called(hosts, shapes, forward)
         if evaluation_error is None:
-            found.dataflow = _traced(hosts, forward)
+            found.dataflow = _traced(hosts, forward, training=False)
+    if training_error is None:
+        # A training-only head, say, would meet the units that widening gives the others.
+        pairs = tuple(pair for pair in found.dataflow.pairs if pair in in_training.pairs)
+        found.dataflow = replace(found.dataflow, pairs=pairs)
     if training_error is not None and evaluation_error is not None:
         found.failure = training_error
         return found
@@ -168,9 +176,11 @@ def _called(
     return called, None
 
 
-def _traced(hosts: Mapping[str, KasminaLayer], forward: Callable[[], Any]) -> Dataflow:
+def _traced(
+    hosts: Mapping[str, KasminaLayer], forward: Callable[[], Any], *, training: bool
+) -> Dataflow:
     try:
-        return trace(hosts, forward)[0]
+        return trace(hosts, forward, training=training)[0]
     # A model that can't run under the trace has already run without it.
     except Exception:
         return Dataflow()

@@ -92,14 +92,13 @@ def read(path: str | Path) -> dict[str, Tensor]:
 '''
 
 _REPLACE = '''
-def replace(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    """Put `new` in the place, or places, of the layer called `name`."""
-    old = model.get_submodule(name)
-    for parent in list(model.modules()):
-        for key, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, key, new)
-    return new.train(old.training)
+def replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Turn the layer called `name` into `new`, wherever it is used; its hooks stay."""
+    layer = model.get_submodule(name)
+    new.train(layer.training)
+    hooks = {key: value for key, value in vars(layer).items() if "_hooks" in key}
+    vars(layer).update(vars(new) | hooks)
+    layer.__class__ = type(new)
 
 '''
 
@@ -295,9 +294,8 @@ def _change(one: LayerPlan, name: str) -> str:
         made = f"nn.{base}({_sizes(one)})"
     else:
         return ""
-    if one.is_root:
-        return f"    model = {made}.train(model.training)"
-    return f"    replace(model, {one.name!r}, {made})"
+    path = "" if one.is_root else one.name
+    return f"    replace(model, {path!r}, {made})"
 
 
 def _links(one: LayerPlan, names: Mapping[str, str]) -> list[str]:

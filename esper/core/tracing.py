@@ -88,6 +88,13 @@ def _dropout(args: Sequence[Any], kwargs: Arguments) -> ChainOp:
     return DropoutOp(p=float(given.get("p", 0.5)))
 
 
+def _drops(args: Sequence[Any], kwargs: Arguments) -> bool:
+    """Whether a dropout is on in this call."""
+    return bool(
+        {**dict(zip(("p", "training"), args, strict=False)), **kwargs}.get("training", True)
+    )
+
+
 def _pool(
     op: type[MaxPool2dOp] | type[AvgPool2dOp], names: Sequence[str]
 ) -> Callable[[Sequence[Any], Arguments], ChainOp]:
@@ -158,8 +165,9 @@ _HARMLESS = frozenset(
 class _Recorder(TorchFunctionMode):
     """Records events while it is entered; `hosts` are told apart by hooks."""
 
-    def __init__(self, hosts: Mapping[str, KasminaLayer]) -> None:
+    def __init__(self, hosts: Mapping[str, KasminaLayer], training: bool) -> None:
         super().__init__()
+        self.training = training
         self.values: list[_Value] = []
         self.calls: Counter[str] = Counter()
         self.edges: dict[tuple[str, str], None] = {}
@@ -186,7 +194,7 @@ class _Recorder(TorchFunctionMode):
         if self._inside or func in _HARMLESS:
             return func(*args, **given)
         read = self._tensors((args, given))
-        event = _Event(op=_chain_op(func, args, given, len(read)))
+        event = _Event(op=_chain_op(func, args, given, len(read), self.training))
         numbers = self._read(read, event)
         result = func(*args, **given)
         self._made(self._tensors(result), event, self._sources(numbers))
@@ -247,14 +255,16 @@ class _Recorder(TorchFunctionMode):
 
 
 def trace(
-    hosts: Mapping[str, KasminaLayer], forward: Callable[[], Any]
+    hosts: Mapping[str, KasminaLayer], forward: Callable[[], Any], *, training: bool = False
 ) -> tuple[Dataflow, list[str]]:
-    """Run `forward` once, traced. The caller has put the model into eval mode and keeps its state.
+    """Run `forward` once, traced. The caller has put the model into the mode and keeps its state.
+
+    `training` says which mode that is: dropout must be on there, and off in eval mode.
 
     Returns:
         The dataflow, and the hosts that were called, in order of their first call.
     """
-    recorder = _Recorder(hosts)
+    recorder = _Recorder(hosts, training)
     hooked = {
         name for name, layer in hosts.items() if layer._forward_hooks or layer._forward_pre_hooks
     }
@@ -323,7 +333,7 @@ def _fits(producer: KasminaLayer, consumer: KasminaLayer, chain: Sequence[ChainO
 
 
 def _chain_op(
-    func: object, args: tuple[Any, ...], kwargs: Arguments, tensors: int
+    func: object, args: tuple[Any, ...], kwargs: Arguments, tensors: int, training: bool
 ) -> ChainOp | None:
     """The call as an operation of the IR; None if it is not one, or not with these arguments."""
     parser = _PARSERS.get(func)
@@ -331,6 +341,8 @@ def _chain_op(
         return None
     given = {name: value for name, value in kwargs.items() if name != "input"}
     rest = args[1:] if "input" not in kwargs else args
+    if func is F.dropout and _drops(rest, given) is not training:
+        return None
     try:
         return parser(rest, given)
     except (ValidationError, TypeError, ValueError):

@@ -93,7 +93,7 @@ def borrowed_buffers(model: nn.Module, own: dict[str, Tensor]) -> Iterator[None]
             buffer = buffers[key]
             if name not in own:
                 continue
-            if buffer is not None and buffer.shape == own[name].shape:
+            if buffer is not None and buffer.shape == own[name].shape and writable(buffer):
                 buffer.copy_(own[name])
             else:
                 buffers[key] = own[name].clone()
@@ -108,8 +108,14 @@ def borrowed_buffers(model: nn.Module, own: dict[str, Tensor]) -> Iterator[None]
             for name, (buffers, key) in places.items():
                 buffer, value = kept[name]
                 buffers[key] = buffer
-                if buffer is not None:
+                if buffer is not None and writable(buffer):
                     buffer.copy_(value)
+
+
+def writable(tensor: Tensor) -> bool:
+    """Whether torch writes to it: not where one element stands for many, as in an expanded one."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True) if not tensor.is_sparse else ()
+    return all(stride or size <= 1 for size, stride in sizes)
 
 
 @contextmanager

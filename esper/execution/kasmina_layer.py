@@ -38,6 +38,10 @@ class Tap:
 
     kept: Tensor | None = None
 
+    def __reduce__(self) -> tuple[type[Tap], tuple[()]]:
+        """Copied and pickled empty: what is kept belongs to one forward, and has its graph."""
+        return Tap, ()
+
     def join(self, out: Tensor, source: Tensor) -> Tensor:
         """Keep `source`, the producer's input; its output passes unchanged."""
         self.kept = source

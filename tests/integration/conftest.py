@@ -4,8 +4,8 @@ from tests.integration.processes import Server
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
+def server():
     """Starts commands as processes."""
-    serving = Server(tmp_path_factory.mktemp("streams"))
+    serving = Server()
     yield serving
     serving.close()

@@ -2,17 +2,17 @@
 
 A server imports what a run needs and then forks: every command is a process that can be killed
 like any other, without the seconds that imports take. Run as a module, this file is the server: it
-reads one request a line ({argv, folder, output, fault}) and answers with the process's id, then
-with its exit status.
+reads one request a line ({argv, folder, fault}) and answers with the process's id, then
+with its exit status and its streams.
 """
 
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +40,7 @@ class Ended:
 class Server:
     """Starts commands one after the other."""
 
-    def __init__(self, folder):
-        """`folder` takes what the commands write to their standard streams."""
-        self._folder = folder
-        self._count = 0
+    def __init__(self):
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             stdin=subprocess.PIPE,
@@ -53,21 +50,14 @@ class Server:
             text=True,
         )
 
-    def start(self, *argv, folder=None, fault=None):
-        """A started command; `fault` is the name and the arguments of one in `faults.py`."""
-        self._count += 1
-        output = self._folder / f"{self._count}"
-        request = {
-            "argv": [str(word) for word in argv],
-            "folder": str(folder or self._folder),
-            "output": str(output),
-            "fault": fault,
-        }
+    def start(self, *argv, folder, fault=None):
+        """A command in a folder; `fault` is the name and the arguments of one in `faults.py`."""
+        request = {"argv": [str(word) for word in argv], "folder": str(folder), "fault": fault}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        return Started(int(self._process.stdout.readline()), self._process.stdout, output)
+        return Started(int(self._process.stdout.readline()), self._process.stdout)
 
-    def run(self, *argv, folder=None, fault=None):
+    def run(self, *argv, folder, fault=None):
         """A command from its start to its end."""
         return self.start(*argv, folder=folder, fault=fault).wait()
 
@@ -81,21 +71,18 @@ class Server:
 class Started:
     """A command at work."""
 
-    def __init__(self, pid, answers, output):
+    def __init__(self, pid, answers):
         self.pid = pid
         self._answers = answers
-        self._output = output
 
     def signal(self, number):
-        """Send a signal; one that has ended already gets none."""
+        """Send a signal; a command that has ended gets none."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
     def wait(self):
         """Wait for its end."""
-        status = int(self._answers.readline())
-        out, err = (Path(f"{self._output}.{name}").read_text() for name in ("out", "err"))
-        return Ended(status, out, err)
+        return Ended(**json.loads(self._answers.readline()))
 
 
 def environment():
@@ -103,7 +90,7 @@ def environment():
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def until(condition, process_ended=lambda: False, seconds=60):
+def until(condition, process_ended=lambda: False, seconds=180):
     """Look every millisecond until `condition` holds.
 
     Raises:
@@ -126,14 +113,23 @@ def _serve():
     assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread"
     for line in sys.stdin:
         request = json.loads(line)
+        pipes = {name: os.pipe() for name in ("out", "err")}
         pid = os.fork()
         if pid == 0:
-            _become(request)
-        sys.stdout.write(f"{pid}\n")
-        sys.stdout.flush()
+            _become(request, [end for _, end in pipes.values()])
+        _answer(pid)
         _, status = os.waitpid(pid, 0)
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
-        sys.stdout.flush()
+        ended = {"status": os.waitstatus_to_exitcode(status)}
+        for name, (reading, writing) in pipes.items():
+            os.close(writing)
+            with open(reading, encoding="utf-8") as stream:
+                ended[name] = stream.read()
+        _answer(json.dumps(ended))
+
+
+def _answer(line):
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def _draw():
@@ -152,16 +148,14 @@ def _draw():
             figure.savefig(io.BytesIO(), format=kind)
 
 
-def _become(request):
-    """Be the command, in the forked process."""
+def _become(request, streams):
+    """Be the command, in the forked process. A pipe holds more than a quiet command says."""
     status = 70
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        for number, name in ((1, "out"), (2, "err")):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-            os.dup2(os.open(f"{request['output']}.{name}", flags), number)
+        for number, stream in enumerate(streams, start=1):
+            os.dup2(stream, number)
         os.chdir(request["folder"])
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         from esper.cli.main import main
         from tests.integration import faults
 
@@ -175,8 +169,6 @@ def _become(request):
         sys.stdout.flush()
         sys.stderr.flush()
     except BaseException:
-        import traceback
-
         traceback.print_exc()
         sys.stderr.flush()
     finally:

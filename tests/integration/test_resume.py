@@ -246,7 +246,7 @@ def test_processes_of_their_own(folder):
     )
     until(lambda: metrics.read_bytes().count(b"\n") >= 6)
     stopped.terminate()
-    _, err = stopped.communicate(timeout=60)
+    _, err = stopped.communicate(timeout=180)
     assert stopped.returncode == 130
     assert err.endswith("Go on with: esper run --resume plain\n")
     assert str(ROOT) not in err

@@ -9,7 +9,7 @@ from esper.contracts.blueprints import BlueprintDocument, KernelTarget, lower, r
 from esper.contracts.enums import BlueprintState, ComponentType
 from esper.contracts.messages import KernelReady, KernelRequested, OonaMessage, TopicNames
 from esper.contracts.operational import AdaptationDecision, SystemStatePacket
-from esper.errors import KernelError
+from esper.errors import HubUnavailable, KernelError
 from esper.execution.kernel_cache import KernelCache, instantiate
 from esper.services.oona_client import Oona
 from esper.services.tolaria.engine import stable_seed
@@ -71,7 +71,7 @@ class HubKernels:
 
         Raises:
             KernelError: the kernel failed to compile or to verify.
-            Unavailable: the hub, the bus or the store did not answer.
+            Unavailable: the hub, the bus, the store or the forge did not do its part.
         """
         kernel = await self._hub.request_kernel(document.digest, target)
         if kernel.state in OPEN_STATES:
@@ -107,6 +107,10 @@ class HubKernels:
             ready = KernelReady.model_validate(message.payload)
             if ready.kernel != kernel.kernel:
                 continue
-            if ready.error is not None:
+            if ready.error is None:
+                return
+            now = await self._hub.request_kernel(document.digest, target)
+            if now.state is BlueprintState.FAILED:
                 raise KernelError(f"kernel {kernel.kernel}: {ready.error}")
-            return
+            # The forge gave it back unjudged, for want of room or of an answer from the store.
+            raise HubUnavailable(f"kernel {kernel.kernel}: {ready.error}")

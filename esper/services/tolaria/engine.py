@@ -22,6 +22,7 @@ from esper.execution.isolation import (
     evaluating,
     preserved_buffers,
     preserved_randomness,
+    writable,
 )
 from esper.execution.state_layout import SeedLifecycleState
 from esper.execution.trials import shadow_gradients
@@ -280,6 +281,7 @@ class Engine:
             | {
                 "hostGroups": self._host_groups,
                 "seedOptimizers": [list(site) for site in self.seed_optimizers],
+                "emptyBuffers": [name for name, one in _buffers(self.model).items() if one is None],
                 "learningRateScale": self.learning_rate_scale,
                 "flops": self.meter.total,
                 "flopsTrials": self.meter.trials,
@@ -292,9 +294,7 @@ class Engine:
 
         `keep_flops` leaves the meter alone: work undone was work all the same.
         """
-        with torch.no_grad():
-            for name, tensor in self._model_tensors().items():
-                tensor.copy_(snapshot.tensors[f"model/{name}"])
+        self._restore_model(snapshot)
         self._host_groups = [list(group) for group in snapshot.state["hostGroups"]]
         self.host_optimizer = self._make_optimizer(self._parameters_named(self._host_groups[0]))
         for group in self._host_groups[1:]:
@@ -334,6 +334,33 @@ class Engine:
         """Eval mode; buffers and random streams are put back: an extra look leaves no trace."""
         with evaluating(self.model), preserved_buffers(self.model), preserved_randomness():
             yield
+
+    @torch.no_grad()
+    def _restore_model(self, snapshot: Snapshot) -> None:
+        """Parameters and buffers; a forward may have made, replaced or resized a buffer."""
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(snapshot.tensors[f"model/{name}"])
+        found = _buffers(self.model)
+        saved = {
+            name.removeprefix("model/"): tensor
+            for name, tensor in snapshot.tensors.items()
+            if name.startswith("model/")
+        }
+        buffers = {name for name, _ in self.model.named_buffers()}
+        parameters = {name for name, _ in self.model.named_parameters()}
+        for name in (buffers | set(saved)) - parameters:
+            path, _, key = name.rpartition(".")
+            table, buffer, value = self.model.get_submodule(path)._buffers, found.get(name), None
+            if name in saved:
+                value = saved[name]
+                if buffer is not None and buffer.shape == value.shape and writable(buffer):
+                    buffer.copy_(value)
+                else:
+                    table[key] = value.to(self.device, copy=True)
+            elif name in snapshot.state["emptyBuffers"]:
+                table[key] = None
+            else:
+                del table[key]
 
     def _load(
         self,
@@ -375,6 +402,15 @@ class Engine:
 
     def _model_tensors(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers by name, with the places that hold none yet."""
+    return {
+        f"{path}.{key}" if path else key: buffer
+        for path, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+    }
 
 
 def forwarded(model: nn.Module, inputs: Any) -> Tensor:

@@ -21,7 +21,7 @@ from esper.contracts.operational import (
     SeedTransition,
 )
 from esper.core.morphology import Morphology
-from esper.errors import BlueprintError, EsperError
+from esper.errors import BlueprintError, EsperError, StorageFull
 from esper.execution.blending import ramped_alpha
 from esper.services.tolaria import gates as rules
 from esper.services.tolaria.config import TolariaConfig
@@ -229,6 +229,8 @@ class Growth:
         document = self._documents[candidate.blueprint]
         try:
             seed = await self._kernels.build(document, morphology.target(layer), layer, slot)
+        except StorageFull:
+            raise  # says nothing about the blueprint; the run ends here and can be resumed
         except EsperError as error:
             if not error.permanent:
                 return False, f"put off: {error}"

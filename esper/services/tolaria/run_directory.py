@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -213,7 +214,8 @@ class RunLog:
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         file = self._files[name]
-        file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        text = json.dumps(_standard(line), ensure_ascii=False, allow_nan=False)
+        file.write(text.encode() + b"\n")
         file.flush()
 
 
@@ -255,6 +257,15 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def _standard(value: object) -> object:
+    """`value` as JSON has it: null where a number is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _standard(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_standard(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _partial(path: Path) -> Path:

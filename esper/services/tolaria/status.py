@@ -41,13 +41,11 @@ class StatusFile:
         layers: Mapping[str, str],
         refused: Mapping[str, str],
         parameters_base: int,
-        metric_name: str,
     ) -> None:
         """`layers` are the hosts' kinds by name, `refused` the other layers' reasons."""
         self._path = path
         self._session = session
         self._kinds = dict(layers)
-        self._metric_name = metric_name
         self._since = utc_now()
         self._conditions: dict[str, Condition] = {}
         self._condition(SUMMARY, "Unknown", SessionOutcome.RUNNING.value, "the session trains")

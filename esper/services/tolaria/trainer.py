@@ -183,7 +183,10 @@ class TolariaTrainer:
         return rows
 
     def _recovery_trial(self, record: SeedRecord, epochs: int) -> list[Row]:
-        """Train the interval with and without the seed; the better arm becomes the model."""
+        """Train the interval with and without the seed; the better arm becomes the model.
+
+        Nothing is judged where the loss without the seed is not finite.
+        """
         before = self._boundary_snapshot()
         end = self.epoch + epochs
         with_rows = self._train(epochs)
@@ -192,7 +195,9 @@ class TolariaTrainer:
         self.engine.restore(before, keep_flops=True)
         with self.engine.without(record.site):
             rows = self._train(epochs, trial=True)
-            nats = self.engine.sample_nats() if all(map(_finite, rows)) else []
+            if not all(map(_finite, rows)):
+                return rows  # no model to go on with: the rollback culls the seed
+            nats = self.engine.sample_nats()
         judgement = self.growth.judge_recovery(record, nats, with_nats)
         if judgement.verdict is Verdict.FOSSILIZE:
             self.engine.restore(with_seed, keep_flops=True)

@@ -70,13 +70,20 @@ def test_a_terminal_gets_the_live_view_unless_plain_is_forced(monkeypatch):
         assert isinstance(make_view(stream, 3, "s"), PlainView)
 
 
+def told(message):
+    return {"type": "event", "epoch": 1, "reason": "Told", "message": message}
+
+
 def test_plain_lines_tell_epochs_transitions_and_decisions(records):
     stream = io.StringIO()
     with make_view(stream, 100, "mnist1d-mlp", policy="heuristic", parameters_base=1098) as view:
-        view.note("resumed")
+        view.transition(told("resumed"))
         replay(view, records)
     lines = stream.getvalue().splitlines()
-    assert lines[:2] == ["session mnist1d-mlp: 100 epochs, policy heuristic", "resumed"]
+    assert lines[:2] == [
+        "session mnist1d-mlp: 100 epochs, policy heuristic",
+        "epoch 1: Told resumed",
+    ]
     assert sum(line.startswith("epoch ") and "  train " in line for line in lines) == 100
     assert "parameters 1,098 -> 5,202 (+374 %)" in stream.getvalue()
     assert any("layers.0[0] bottleneck-mlp grafting -> fossilized: recovery" in x for x in lines)
@@ -102,7 +109,7 @@ def test_a_reader_that_went_away_does_not_end_the_run():
     stream = os.fdopen(writer, "w")
     view = make_view(stream, 3, "s")
     view.epoch({"epoch": 1})
-    view.note("still here")
+    view.transition(told("still here"))
     with pytest.raises(BrokenPipeError):
         stream.close()
 
@@ -111,20 +118,20 @@ def test_a_closed_stream_does_not_end_the_run():
     stream = io.StringIO()
     view = make_view(stream, 3, "s")
     stream.close()
-    view.note("still here")
+    view.transition(told("still here"))
 
 
 def test_text_that_the_stream_cannot_encode_is_replaced():
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
-    make_view(stream, 3, "s").note("α → 1")
-    assert raw.getvalue() == b"? ? 1\n"
+    make_view(stream, 3, "s").transition(told("α → 1"))
+    assert raw.getvalue() == b"epoch 1: Told ? ? 1\n"
 
 
 def test_plain_lines_obey_no_control_characters():
     stream = io.StringIO()
-    make_view(stream, 3, "s").note("red \x1b[31m\nnext")
-    assert stream.getvalue() == "red ?[31m next\n"
+    make_view(stream, 3, "s").transition(told("red \x1b[31m\nnext"))
+    assert stream.getvalue() == "epoch 1: Told red ?[31m next\n"
 
 
 def test_a_metric_that_is_no_accuracy_is_a_plain_figure():
@@ -180,10 +187,10 @@ def test_the_live_view_on_a_terminal_leaves_its_last_frame(records):
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=100, height=40, color_system=None)
     with TerminalView(console, SessionFacts("mnist1d-mlp", "heuristic", 100)) as view:
-        view.note("resumed [not markup]")
         replay(view, records)
+        view.transition(told("[not markup]"))
     shown = stream.getvalue()
-    assert "resumed [not markup]" in shown
+    assert "Told [not markup]" in shown
     assert "epoch 100/100" in shown
     assert "\x1b[?25h" in shown  # the cursor is back
     assert "left" not in shown.rsplit("epoch 100/100", 1)[1]

@@ -56,8 +56,8 @@ class _Outer(BaseModel):
             "inner.size: got 0; allowed: a whole number above 0 and at most 8",
         ),
         (
-            {"inner": {"sise": 1}},
-            "inner.sise: got an unknown field; allowed: size (did you mean size?)",
+            {"inner": {"sizes": 1}},
+            "inner.sizes: got an unknown field; allowed: size (did you mean size?)",
         ),
         ({"empty": {"a": 1}}, "empty.a: got an unknown field; allowed: no field"),
         ({"inner": 3}, "inner: got 3; allowed: a mapping with size"),

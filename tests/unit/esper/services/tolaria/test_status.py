@@ -24,7 +24,6 @@ def status_file(folder: Path, **changes: Any) -> StatusFile:
         "layers": {"hidden.0": "Linear", "head": "Linear"},
         "refused": {"attention.out_proj": "its forward is never called"},
         "parameters_base": 120,
-        "metric_name": "accuracy",
     }
     return StatusFile(folder / "status.yaml", SESSION, **values | changes)
 
