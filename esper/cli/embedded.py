@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import math
+import shlex
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
@@ -66,6 +67,7 @@ from esper.services.tolaria.growth import refuse_misfit
 from esper.services.tolaria.main import TolariaService
 from esper.services.tolaria.objective import Objective
 from esper.services.tolaria.run_directory import RunDirectory, RunLog, refuse_unusable
+from esper.services.tolaria.seeds import SeedBook
 from esper.services.tolaria.snapshots import Snapshot
 from esper.services.tolaria.status import StatusFile
 from esper.services.tolaria.trainer import Observer, TolariaTrainer, TrainingResult
@@ -217,6 +219,7 @@ def _carry_out(
         layers={n: layer_kind(m) for n, m in prepared.model.morphology.layers.items()},
         refused=prepared.model.morphology.refused,
         parameters_base=sum(p.numel() for p in prepared.model.parameters()),
+        seeds=SeedBook.from_state(snapshot.state["book"]).records if snapshot else (),
     )
     try:
         result = asyncio.run(
@@ -227,14 +230,14 @@ def _carry_out(
         if shown.json:
             _show_broken_off(prepared, SessionOutcome.INTERRUPTED, str(error))
         raise Interrupted(
-            f"interrupted; a checkpoint was written. Go on with: esper run --resume {run.path}"
+            f"interrupted; a checkpoint was written. Go on with: {_resuming(run)}"
         ) from error
     except Exception as error:
         failure = error
         if _disk_is_full(error):
             failure = StorageFull(
                 f"no room left for {run.path}: {one_line(str(error))}; free some and go on with: "
-                f"esper run --resume {run.path}"
+                f"{_resuming(run)}"
             )
         _failed(status, run, failure)
         if shown.json and not isinstance(failure, BadInput):
@@ -397,6 +400,11 @@ def _finished(
     run.write_result(summary)
     write_report(run.path)
     return summary
+
+
+def _resuming(run: RunDirectory) -> str:
+    """The command that goes on with `run`, as a shell takes it."""
+    return f"esper run --resume {shlex.quote(str(run.path))}"
 
 
 def _shown_end(result: Mapping[str, Any], path: Path, shown: _Shown) -> None:

@@ -357,7 +357,9 @@ def _refuse_empty(morphology: Morphology, layers: LayerSelection | Sequence[str]
             raise WrapError(f"layers: {name}", morphology.refused[name], "layers that can host")
     if not morphology.layers:
         why = "; ".join(f"{name}: {reason}" for name, reason in morphology.refused.items())
-        raise WrapError("model", why, "a model with at least one layer that can host seeds")
+        raise WrapError(
+            "layers", why or "no layer of the model", "at least one layer that can host seeds"
+        )
 
 
 def _restore_classes(layers: Any) -> None:

@@ -61,7 +61,7 @@ class BudgetSpec(ResourceModel):
     parameters_percent: Annotated[int, Field(ge=0, le=100_000)] = 100
     """Parameters that growth may add, as a percentage of the model's own."""
     active_seeds: Annotated[int, Field(ge=1, le=64)] = 1
-    """Seeds that may be germinated, training or grafting at one time."""
+    """Seeds that may be in their shadow trial at one time; others wait, germinated."""
 
 
 class ControllerSpec(ResourceModel):

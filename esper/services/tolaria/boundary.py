@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from esper.contracts.assets import CompiledKernel
 from esper.contracts.blueprints import BlueprintDocument, KernelTarget, lower, reads_producer
 from esper.contracts.enums import BlueprintState, ComponentType
 from esper.contracts.messages import KernelReady, KernelRequested, OonaMessage, TopicNames
-from esper.contracts.operational import AdaptationDecision, SystemStatePacket
+from esper.contracts.operational import (
+    AdaptationDecision,
+    SeedTransition,
+    SessionEvent,
+    SystemStatePacket,
+)
 from esper.errors import HubUnavailable, KernelError
 from esper.execution.kernel_cache import KernelCache, instantiate
 from esper.services.oona_client import Oona
@@ -26,6 +32,7 @@ class BusController:
 
     def __init__(self, bus: Oona) -> None:
         self._bus = bus
+        self._trace: str | None = None
         self._decisions = bus.subscribe({TopicNames.DECISIONS}, group="tolaria")
 
     async def decide(self, packet: SystemStatePacket) -> AdaptationDecision:
@@ -40,7 +47,22 @@ class BusController:
             answer = await self._decisions.receive()
             await self._decisions.acknowledge(answer)
             if answer.trace_id == asked.trace_id:
+                self._trace = asked.trace_id
                 return AdaptationDecision.model_validate(answer.payload)
+
+    async def tell(self, news: Sequence[SeedTransition | SessionEvent]) -> None:
+        """Publish what happened, in order, under the trace of the last decision.
+
+        Raises:
+            BusUnavailable: the bus is closed.
+        """
+        for item in news:
+            topic = (
+                TopicNames.TRANSITIONS if isinstance(item, SeedTransition) else TopicNames.EVENTS
+            )
+            await self._bus.publish(
+                OonaMessage.carrying(topic, item, ComponentType.TOLARIA, trace_id=self._trace)
+            )
 
 
 class KernelRequests(Protocol):

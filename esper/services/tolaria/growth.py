@@ -180,6 +180,9 @@ class Growth:
             return True, "waited"
         if decision.layer is None or decision.slot is None:
             return False, "refused: the decision names no layer and slot"
+        least = self._config.growth.controller.minimum_confidence
+        if decision.confidence < least:
+            return False, f"refused: confidence {decision.confidence:.3f}, asked for {least:.3f}"
         if decision.action is DecisionAction.GERMINATE:
             return await self._germinate(decision, decision.layer, decision.slot, epoch)
         record = self.book.records.get((decision.layer, decision.slot))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from esper.contracts.base import utc_now
 from esper.contracts.enums import SeedState, SessionOutcome
-from esper.contracts.manifests import session_document
+from esper.contracts.manifests import parse_resource, session_document
 from esper.contracts.operational import AdaptationDecision, SeedTransition
 from esper.contracts.resources import (
     CheckpointStatus,
@@ -22,7 +22,7 @@ from esper.contracts.resources import (
 )
 from esper.contracts.resources.common import decimal_text
 from esper.contracts.resources.session import MAX_SUMMARIES
-from esper.errors import one_line
+from esper.errors import BadInput, one_line
 from esper.services.tolaria.run_directory import write_atomically
 from esper.services.tolaria.snapshots import PREFIX, Snapshot
 
@@ -41,12 +41,19 @@ class StatusFile:
         layers: Mapping[str, str],
         refused: Mapping[str, str],
         parameters_base: int,
+        seeds: Iterable[tuple[str, int]] = (),
     ) -> None:
-        """`layers` are the hosts' kinds by name, `refused` the other layers' reasons."""
+        """`layers` are the hosts' kinds by name, `refused` the other layers' reasons.
+
+        `seeds` are the sites that left dormancy before a resumption; when the session started is
+        read from the file that is there.
+        """
         self._path = path
         self._session = session
         self._kinds = dict(layers)
-        self._since = utc_now()
+        self._seeds: dict[str, set[int]] = {}
+        for layer, slot in seeds:
+            self._seeds.setdefault(layer, set()).add(slot)
         self._conditions: dict[str, Condition] = {}
         self._condition(SUMMARY, "Unknown", SessionOutcome.RUNNING.value, "the session trains")
         self._status = TrainingSessionStatus(
@@ -57,14 +64,13 @@ class StatusFile:
             parameters=parameters_base,
             threads=session.spec.training.threads,
             workers=1,
-            start_time=self._since,
+            start_time=_started(path) or utc_now(),
             layers=self._summaries({}),
             refused_layers=tuple(
                 RefusedLayer(name=name, reason=one_line(reason, MAX_REASON))
                 for name, reason in list(refused.items())[:MAX_SUMMARIES]
             ),
         )
-        self._seeds: dict[str, set[int]] = {}
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """Take over an epoch's figures; written at boundaries, where layers are measured."""
@@ -154,3 +160,12 @@ class StatusFile:
             last_transition_time=moved,
             observed_generation=self._session.metadata.generation,
         )
+
+
+def _started(path: Path) -> datetime | None:
+    """When the session whose status stands in `path` started; None where that can't be told."""
+    try:
+        earlier = parse_resource(path.read_text(encoding="utf-8"), path.name, TrainingSession)
+    except (OSError, UnicodeDecodeError, BadInput):
+        return None
+    return earlier.status.start_time if earlier.status else None

@@ -23,6 +23,7 @@ from esper.contracts.operational import (
     ControllerSettings,
     HealthSignal,
     SeedTransition,
+    SessionEvent,
     SystemStatePacket,
 )
 from esper.core.model_wrapper import MorphableModel
@@ -41,10 +42,13 @@ Row = dict[str, Any]
 
 
 class Controller(Protocol):
-    """Who answers a packet with a decision."""
+    """The other end of the bus: who answers a packet, and hears what came of it."""
 
     async def decide(self, packet: SystemStatePacket) -> AdaptationDecision:
         """The decision about `packet`."""
+
+    async def tell(self, news: Sequence[SeedTransition | SessionEvent]) -> None:
+        """Publish what happened since the last boundary, in order."""
 
 
 class Observer(Protocol):
@@ -120,6 +124,7 @@ class TolariaTrainer:
         self._seconds_before = 0.0
         self._started = time.monotonic()
         self._last: Snapshot | None = None
+        self._news: list[SeedTransition | SessionEvent] = []
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -145,11 +150,14 @@ class TolariaTrainer:
             self._failures = 0
             before, self.epoch = self.epoch, self.epoch + len(rows)
             await self._boundary(rows)
+            await self._publish_news()
             self._last = self._capture()
             every = self.config.training.checkpoint.every_epochs
             if self.epoch // every > before // every or self.epoch == epochs:
                 self._each(lambda observer: observer.checkpoint(self._boundary_snapshot()))
-        return self._finish()
+        result = self._finish()
+        await self._publish_news()
+        return result
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from `snapshot`; the model's structure has been rebuilt from it."""
@@ -232,13 +240,10 @@ class TolariaTrainer:
             if active
             else f"the learning rate is now {self.engine.learning_rate_scale:g} of the configured"
         )
-        self._each(
-            lambda observer: observer.event(
-                self.epoch,
-                "RolledBack",
-                f"the loss was not finite after epoch {self.epoch}; back to its end, {done} "
-                f"({self._failures} of {allowed} tries)",
-            )
+        self._tell_event(
+            "RolledBack",
+            f"the loss was not finite after epoch {self.epoch}; back to its end, {done} "
+            f"({self._failures} of {allowed} tries)",
         )
         self._last = self._capture()
 
@@ -391,7 +396,20 @@ class TolariaTrainer:
         assert self._last is not None, "run() captures before it trains"
         return self._last
 
+    async def _publish_news(self) -> None:
+        news, self._news = self._news, []
+        await self._controller.tell(news)
+
+    def _tell_event(self, reason: str, message: str) -> None:
+        self._news.append(
+            SessionEvent(
+                session=self.config.session, epoch=self.epoch, reason=reason, message=message
+            )
+        )
+        self._each(lambda observer: observer.event(self.epoch, reason, message))
+
     def _tell_transition(self, transition: SeedTransition) -> None:
+        self._news.append(transition)
         self._each(lambda observer: observer.transition(transition))
 
     def _each(self, tell: Callable[[Observer], None]) -> None:

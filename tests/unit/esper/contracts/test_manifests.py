@@ -118,7 +118,7 @@ SESSION_ERRORS = [
     ("{width: 16}", "{w: .inf}", "spec.model.arguments.w", "Infinity", "a finite number"),
     ("{width: 16}", "{w: %s}" % ("x" * 70000), "spec.model.arguments", "{", "65536 bytes"),
     ('  data: {entrypoint: "zoo.data:load"}\n', "", "spec.data", "nothing", "entrypoint"),
-    ("  model:", "  models:", "spec.models", "unknown", "(did you mean model?) (and 1 more to mend)"),
+    ("  model:", "  models:", "spec.models", "unknown", "mean model?) (and 1 more to mend)"),
     ("kind: TrainingSession", "kind: TrainingJob", "kind", "TrainingJob", "or Blueprint"),
     ("kind: TrainingSession", "kind: Seed", "kind", "Seed", "TrainingSession or Blueprint"),
     ("kind: TrainingSession\n", "", "kind", "nothing", "TrainingSession or Blueprint"),

@@ -50,6 +50,18 @@ class Mixed(nn.Module):
         x = self.tied(torch.tanh(self.inner(x)))
         return self.head(torch.nn.functional.gelu(x)) * self.mask
 
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.order = [self.first, self.second]
+        self.first.register_forward_hook(lambda module, inputs, output: output * 2)
+
+    def forward(self, x):
+        for layer in self.order:
+            x = torch.tanh(layer(x))
+        return x
+
 def encoder(width):
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(width, 2, 8, batch_first=True), 1)
 
@@ -365,3 +377,11 @@ def test_writing_replaces_all_or_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         write_atomically(target, b"three")
     assert target.read_bytes() == b"two"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_references_and_hooks_of_the_users_class_reach_what_grew(user, tmp_path: Path) -> None:
+    x = torch.randn(3, 4)
+    model = wrap(user.Listed(), x)
+    grow(model, "first", "bottleneck-mlp", units=2)
+    grow(model, "second", "bottleneck-mlp", units=2)
+    exported_same(model, "theirmodels:Listed", {}, tmp_path / "out", x)

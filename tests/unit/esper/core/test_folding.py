@@ -43,7 +43,7 @@ def unwrapped_same(model: nn.Module, x: torch.Tensor) -> nn.Module:
     back = unwrap(model)
     assert torch.allclose(back(x), expected, atol=1e-5)
     for layer in back.modules():
-        assert "esper" not in type(layer).__module__
+        assert not type(layer).__module__.startswith("esper")
     x = torch.cat([x, x[:1] * 3])
     assert torch.isfinite(back(x)).all()
     return back
@@ -321,3 +321,37 @@ def test_folding_keeps_the_dtype(dtype) -> None:
     back = unwrap(model)
     assert back[0].weight.dtype == dtype
     assert torch.allclose(back(x), expected, atol=1e-12 if dtype == torch.float64 else 0.1)
+
+
+class Listed(nn.Module):
+    """Refers to its layers through a list too, reads a size, and hooks a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.order = [self.first, self.second]
+        self.second.label = "last"
+        self.first.register_forward_hook(doubled)
+
+    def forward(self, x):
+        for layer in self.order:
+            x = torch.tanh(layer(x))
+        return x.view(-1, self.second.out_features)
+
+
+def doubled(module, inputs, output):
+    return output * 2
+
+
+def test_what_refers_to_a_layer_refers_to_what_it_has_become() -> None:
+    x = torch.randn(5, 4)
+    model = wrap(Listed(), x)
+    grow(model, "first", "bottleneck-mlp", units=2)
+    grow(model, "second", "bottleneck-mlp", units=3)
+    layers = model.first, model.second
+    back = unwrapped_same(model, x)
+    assert (back.first, back.second) == layers == tuple(back.order)
+    assert (back.second.in_features, back.second.label) == (6, "last")
+    again = copy.deepcopy(back)
+    assert torch.equal(again(x), back(x))
+    assert (again.second.out_features, again.second.label) == (3, "last")

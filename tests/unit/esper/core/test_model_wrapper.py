@@ -383,13 +383,16 @@ def test_the_layout_moves_with_the_model() -> None:
 
 
 def test_a_class_that_cannot_be_extended_is_refused_and_left_alone() -> None:
-    class Sealed(nn.Module):
+    class Final(type):
+        def __new__(cls, name, bases, namespace):
+            if any(isinstance(base, Final) for base in bases):
+                raise TypeError("no subclasses")
+            return super().__new__(cls, name, bases, namespace)
+
+    class Sealed(nn.Module, metaclass=Final):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(2, 2)
-
-        def __init_subclass__(cls, *, key: str) -> None:
-            super().__init_subclass__()
 
     model = Sealed()
     with pytest.raises(WrapError, match="can be extended"):
@@ -431,3 +434,32 @@ def test_a_name_that_is_not_public_is_no_attribute() -> None:
     assert all(getattr(esper, name) for name in esper.__all__)
     with pytest.raises(AttributeError, match="nothing_such"):
         _ = esper.nothing_such
+
+
+def test_a_registry_of_subclasses_does_not_hear_of_wrapping() -> None:
+    registry: dict[str, type] = {}
+
+    class Registered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def __init_subclass__(cls, **options: object) -> None:
+            registry[cls.__name__] = cls
+
+        def forward(self, x):
+            return self.layer(x)
+
+    class Known(Registered):
+        pass
+
+    wrap(Known(), torch.zeros(1, 2))
+    assert registry == {"Known": Known}
+
+
+@pytest.mark.parametrize("name", ["statistics", "host_class"])
+def test_a_part_that_would_hide_behind_the_wrappers_names_is_refused(name: str) -> None:
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(2, 2))
+    with pytest.raises(WrapError, match=f"named {name}"):
+        wrap(model)

@@ -39,7 +39,7 @@ ACTIVATIONS = {
     "sigmoid": [nn.Sigmoid(), torch.sigmoid, F.sigmoid],
     "leaky_relu": [nn.LeakyReLU(0.2), F.leaky_relu, lambda x: F.leaky_relu(x, 0.3, True)],
     "elu": [nn.ELU(), nn.ELU(0.5, inplace=True), F.elu],
-    "dropout": [nn.Dropout(0.2), lambda x: F.dropout(x, 0.2, False)],
+    "dropout": [nn.Dropout(0.2)],
 }
 
 
@@ -242,3 +242,37 @@ def test_edges_follow_values_through_any_operation() -> None:
 
     morphology = wrap(Branching(), torch.randn(2, 4)).morphology
     assert morphology.edges == (("left", "join"), ("right", "join"))
+
+
+class TwoModes(nn.Module):
+    """Computes differently in training, as `kind` says."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.second, self.side = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        if self.kind == "always dropped" or (self.kind == "dropped aside" and self.training):
+            x = F.dropout(x, 0.2)
+        if self.kind == "never dropped":
+            x = F.dropout(x, 0.2, False)
+        if self.kind == "as the mode":
+            x = F.dropout(x, 0.2, training=self.training)
+        out = self.second(x)
+        return out + self.side(x) if self.kind == "side head" and self.training else out
+
+
+@pytest.mark.parametrize(
+    ("kind", "pairs"),
+    [
+        ("as the mode", {("first", "second"): ["relu", "dropout"]}),
+        ("side head", {}),
+        ("always dropped", {}),
+        ("never dropped", {}),
+        ("dropped aside", {}),
+    ],
+)
+def test_a_pair_is_one_in_both_modes(kind, pairs) -> None:
+    assert pairs_of(TwoModes(kind), torch.randn(2, 4)) == pairs

@@ -221,3 +221,12 @@ def test_modes_come_back_after_an_error() -> None:
         raise ZeroDivisionError
     assert model.training
     assert model[0].training
+
+
+@both
+def test_an_expanded_buffer_is_no_obstacle(kept: Callable[..., None]) -> None:
+    model = nn.Linear(2, 2)
+    buffer = torch.ones(1).expand(3)
+    model.register_buffer("wide", buffer)
+    kept(model, lambda: None)
+    assert model.wide is buffer

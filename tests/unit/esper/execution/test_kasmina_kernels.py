@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 
 import pytest
 import torch
@@ -125,3 +126,14 @@ def compiled(target):
     )
     artifact = compile_kernel(document, target)
     return artifact.data, artifact.metadata, artifact.metadata.kernel
+
+
+def test_an_input_kept_from_a_forward_cut_short_does_not_travel_with_copies() -> None:
+    _, wrapped = linear_pair()
+    seed = ReadsProducer(5, 7, 3)
+    names = list(wrapped.morphology.layers)
+    grow(wrapped, names[-1], seed, FOSSIL, reads_producer=True)
+    x = torch.randn(2, 5, requires_grad=True)
+    wrapped.morphology.layers[names[0]](x * 2)
+    again = copy.deepcopy(wrapped)
+    assert torch.equal(again(x), wrapped(x))

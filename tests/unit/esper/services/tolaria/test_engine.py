@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from esper.contracts.enums import SeedState
+from esper.contracts.ir import Graph
 from esper.core import wrap
 from esper.execution.builders import build
 from esper.execution.isolation import seed_everything
@@ -119,7 +120,7 @@ def continued(one: Engine) -> tuple[list[Any], dict[str, Tensor]]:
 
 def same(ours: tuple[list[Any], dict[str, Tensor]], theirs: tuple[Any, dict[str, Tensor]]) -> None:
     assert ours[0] == theirs[0]
-    assert list(ours[1]) == list(theirs[1])
+    assert set(ours[1]) == set(theirs[1])
     assert [n for n, tensor in ours[1].items() if not torch.equal(tensor, theirs[1][n])] == []
 
 
@@ -129,8 +130,6 @@ def elsewhere(kind: type[nn.Module], training: dict[str, Any], snapshot: Snapsho
     morphology = two.model.morphology
 
     def built(entry: Any) -> nn.Module:
-        from esper.contracts.ir import Graph
-
         graph = Graph.model_validate(entry["graph"])
         return build(graph, morphology.target(entry["layer"]), generator_seed=0)
 
@@ -139,16 +138,17 @@ def elsewhere(kind: type[nn.Module], training: dict[str, Any], snapshot: Snapsho
     return two
 
 
-OPTIMIZERS = [
-    {"optimizer": {"name": "adamw", "accumulationSteps": 2, "maxGradientNorm": 0.5}},
-    {"optimizer": {"name": "sgd", "momentum": 0.9}},
-    {"precision": "bfloat16"},
-]
-
-
-@pytest.mark.parametrize("kind", [Cnn, Attention])
-@pytest.mark.parametrize("training", OPTIMIZERS)
-def test_a_restored_snapshot_continues_to_the_bit(kind, training, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "training"),
+    [
+        (Cnn, {"optimizer": {"name": "adamw", "accumulationSteps": 2, "maxGradientNorm": 0.5}}),
+        (Cnn, {"precision": "bfloat16"}),
+        (Attention, {"optimizer": {"name": "sgd", "momentum": 0.9}}),
+    ],
+)
+def test_a_restored_snapshot_continues_to_the_bit(
+    kind: type[nn.Module], training: dict[str, Any], tmp_path: Path
+) -> None:
     one = grown_engine(kind, training)
     write_checkpoint(tmp_path, one.capture(1, {"book": one.book.to_state()}), keep=1)
     before = one.capture(1, {"book": one.book.to_state()})

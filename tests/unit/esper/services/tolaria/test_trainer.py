@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from esper.contracts.enums import DecisionAction, SeedState
-from esper.contracts.operational import AdaptationDecision, SeedTransition, SystemStatePacket
+from esper.contracts.operational import (
+    AdaptationDecision,
+    SeedTransition,
+    SessionEvent,
+    SystemStatePacket,
+)
 from esper.services.tolaria.objective import Classification
 from esper.services.tolaria.snapshots import Snapshot
 from esper.services.tolaria.trainer import TolariaTrainer, TrainingResult
@@ -43,6 +48,10 @@ class GraftsOnce:
         self.rows: list[Mapping[str, Any]] = []
         self.told: list[tuple[SeedState, str]] = []
         self.events: list[str] = []
+        self.published: list[SeedTransition | SessionEvent] = []
+
+    async def tell(self, news: Sequence[SeedTransition | SessionEvent]) -> None:
+        self.published.extend(news)
 
     async def decide(self, packet: SystemStatePacket) -> AdaptationDecision:
         assert self.trainer is not None
@@ -105,3 +114,9 @@ def test_a_recovery_trial_without_a_finite_loss_in_either_arm_is_rolled_back() -
     assert [row["epoch"] for row in watching.rows] == [1, 2, 3, 4, 5, 6]
     assert result.grown == ()
     assert result.parameters == result.parameters_base
+    # Everything told to those who watch was published too, in the same order.
+    published = [item for item in watching.published if isinstance(item, SeedTransition)]
+    assert [(item.current, item.reason) for item in published] == watching.told
+    assert [item.reason for item in watching.published if isinstance(item, SessionEvent)] == [
+        "RolledBack"
+    ]
