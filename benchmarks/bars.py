@@ -36,6 +36,15 @@ def commit() -> str:
     return told.stdout.strip() or "unknown"
 
 
+def read_figures(name: str) -> dict[str, Any]:
+    """The figures of an earlier run; empty where there is none."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return {}
+    figures: dict[str, Any] = json.loads(path.read_text())["figures"]
+    return figures
+
+
 def write_results(name: str, figures: dict[str, Any], bars: dict[str, dict[str, Any]]) -> Path:
     """Write `benchmarks/results/<name>.json`; returns its path."""
     RESULTS.mkdir(exist_ok=True)

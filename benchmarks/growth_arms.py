@@ -38,7 +38,11 @@ SHAPES = ("both", "first", "last")
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What one arm came to on one seed. `tried` and `fossilised` list (layer, blueprint)."""
+    """What one arm came to on one seed. `tried` and `fossilised` list (layer, blueprint).
+
+    `flops` are those of training, with probes, trials and culled work; the validation metric of
+    every epoch is left out, as it is in the static arms.
+    """
 
     accuracy: float
     parameters: int
@@ -125,7 +129,7 @@ def grown(document: Document, blueprints: Sequence[Document]) -> Outcome:
         return Outcome(
             accuracy=result.test.metric,
             parameters=result.parameters,
-            flops=result.flops,
+            flops=result.flops - result.flops_monitoring,
             flops_trials=result.flops_trials,
             worst_drop=watch.worst_drop,
             tried=watch.tried,

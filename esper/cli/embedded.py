@@ -360,6 +360,7 @@ def _finished(
         "parameters": result.parameters,
         "flops": result.flops,
         "flopsTrials": result.flops_trials,
+        "flopsMonitoring": result.flops_monitoring,
         "epochs": result.epochs,
         "seconds": round(result.seconds, 3),
         "seeds": result.seeds,

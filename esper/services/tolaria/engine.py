@@ -208,7 +208,8 @@ class Engine:
         with evaluating(self.model), torch.no_grad():
             for batch in ordered_batches(dataset, EVALUATION_BATCH):
                 inputs, targets = self._moved(batch)
-                with self.meter.counting(key, structure, _shape(inputs), trial=trial):
+                shape = _shape(inputs)
+                with self.meter.counting(key, structure, shape, trial=trial, monitoring=not trial):
                     outputs = self._forward(inputs)
                 loss += float(self.objective.loss(outputs.float(), targets)) * len(targets)
                 metric += self.objective.metric_sum(outputs, targets)
@@ -285,6 +286,7 @@ class Engine:
                 "learningRateScale": self.learning_rate_scale,
                 "flops": self.meter.total,
                 "flopsTrials": self.meter.trials,
+                "flopsMonitoring": self.meter.monitoring,
             },
             randomness=RandomState.capture(),
         )
@@ -316,6 +318,7 @@ class Engine:
         if not keep_flops:
             self.meter.total = snapshot.state["flops"]
             self.meter.trials = snapshot.state["flopsTrials"]
+            self.meter.monitoring = snapshot.state["flopsMonitoring"]
         self.model.zero_grad(set_to_none=True)
         snapshot.randomness.apply()
 

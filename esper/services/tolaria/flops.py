@@ -13,15 +13,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class FlopMeter:
-    """Adds up the FLOPs of a session; `trials` is the part spent on evidence and culled work."""
+    """Adds up the FLOPs of a session.
+
+    `trials` is the part spent on evidence and culled work, `monitoring` the part spent on the
+    validation metrics of every epoch, which anyone who trains looks at, growing or not.
+    """
 
     def __init__(self) -> None:
         self.total = 0
         self.trials = 0
+        self.monitoring = 0
         self._known: dict[Hashable, int] = {}
 
     @contextmanager
-    def counting(self, *key: Hashable, trial: bool = False) -> Iterator[None]:
+    def counting(
+        self, *key: Hashable, trial: bool = False, monitoring: bool = False
+    ) -> Iterator[None]:
         """Count the work inside; `key` names the kind of work, the structure and the shapes."""
         known = self._known.get(key)
         if known is None:
@@ -33,3 +40,5 @@ class FlopMeter:
         self.total += known
         if trial:
             self.trials += known
+        if monitoring:
+            self.monitoring += known

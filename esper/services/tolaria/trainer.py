@@ -83,6 +83,7 @@ class TrainingResult:
     parameters: int
     flops: int
     flops_trials: int
+    flops_monitoring: int
     seconds: float
     seeds: dict[str, int]
     grown: tuple[SeedRecord, ...]
@@ -341,6 +342,7 @@ class TolariaTrainer:
             parameters=self.growth.parameters(),
             flops=self.engine.meter.total,
             flops_trials=self.engine.meter.trials,
+            flops_monitoring=self.engine.meter.monitoring,
             seconds=self.seconds,
             seeds=self.growth.book.lives(
                 sum(layer.slots for layer in self.growth.layer_descriptions())

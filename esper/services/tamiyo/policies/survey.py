@@ -165,8 +165,8 @@ def _may_grow(packet: SystemStatePacket, seed: SeedObservation) -> bool:
 
 
 def _clear_up(packet: SystemStatePacket, grafting: SeedObservation) -> AdaptationDecision:
-    """While a seed is blended in, cull what its survey left over, one a boundary."""
-    for seed in ready_seeds(packet):
+    """While a seed is blended in, cull what its survey left over."""
+    for seed in (*ready_seeds(packet), *_in_trial(packet)):
         return change(
             packet,
             DecisionAction.CULL,
@@ -230,14 +230,16 @@ def _leader(
     """The seed of `racing` with the best lower bound among those of `seed`'s age, or `seed`.
 
     Only trials of one age compare: early in training everything helps, and a seed that has learnt
-    for longer helps more. Only seeds that may grow can lead: the placebo's zero would otherwise
-    end every slow start.
+    for longer helps more. Only a seed that may grow and has earned its rent can lead: a new part
+    first costs a little, and being the least bad in its first epochs shows nothing.
     """
     return max(
         (
             rival
             for rival in racing
-            if rival.age_epochs == seed.age_epochs and _may_grow(packet, rival)
+            if rival.age_epochs == seed.age_epochs
+            and _may_grow(packet, rival)
+            and least_gain(rival) > 0
         ),
         key=least_gain,
         default=seed,
@@ -326,8 +328,9 @@ def _contenders(packet: SystemStatePacket) -> list[SeedObservation]:
 
 
 def _graft_best(packet: SystemStatePacket) -> AdaptationDecision | None:
-    """Graft the best ready seed once the survey has nothing left to try.
+    """Graft the best ready seed once every candidate has had its trial.
 
+    A trial that has lasted as long as one must, and has not opened its gate, is not waited for.
     At the last boundary at which a graft fits, it waits for no trial and no embargo any more.
     """
     contenders = _contenders(packet)
@@ -337,7 +340,7 @@ def _graft_best(packet: SystemStatePacket) -> AdaptationDecision | None:
     best = contenders[0]
     measured = best.measurement
     last_call = left - packet.settings.interval_epochs < needed
-    if measured is None or (not last_call and (_in_trial(packet) or _reopening(packet))):
+    if measured is None or (not last_call and (_too_young(packet) or _reopening(packet))):
         return None
     return change(
         packet,
@@ -347,6 +350,16 @@ def _graft_best(packet: SystemStatePacket) -> AdaptationDecision | None:
         f" rent of {measured.rent:.3f}; best of {len(survey_trials(packet))} tried.",
         confidence=confidence(best),
     )
+
+
+def _too_young(packet: SystemStatePacket) -> list[SeedObservation]:
+    """The trials that have not lasted as long as one must."""
+    least = trial_epochs(packet.settings)
+    return [
+        seed
+        for seed in _in_trial(packet)
+        if seed.state is SeedState.GERMINATED or seed.age_epochs < least
+    ]
 
 
 def _reopening(packet: SystemStatePacket) -> list[Candidate]:
