@@ -64,7 +64,7 @@ class Server:
     def close(self):
         """End the server."""
         self._process.stdin.close()
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=600)
         self._process.stdout.close()
 
 
@@ -90,7 +90,7 @@ def environment():
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def until(condition, process_ended=lambda: False, seconds=180):
+def until(condition, process_ended=lambda: False, seconds=600):
     """Look every millisecond until `condition` holds.
 
     Raises:

@@ -177,7 +177,7 @@ STOPS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "number"), zip(STOPS, [signal.SIGINT, signal.SIGTERM] * 2, strict=True)
+    ("name", "number"), list(zip(STOPS, [signal.SIGINT, signal.SIGTERM] * 2, strict=True))
 )
 def test_asked_to_stop(folder, name, number):
     directory = f"{number.name}-{name.replace(' ', '-')}"
@@ -246,7 +246,7 @@ def test_processes_of_their_own(folder):
     )
     until(lambda: metrics.read_bytes().count(b"\n") >= 6)
     stopped.terminate()
-    _, err = stopped.communicate(timeout=180)
+    _, err = stopped.communicate(timeout=600)
     assert stopped.returncode == 130
     assert err.endswith("Go on with: esper run --resume plain\n")
     assert str(ROOT) not in err

@@ -171,8 +171,8 @@ def _clear_up(packet: SystemStatePacket, grafting: SeedObservation) -> Adaptatio
             packet,
             DecisionAction.CULL,
             seed,
-            f"{describe(seed)} was measured against the host as it was before"
-            f" {describe(grafting)} was grafted, so its {_gain(seed)} no longer count.",
+            f"{describe(seed)} was planted in the host as it was before {describe(grafting)} was"
+            f" grafted, so its trial, with {_gain(seed)}, no longer counts.",
         )
     return wait(
         packet,
@@ -331,7 +331,7 @@ def _graft_best(packet: SystemStatePacket) -> AdaptationDecision | None:
     """Graft the best ready seed once every candidate has had its trial.
 
     A trial that has lasted as long as one must, and has not opened its gate, is not waited for.
-    At the last boundary at which a graft fits, it waits for no trial and no embargo any more.
+    At the last boundary at which a graft fits, it waits for no trial and no candidate any more.
     """
     contenders = _contenders(packet)
     left, needed = packet.remaining_epochs, graft_epochs(packet.settings)
@@ -340,7 +340,7 @@ def _graft_best(packet: SystemStatePacket) -> AdaptationDecision | None:
     best = contenders[0]
     measured = best.measurement
     last_call = left - packet.settings.interval_epochs < needed
-    if measured is None or (not last_call and (_too_young(packet) or _reopening(packet))):
+    if measured is None or (not last_call and (_too_young(packet) or _to_come(packet))):
         return None
     return change(
         packet,
@@ -362,19 +362,21 @@ def _too_young(packet: SystemStatePacket) -> list[SeedObservation]:
     ]
 
 
-def _reopening(packet: SystemStatePacket) -> list[Candidate]:
-    """Untried candidates that could grow, whose layer has a slot that an embargo still closes.
+def _to_come(packet: SystemStatePacket) -> list[Candidate]:
+    """Untried candidates that could grow, once a trial frees its seat or an embargo a slot.
 
     Worth waiting for while there is time: a survey that grafts before it has tried the best site
-    grows in the wrong place.
+    grows in the wrong place. Only ready seeds and fossils hold their slots until the graft.
     """
     if packet.remaining_epochs < growth_epochs(packet.settings):
         return []
-    closed = {seed.layer for seed in packet.seeds if seed.state is SeedState.CULLED}
+    fossils = [seed for seed in packet.seeds if seed.state is SeedState.FOSSILIZED]
+    held = Counter(seed.layer for seed in (*ready_seeds(packet), *fossils))
+    layers = {layer.name for layer in packet.layers if held[layer.name] < layer.slots}
     return [
         candidate
         for candidate in _untried(packet)
-        if candidate.parameters > 0 and candidate.layer in closed
+        if candidate.parameters > 0 and candidate.layer in layers
     ]
 
 

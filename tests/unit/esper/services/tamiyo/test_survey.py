@@ -99,15 +99,35 @@ def test_a_graft_in_progress_voids_what_was_measured_before(build):
     decision = decided(build.surveying(seeds=(grafting, *left)))
     assert told(decision) == (CULL, "fc2", 0, "bottleneck-mlp")
     assert decision.reason == (
-        "bottleneck-mlp at fc2 was measured against the host as it was before bottleneck-mlp at"
-        " fc1 was grafted, so its 0.100 nats (at least 0.080) no longer count."
+        "bottleneck-mlp at fc2 was planted in the host as it was before bottleneck-mlp at fc1 was"
+        " grafted, so its trial, with 0.100 nats (at least 0.080), no longer counts."
     )
+
+
+@pytest.mark.parametrize("state", [SeedState.TRAINING, SeedState.GERMINATED])
+@pytest.mark.parametrize("age", [0, 5])
+def test_a_graft_in_progress_ends_the_trials_that_it_did_not_wait_for(build, state, age):
+    grafting = build.seed("fc2", state=SeedState.GRAFTING, alpha=0.33)
+    late = build.seed("fc1", state=state, age_epochs=age)
+    decision = decided(build.surveying(seeds=(late, grafting)))
+    assert told(decision) == (CULL, "fc1", 0, "bottleneck-mlp")
+    assert decision.reason.endswith("so its trial, with no measurement, no longer counts.")
+    # Ready seeds go first, and one that is left over goes at a time.
+    ready = build.ready("fc3", "bottleneck-mlp", 0.1)
+    assert decided(build.surveying(seeds=(late, grafting, ready))).layer == "fc3"
 
 
 def test_nothing_else_happens_while_a_seed_is_grafting(build):
     grafting = build.seed("fc2", state=SeedState.GRAFTING, alpha=0.33)
-    training = build.seed("fc3", measurement=build.measured(-1.0))
-    decision = decided(build.surveying({"active_seeds": 5}, seeds=(grafting, training)))
+    others = (
+        build.seed("fc1", state=SeedState.FOSSILIZED),
+        build.seed("fc3", state=SeedState.CULLED),
+        build.seed("fc3", slot=1, state=SeedState.DORMANT),
+    )
+    # The seats and fc3's second slot are free, and its candidate is untried.
+    layers = tuple(layer.model_copy(update={"slots": 2}) for layer in build.surveying().layers)
+    packet = build.surveying({"active_seeds": 5}, layers=layers, seeds=(grafting, *others))
+    decision = decided(packet)
     assert told(decision) == (WAIT, None, None, None)
     assert decision.reason == (
         "bottleneck-mlp at fc2 is being blended in, now at 33%; its recovery trial decides."
@@ -182,6 +202,33 @@ def test_a_trial_that_can_not_win_any_more_is_ended(build, laggard, leader, cull
     decision = decided(build.surveying({"active_seeds": 2}, seeds=seeds))
     assert (told(decision) == (CULL, "fc2", 0, "bottleneck-mlp")) is culled
     assert (decision.action is CULL) is culled
+
+
+@pytest.mark.parametrize(
+    ("leader", "culled"),
+    [
+        # exact gains, then a rent: a leader's lower bound lies above it
+        ((-0.10, 0.0, 0.0), False),
+        ((0.0, 0.0, 0.0), False),
+        ((0.002, 0.0, 0.002), False),
+        ((0.003, 0.0, 0.002), True),
+        # the mean alone shows nothing
+        ((0.10, 0.10, 0.002), False),
+        ((0.10, 0.05, 0.002), True),
+    ],
+)
+def test_only_a_seed_that_has_earned_its_rent_can_end_anothers_trial(build, leader, culled):
+    age = survey.racing_age(build.packet())
+    seeds = (
+        build.seed("fc1", measurement=build.measured(*leader), age_epochs=age),
+        build.seed("fc2", measurement=build.measured(-0.5), age_epochs=age),
+        build.seed("fc3", measurement=build.measured(-0.9), age_epochs=age),
+    )
+    decision = decided(build.surveying({"active_seeds": 3}, seeds=seeds))
+    if culled:
+        assert told(decision) == (CULL, "fc3", 0, "bottleneck-mlp")
+    else:
+        assert decision.action is WAIT
 
 
 def test_the_one_furthest_behind_goes_first_and_the_reason_names_both(build):
@@ -330,17 +377,38 @@ def test_among_equals_the_first_is_grafted(build):
     assert told(decision) == (GRAFT, "fc2", 0, "bottleneck-mlp")
 
 
-def test_nothing_is_grafted_while_a_trial_is_under_way(build):
+@pytest.mark.parametrize(
+    ("settings", "state", "age", "action"),
+    [
+        # a trial takes the dwell ...
+        ({}, SeedState.TRAINING, 4, WAIT),
+        ({}, SeedState.TRAINING, 5, GRAFT),
+        ({}, SeedState.TRAINING, 9, GRAFT),
+        ({"dwell_epochs": 8}, SeedState.TRAINING, 7, WAIT),
+        ({"dwell_epochs": 8}, SeedState.TRAINING, 8, GRAFT),
+        # ... or the passes, one an interval
+        ({"interval_epochs": 4}, SeedState.TRAINING, 7, WAIT),
+        ({"interval_epochs": 4}, SeedState.TRAINING, 8, GRAFT),
+        # and it begins with the training, however long the wait for a seat
+        ({}, SeedState.GERMINATED, 9, WAIT),
+    ],
+)
+def test_nothing_is_grafted_while_a_trial_has_not_lasted_as_long_as_one_must(
+    build, settings, state, age, action
+):
     seeds = (
         build.ready("fc1", "bottleneck-mlp", 0.2),
-        build.seed("fc2"),
-        build.seed("fc3", "noop"),
+        build.seed("fc2", state=state, age_epochs=age),
+        build.seed("fc3", "noop", age_epochs=20),
     )
-    decision = decided(build.surveying(seeds=seeds, trials=all_tried(build)))
-    assert decision.action is WAIT
-    assert decision.reason == (
-        "The survey goes on with 2 trials under way: bottleneck-mlp at fc2, noop at fc3."
-    )
+    decision = decided(build.surveying(settings, seeds=seeds, trials=all_tried(build)))
+    assert decision.action is action
+    if action is WAIT:
+        assert decision.reason == (
+            "The survey goes on with 2 trials under way: bottleneck-mlp at fc2, noop at fc3."
+        )
+    else:
+        assert told(decision) == (GRAFT, "fc1", 0, "bottleneck-mlp")
 
 
 @pytest.mark.parametrize(
@@ -349,7 +417,7 @@ def test_nothing_is_grafted_while_a_trial_is_under_way(build):
 def test_a_trial_under_way_does_not_cost_a_ready_seed_its_last_boundary(
     build, interval, left, action
 ):
-    seeds = (build.ready("fc1", "bottleneck-mlp", 0.2), build.seed("fc2"))
+    seeds = (build.ready("fc1", "bottleneck-mlp", 0.2), build.seed("fc2", age_epochs=1))
     settings = {"interval_epochs": interval, "age_epochs": 40}
     decision = decided(build.surveying(settings, left=left, seeds=seeds))
     assert decision.action is action

@@ -328,7 +328,59 @@ def test_a_hopeless_trial_does_not_cost_the_session_its_graft(build):
     gains = {("fc1", "bottleneck-mlp"): 0.3}
     session = Session(build, gains, active=1, age_epochs=60).run()
     assert session.starts == [(0, "fc1", "bottleneck-mlp"), (5, "fc2", "bottleneck-mlp")]
-    assert session.grafts() == [(44, "fc1", "bottleneck-mlp")]
+    # It holds the only seat; from 35 on a trial of fc3 would come too late.
+    assert session.grafts() == [(35, "fc1", "bottleneck-mlp")]
+
+
+def test_a_hopeless_trial_that_keeps_no_other_waiting_is_not_waited_for(build):
+    gains = {("fc1", "bottleneck-mlp"): 0.3}
+    candidates = tuple(build.candidate(layer) for layer in ("fc1", "fc2"))
+    session = Session(build, gains, candidates=candidates, age_epochs=60).run()
+    assert session.grafts()[0] == (10, "fc1", "bottleneck-mlp")
+    assert session.decided(DecisionAction.CULL)[0] == (10, "fc2", "bottleneck-mlp")
+
+
+def test_a_hopeless_trial_in_the_only_seat_does_not_keep_the_best_site_from_its_trial(build):
+    gains = {("fc1", "bottleneck-mlp"): 0.1, ("fc3", "bottleneck-mlp"): 0.4}
+    session = Session(build, gains).run()
+    # fc2 holds the seat to its age limit.
+    assert session.starts[:3] == [
+        (epoch, layer, "bottleneck-mlp") for epoch, layer in zip((0, 5, 15), NAMES, strict=True)
+    ]
+    assert session.fossils[0] == (26, "fc3", "bottleneck-mlp")
+
+
+def test_what_is_still_below_its_rent_after_its_trial_goes_with_the_survey(build):
+    # The gains are known to 0.02: 0.03 passes a rent of 0.002, and 0.015 neither passes nor loses.
+    gains = {("fc1", "bottleneck-mlp"): 0.03, ("fc2", "bottleneck-mlp"): 0.015}
+    candidates = tuple(build.candidate(layer) for layer in ("fc1", "fc2"))
+    session = Session(build, gains, active=2, candidates=candidates).run()
+    assert session.grafts()[0] == (5, "fc1", "bottleneck-mlp")
+    assert session.decided(DecisionAction.CULL)[0] == (5, "fc2", "bottleneck-mlp")
+    # The next survey tries fc2 anew once fc1 is a fossil.
+    assert session.starts[2] == (11, "fc2", "bottleneck-mlp")
+
+
+@pytest.mark.parametrize("winner", NAMES)
+def test_the_least_bad_seed_of_a_slow_start_ends_no_trial_and_the_later_winner_grows(build, winner):
+    others = [name for name in NAMES if name != winner]
+    early = dict(zip((winner, *others), (-0.9, -0.5, -0.1), strict=True))
+    turn = 6
+    session = Session(build, {}, active=3, candidates=tuple(map(build.candidate, NAMES)))
+
+    class Late(dict):
+        def get(self, site, default=None):
+            return 0.4 if site[0] == winner and session.now >= turn else early[site[0]]
+
+    session.gains = Late()
+    session.run()
+    assert session.racing < turn
+    # Only the winner's first pass ends the others' trials.
+    assert session.decided(DecisionAction.CULL)[:2] == [
+        (turn, layer, "bottleneck-mlp") for layer in others
+    ]
+    assert session.grafts()[0] == (turn + PASSES - 1, winner, "bottleneck-mlp")
+    assert session.fossils[0][1:] == (winner, "bottleneck-mlp")
 
 
 def test_a_seed_below_the_confidence_asked_for_does_not_block_the_search(build):

@@ -144,7 +144,9 @@ def test_a_placebo_delays_nothing_that_is_ready_to_grow(build, active):
     # A candidate that could grow still goes first,
     assert decide(ready, sites=("fc1", "fc2")) == (GERMINATE, "fc3", 0, "bottleneck-mlp")
     # and no placebo takes the seat that is left beside a trial under way.
-    assert decide(ready, build.seed("fc3"))[0] is WAIT
+    assert decide(ready, build.seed("fc3", age_epochs=4))[0] is WAIT
+    # Nor is one planted once that trial has lasted its time.
+    assert decide(ready, build.seed("fc3", age_epochs=5)) == (GRAFT, "fc1", 0, "bottleneck-mlp")
 
 
 @pytest.mark.parametrize(
@@ -222,6 +224,24 @@ def test_a_model_without_candidates_has_nothing_to_survey(build):
     assert decision.reason == (
         "The survey is over after 0 trials: nothing else fits the 1 parameter left."
     )
+
+
+@pytest.mark.parametrize(("left", "action"), [(50, WAIT), (16, WAIT), (15, GRAFT)])
+@pytest.mark.parametrize("untried", [("fc1", "widen"), ("fc3", "bottleneck-mlp")])
+def test_grafting_waits_for_candidates_whose_slot_or_seat_a_late_trial_holds(
+    build, untried, left, action
+):
+    packet = build.surveying(
+        {"age_epochs": 40},
+        left=left,
+        candidates=tuple(
+            build.candidate(*site)
+            for site in (("fc1", "bottleneck-mlp"), ("fc2", "bottleneck-mlp"), untried)
+        ),
+        seeds=(build.seed("fc1", age_epochs=9), build.ready("fc2", "bottleneck-mlp", 0.2)),
+        trials=tuple(build.open_trial(layer) for layer in ("fc1", "fc2")),
+    )
+    assert decided(packet).action is action
 
 
 # Which trials belong to this survey.
