@@ -46,6 +46,7 @@ PAIRS = 24
 QUICK_PAIRS = 2
 QUICK_EPOCHS = 30
 REPETITIONS = 5_000
+QUICK_REPETITIONS = 200
 STATIC_SIZES = tuple(f"static-equal-parameters-{shape}" for shape in SHAPES)
 
 
@@ -58,7 +59,7 @@ def main() -> int:
     for case in arguments.cases:
         started = time.monotonic()
         pairs = _measured(case, arguments)
-        figures[case] = summary(pairs)
+        figures[case] = summary(pairs, QUICK_REPETITIONS if arguments.quick else REPETITIONS)
         figures[case] |= {
             "seconds": round(time.monotonic() - started, 1),
             "commit": commit(),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.growth import CASES, bars, summary
+from benchmarks.growth import CASES, bars, measure_pair, summary
 from benchmarks.growth_arms import SHAPES, merged, read_case, seeded, static, widths_for
 from esper.zoo.models import MLP
 
@@ -51,6 +51,17 @@ def test_a_static_arm_is_repeatable_and_buys_epochs_with_flops() -> None:
     longer = static(short, flops=2 * once.flops)
     assert longer.flops == 2 * once.flops
     assert longer.parameters == once.parameters
+
+
+def test_a_pair_runs_every_arm_and_sleeping_seeds_change_nothing() -> None:
+    arms = measure_pair("digits-mlp", 3, quick=True)
+    assert arms["seeds-off"]["accuracy"] == arms["static-small"]["accuracy"]
+    assert arms["seeds-off"]["parameters"] == arms["static-small"]["parameters"]
+    assert arms["static-equal-flops"]["flops"] >= arms["static-small"]["flops"]
+    for shape in SHAPES:
+        sized = arms[f"static-equal-parameters-{shape}"]["parameters"]
+        assert sized == pytest.approx(arms["heuristic"]["parameters"], rel=0.1)
+    assert arms["heuristic"]["tried"]
 
 
 def pair(seed: int, **accuracies: float) -> dict[str, Any]:
