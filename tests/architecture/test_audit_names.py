@@ -408,6 +408,9 @@ def test_tolaria(tmp_path):
     analyze = named("esper.services.tamiyo.analyzer", "ModelGraphAnalyzer")().analyze
 
     class Tamiyo:
+        async def tell(self, news):
+            """Nobody listens."""
+
         async def decide(self, packet):
             from esper.services.tamiyo.heuristics import POLICIES
 

@@ -3,13 +3,18 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 
 from esper.contracts.enums import DecisionAction
-from esper.contracts.operational import AdaptationDecision, SeedTransition, SystemStatePacket
+from esper.contracts.operational import (
+    AdaptationDecision,
+    SeedTransition,
+    SessionEvent,
+    SystemStatePacket,
+)
 from esper.errors import Interrupted
 from esper.services.tolaria.main import SIGNALS, TolariaService
 from esper.services.tolaria.objective import Classification
@@ -26,6 +31,9 @@ from tests.unit.esper.services.tolaria.sessions import (
 
 class Waiting:
     """A controller that waits."""
+
+    async def tell(self, news: Sequence[SeedTransition | SessionEvent]) -> None:
+        """Nobody listens."""
 
     async def decide(self, packet: SystemStatePacket) -> AdaptationDecision:
         return AdaptationDecision.make(packet, DecisionAction.WAIT, "waits")
