@@ -64,12 +64,27 @@ def export_grown(
         path.mkdir(parents=True, exist_ok=True)
         if beside:
             write_atomically(path / beside[0], beside[1])
-        write_atomically(path / WEIGHTS_FILE, safetensors.torch.save(tensors, header))
+        weights = in_one_order(safetensors.torch.save(tensors, header))
+        write_atomically(path / WEIGHTS_FILE, weights)
         write_atomically(path / SOURCE_FILE, source.encode())
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise StorageFull(f"{path}: no room left for {WEIGHTS_FILE}") from error
         raise OutputError("output", f"{path} ({error.strerror})", "a writable folder") from error
+
+
+def in_one_order(data: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the library writes them in any order.
+
+    Offsets count from the end of the header, so the tensors stay where they are.
+    """
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import safetensors
+import safetensors.torch
 import torch
 from torch import nn
 
 from esper.core import MorphableModel, wrap
-from esper.core.export import export_grown, write_atomically
+from esper.core.export import export_grown, in_one_order, write_atomically
 from esper.errors import EntryPointError, OutputError, StorageFull, WrapError
 from esper.execution.state_layout import SeedLifecycleState as S
 from tests.unit.esper.core.growing import GRAFTING, graph_of, grow
@@ -385,3 +386,12 @@ def test_references_and_hooks_of_the_users_class_reach_what_grew(user, tmp_path:
     grow(model, "first", "bottleneck-mlp", units=2)
     grow(model, "second", "bottleneck-mlp", units=2)
     exported_same(model, "theirmodels:Listed", {}, tmp_path / "out", x)
+
+
+def test_the_weights_file_is_the_same_bytes_every_time() -> None:
+    tensors = {"b": torch.arange(5.0), "a": torch.zeros(3, 2, dtype=torch.int64)}
+    header = {f"key{number}": "välue" for number in range(8)}
+    written = {in_one_order(safetensors.torch.save(tensors, header)) for _ in range(20)}
+    assert len(written) == 1
+    found = safetensors.torch.load(written.pop())
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
