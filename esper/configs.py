@@ -22,11 +22,13 @@ from typing import Annotated, Literal, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
+    SecretStr,
     ValidationError,
 )
 from pydantic.fields import FieldInfo
@@ -56,6 +58,19 @@ def _no_truth_value(value: object) -> object:
 Number = BeforeValidator(_no_truth_value)
 
 
+def _header_safe(value: SecretStr | None) -> SecretStr | None:
+    """Refuse what no HTTP header can carry: the library that refuses it later would print it."""
+    if value is not None and not re.fullmatch(r"[\x21-\x7e]+", value.get_secret_value()):
+        raise ValueError("visible ASCII characters")
+    return value
+
+
+SECRETS = frozenset({"hub.token"})
+"""The settings whose values are never shown."""
+
+HIDDEN = "(not shown)"
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -81,6 +96,58 @@ class DatabaseConfig(_Section):
     pre_ping: Annotated[
         bool, Field(description="true or false: test a pooled connection before it is used")
     ] = True
+
+
+class HubConfig(_Section):
+    """Where Urza answers over HTTP, for processes that do not hold the hub themselves.
+
+    A request is tried `attempts` times, with a random pause of up to `backoff_seconds` after the
+    first failure, twice that after the second, and so on up to `max_backoff_seconds`. After
+    `breaker_failures` in a row the hub is left alone for `breaker_reset_seconds`.
+    """
+
+    url: Annotated[
+        str | None,
+        Field(
+            pattern=r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$",
+            description="an address that begins with http:// or https://, without user or query, "
+            "or null: the hub is in this process",
+        ),
+    ] = None
+    token: Annotated[
+        SecretStr | None,
+        AfterValidator(_header_safe),
+        Field(description="the bearer token, visible ASCII characters, or null: none is sent"),
+    ] = None
+    connect_timeout_seconds: Annotated[
+        float,
+        Number,
+        Field(gt=0, le=600, description="seconds to wait for a connection, up to 600"),
+    ] = 5.0
+    read_timeout_seconds: Annotated[
+        float, Number, Field(gt=0, le=600, description="seconds to wait for more bytes, up to 600")
+    ] = 15.0
+    timeout_seconds: Annotated[
+        float, Number, Field(gt=0, le=3600, description="seconds for a whole request, up to 3600")
+    ] = 300.0
+    attempts: Annotated[
+        int, Number, Field(ge=1, le=20, description="times that a request is tried, 1 to 20")
+    ] = 4
+    backoff_seconds: Annotated[
+        float, Number, Field(ge=0, le=60, description="seconds, up to 60")
+    ] = 0.25
+    max_backoff_seconds: Annotated[
+        float, Number, Field(ge=0, le=600, description="seconds, up to 600")
+    ] = 10.0
+    breaker_failures: Annotated[
+        int, Number, Field(ge=1, le=1000, description="failures in a row, 1 to 1000")
+    ] = 5
+    breaker_reset_seconds: Annotated[
+        float, Number, Field(gt=0, le=3600, description="seconds, up to 3600")
+    ] = 30.0
+    max_artifact_bytes: Annotated[
+        int, Number, Field(ge=2**10, description="bytes of one artifact, at least 1024")
+    ] = 512 * 2**20
 
 
 class RedisConfig(_Section):
@@ -135,6 +202,7 @@ class EsperConfig(_Section):
     """Every setting, frozen. `load` reads them; the bare constructor gives the defaults."""
 
     database: DatabaseConfig = DatabaseConfig()
+    hub: HubConfig = HubConfig()
     redis: RedisConfig = RedisConfig()
     storage: StorageConfig = StorageConfig()
     component: ComponentConfig = ComponentConfig()
@@ -176,17 +244,23 @@ class EsperConfig(_Section):
         except ValidationError as error:
             name = ".".join(str(part) for part in error.errors()[0]["loc"][:2])
             value, origin = given[name]
+            shown = HIDDEN if name in SECRETS else value
             raise ConfigError(
-                f"{name} ({origin})", value, _FIELDS[name].description or ""
+                f"{name} ({origin})", shown, _FIELDS[name].description or ""
             ) from error
         config._origins = MappingProxyType({name: origin for name, (_, origin) in given.items()})
         return config
 
     def settings(self) -> Iterator[Setting]:
-        """Each setting with its value and its origin, in the order of this file."""
+        """Each setting with its value and its origin, in the order of this file.
+
+        A secret that is set shows as `HIDDEN`.
+        """
         for name in NAMES:
             section, _, key = name.partition(".")
             value = getattr(getattr(self, section), key)
+            if name in SECRETS and value is not None:
+                value = HIDDEN
             yield Setting(name, value, self._origins.get(name, "default"))
 
     def inside(self, run_directory: Path) -> EsperConfig:

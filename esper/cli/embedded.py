@@ -36,6 +36,7 @@ from esper.contracts.manifests import (
     session_document,
 )
 from esper.contracts.operational import AdaptationDecision
+from esper.core.compilation import compile_blocks
 from esper.core.export import export_grown
 from esper.core.model_wrapper import LayerSelection, MorphableModel, wrap
 from esper.errors import (
@@ -180,6 +181,8 @@ def prepare(manifest: Manifest, folder: Path) -> Prepared:
         ),
         seeds_per_layer=config.growth.seeds_per_layer,
     )
+    if config.training.compile:
+        compile_blocks(wrapped)
     selected = {document.name: document for document in documents}
     for blueprint in manifest.blueprints:
         document = selected.get(blueprint.metadata.name)
@@ -450,8 +453,6 @@ def _disk_is_full(error: BaseException) -> bool:
 def _refuse_unserved(manifest: Manifest) -> None:
     """Refuse what this version can't do, rather than train something else than was asked for."""
     training = manifest.session.spec.training
-    if training.compile:
-        raise ManifestError("spec.training.compile", True, "false; this version runs eager only")
     if training.logical_shards is not None:
         raise ManifestError(
             "spec.training.logicalShards",

@@ -17,8 +17,9 @@ from esper.contracts.ir import (
     Node,
     ProducerDescription,
     reads_producer,
+    source_of,
 )
-from esper.contracts.lowering import GraphCost, bind, infer, kernel_id, lower
+from esper.contracts.lowering import GraphCost, bind, infer, input_shape, kernel_id, lower
 
 __all__ = [
     "BUILTIN_LABEL",
@@ -40,7 +41,9 @@ __all__ = [
     "builtin",
     "folds",
     "infer",
+    "input_shape",
     "kernel_id",
     "lower",
     "reads_producer",
+    "source_of",
 ]

@@ -15,49 +15,40 @@ from esper.contracts.ir import (
     MAX_FLOPS,
     MAX_PARAMETERS,
     ActivationNode,
-    AddNode,
+    AffineNode,
+    AttentionNode,
     AvgPool2dNode,
     BlueprintDocument,
+    Conv1dNode,
     Conv2dNode,
     DropoutNode,
+    EmbeddingNode,
     Graph,
     InputNode,
     KernelTarget,
     LayerGeometry,
-    LayerKind,
     LayerNode,
     LayerRole,
     LinearNode,
     MaxPool2dNode,
-    MultiplyNode,
     Node,
-    ProducerDescription,
-    ZerosNode,
     inputs_of,
+    source_of,
 )
-from esper.contracts.shapes import (
-    Sizes,
-    convolved_shape,
-    host_shape,
-    pooled_shape,
-)
+from esper.contracts.shapes import POSITION_AXES, Sizes, host_shape
+from esper.contracts.values import Value, producer_of, refuse_other_kind, value_of, values_of
 from esper.errors import BlueprintError
-
-_KINDS: dict[type[Contract], LayerKind] = {
-    LinearNode: "Linear",
-    Conv2dNode: "Conv2d",
-    MaxPool2dNode: "Conv2d",
-    AvgPool2dNode: "Conv2d",
-}
 
 
 class GraphCost(Contract):
     """What a bound graph costs.
 
-    `flops` counts 2 per multiply-add of linear and conv2d nodes, per sample: the forward product,
-    the weight gradient, and the input gradient where a parameter lies upstream of the node, which
-    is what autograd computes when the graph's own input needs no gradient. `activation_elements`
-    sums the sizes of all nodes' outputs per sample, `shapes` has each without the batch.
+    `flops` counts 2 per multiply-add of layers with weights, per sample: the forward product, the
+    weight gradient, and the input gradient where a parameter lies upstream of the node, which is
+    what autograd computes when the graph's own input needs no gradient. An attention's two
+    products count likewise, with two gradients each; what a fused kernel computes again does not
+    count, nor does a table that is looked up. `activation_elements` sums the sizes of all nodes'
+    outputs per sample, and of attention's scores; `shapes` has each output without the batch.
     """
 
     parameters: int
@@ -95,19 +86,35 @@ def bind(graph: Graph, target: KernelTarget) -> Graph:
         )
     taken = {node.id for node in graph.nodes}
     nodes: list[Node] = []
-    shapes: dict[str, Sizes] = {}
+    values: dict[str, Value] = {}
     for index, node in enumerate(graph.nodes):
         path = f"spec.graph.nodes[{index}]"
-        for concrete in _concrete(node, target, taken, path):
-            shapes[concrete.id] = _shape(concrete, shapes, target, path)
+        for concrete in _concrete(node, values, target, taken, path):
+            values[concrete.id] = value_of(concrete, values, target, path)
             nodes.append(concrete)
-    if shapes[graph.output] != target.output_shape:
+    found = values[graph.output]
+    if (found.shape, found.layout) != (target.output_shape, "host"):
         raise BlueprintError(
             "spec.graph.output",
-            f"{graph.output!r} of shape {shapes[graph.output]}",
+            f"{graph.output!r} of shape {found.shape}",
             f"the host's output shape, {target.output_shape}",
         )
     return Graph(nodes=tuple(nodes), output=graph.output)
+
+
+def input_shape(graph: Graph, target: KernelTarget) -> Sizes:
+    """The shape of what the graph reads, without batch.
+
+    Raises:
+        BlueprintError: the graph reads a producer that the target lacks.
+    """
+    match source_of(graph):
+        case "host":
+            return target.input_shape
+        case "output":
+            return target.output_shape
+        case "producer":
+            return producer_of(target, "target.producer").input_shape
 
 
 def infer(bound: Graph, target: KernelTarget) -> GraphCost:
@@ -116,20 +123,23 @@ def infer(bound: Graph, target: KernelTarget) -> GraphCost:
     Raises:
         BlueprintError: the graph is not bound, doesn't fit the target, or is over a cap.
     """
-    shapes: dict[str, Sizes] = {}
-    parameters = flops = 0
+    values = values_of(bound, target)
+    parameters = flops = elements = 0
     learns: dict[str, bool] = {}
-    for index, node in enumerate(bound.nodes):
-        path = f"spec.graph.nodes[{index}]"
-        shapes[node.id] = _shape(node, shapes, target, path)
+    for node in bound.nodes:
+        value = values[node.id]
         upstream = any(learns[name] for name in inputs_of(node))
-        weights, bias = _weights(node, shapes)
+        weights, bias = _weights(node, values)
         parameters += weights + bias
-        # Every weight is used once at each output position, forward and in either gradient.
-        positions = _positions(node, shapes[node.id])
-        flops += 2 * weights * positions * (3 if upstream else 2)
+        elements += math.prod(value.shape)
         learns[node.id] = upstream or weights > 0
-    elements = sum(math.prod(shape) for shape in shapes.values())
+        if isinstance(node, AttentionNode):
+            positions = value.num_positions
+            elements += node.heads * positions**2
+            flops += 2 * 2 * positions**2 * value.channels * (3 if upstream else 1)
+        elif not isinstance(node, EmbeddingNode):
+            # Every weight is used once at each position, forward and in either gradient.
+            flops += 2 * weights * value.num_positions * (3 if upstream else 2)
     for name, came, cap in (
         ("parameters", parameters, MAX_PARAMETERS),
         ("FLOPs per sample", flops, MAX_FLOPS),
@@ -138,7 +148,10 @@ def infer(bound: Graph, target: KernelTarget) -> GraphCost:
         if came > cap:
             raise BlueprintError("spec.graph", f"{came} {name}", f"at most {cap}")
     return GraphCost(
-        parameters=parameters, flops=flops, activation_elements=elements, shapes=shapes
+        parameters=parameters,
+        flops=flops,
+        activation_elements=elements,
+        shapes={name: value.shape for name, value in values.items()},
     )
 
 
@@ -152,7 +165,9 @@ def kernel_id(document_digest: str, target: KernelTarget) -> str:
     return digest_of([document_digest, wire])[:40]
 
 
-def _concrete(node: Node, target: KernelTarget, taken: set[str], path: str) -> Sequence[Node]:
+def _concrete(
+    node: Node, values: Mapping[str, Value], target: KernelTarget, taken: set[str], path: str
+) -> Sequence[Node]:
     """The nodes that stand for `node` once the target is known; the last one keeps its id."""
     match node:
         case InputNode(source="producer"):
@@ -160,14 +175,19 @@ def _concrete(node: Node, target: KernelTarget, taken: set[str], path: str) -> S
             return (node,)
         case LinearNode():
             return (node.model_copy(update={"features": _size(node.features, target.layer)}),)
-        case Conv2dNode():
+        case EmbeddingNode():
+            sizes = {
+                name: _size(getattr(node, name), target.layer) for name in ("rows", "features")
+            }
+            return (node.model_copy(update=sizes),)
+        case Conv1dNode() | Conv2dNode():
             update: dict[str, object] = {"channels": _size(node.channels, target.layer)}
             if node.kernel_size == "host":
-                _refuse_other_kind(node, target, path)
+                refuse_other_kind(node, target.layer.kind, path)
                 update |= _window(target.layer)
             return (node.model_copy(update=update),)
         case LayerNode():
-            return (_layer(node, target, path),)
+            return (_layer(node, values[node.input], target, path),)
         case ActivationNode(kind="traced"):
             return _traced(node, target, taken, path)
         case _:
@@ -181,6 +201,8 @@ def _size(size: int | str, layer: LayerGeometry) -> int:
 
 
 def _window(layer: LayerGeometry) -> dict[str, object]:
+    if layer.kernel_size is None:  # BatchNorm2d
+        return _POINTWISE[POSITION_AXES[layer.kind]]
     return {
         "kernel_size": layer.kernel_size,
         "stride": layer.stride,
@@ -190,39 +212,45 @@ def _window(layer: LayerGeometry) -> dict[str, object]:
     }
 
 
-def _layer(node: LayerNode, target: KernelTarget, path: str) -> LinearNode | Conv2dNode:
+_POINTWISE: Mapping[int, dict[str, object]] = {
+    axes: {"kernel_size": (1,) * axes, "padding": (0,) * axes} for axes in (1, 2)
+}
+
+
+def _layer(
+    node: LayerNode, before: Value, target: KernelTarget, path: str
+) -> LinearNode | Conv1dNode | Conv2dNode | EmbeddingNode:
     layer = _role(node.like, target, f"{path}.like")
     outputs = _size(node.outputs, layer)
-    bias = layer.bias if node.bias is None else node.bias
-    if layer.kind == "Linear":
-        return LinearNode(id=node.id, input=node.input, features=outputs, bias=bias, init=node.init)
-    window = {"kernel_size": (1, 1), "padding": (0, 0)} if node.pointwise else _window(layer)
-    return Conv2dNode.model_validate(
-        {
-            "id": node.id,
-            "input": node.input,
-            "channels": outputs,
-            "bias": bias,
-            "init": node.init,
-            **window,
-        }
-    )
+    axes = POSITION_AXES[layer.kind]
+    if node.depthwise and not axes:
+        raise BlueprintError(f"{path}.depthwise", f"true for {layer.kind}", "convolutions only")
+    fields = {
+        "id": node.id,
+        "input": node.input,
+        "bias": layer.bias if node.bias is None else node.bias,
+        "init": node.init,
+    }
+    if layer.kind == "Embedding" and not node.pointwise:
+        if node.init == "gradient":
+            raise BlueprintError(f"{path}.init", node.init, "default or zero for an Embedding")
+        return EmbeddingNode(
+            id=node.id, input=node.input, rows=layer.inputs, features=outputs, init=node.init
+        )
+    if not axes:
+        return LinearNode.model_validate({**fields, "features": outputs})
+    window = _POINTWISE[axes] if node.pointwise else _window(layer)
+    groups = before.channels if node.depthwise else 1
+    fields |= {"channels": outputs, "groups": groups, **window}
+    return (Conv1dNode if axes == 1 else Conv2dNode).model_validate(fields)
 
 
 def _role(role: LayerRole, target: KernelTarget, path: str) -> LayerGeometry:
-    return target.layer if role == "host" else _producer(target, path).layer
-
-
-def _producer(target: KernelTarget, path: str) -> ProducerDescription:
-    if target.producer is None:
-        raise BlueprintError(
-            path, "producer", "host here: no single layer was traced that feeds this one"
-        )
-    return target.producer
+    return target.layer if role == "host" else producer_of(target, path).layer
 
 
 def _refuse_unfit_producer(target: KernelTarget, path: str) -> None:
-    producer, host = _producer(target, f"{path}.source").layer, target.layer
+    producer, host = producer_of(target, f"{path}.source").layer, target.layer
     if producer.kind != host.kind:
         raise BlueprintError(
             f"{path}.source", f"producer {producer.kind} of host {host.kind}", "one kind of layer"
@@ -238,7 +266,7 @@ def _refuse_unfit_producer(target: KernelTarget, path: str) -> None:
 def _traced(
     node: ActivationNode, target: KernelTarget, taken: set[str], path: str
 ) -> Sequence[Node]:
-    chain = _producer(target, f"{path}.kind").chain
+    chain = producer_of(target, f"{path}.kind").chain
     if not chain:
         return (ActivationNode(id=node.id, input=node.input, kind="identity"),)
     nodes: list[Node] = []
@@ -271,57 +299,18 @@ def _fresh(position: int, taken: set[str]) -> str:
     return name
 
 
-def _refuse_other_kind(node: Node, target: KernelTarget, path: str) -> None:
-    kind = _KINDS.get(type(node))
-    if kind is not None and kind != target.layer.kind:
-        raise BlueprintError(
-            f"{path}.op", f"{node.op} on a {target.layer.kind} host", f"{kind} hosts for this op"
-        )
-
-
-def _shape(node: Node, shapes: Mapping[str, Sizes], target: KernelTarget, path: str) -> Sizes:
-    """The shape of a concrete node's output, without batch, given those of earlier nodes."""
-    _refuse_other_kind(node, target, path)
-    match node:
-        case InputNode():
-            if node.source == "producer":
-                return _producer(target, f"{path}.source").input_shape
-            return target.input_shape
-        case LinearNode(features=int(features)):
-            return (*shapes[node.input][:-1], features)
-        case Conv2dNode(channels=int(channels), kernel_size=tuple()):
-            return convolved_shape(node, channels, shapes[node.input], path)
-        case LinearNode() | Conv2dNode() | LayerNode() | ActivationNode(kind="traced"):
-            raise BlueprintError(path, f"symbolic sizes in {node.op}", "a bound graph")
-        case MaxPool2dNode() | AvgPool2dNode():
-            return pooled_shape(node, shapes[node.input], path)
-        case AddNode() | MultiplyNode():
-            found = [shapes[name] for name in node.inputs]
-            if len(set(found)) > 1:
-                raise BlueprintError(f"{path}.inputs", f"shapes {found}", "one shape for all")
-            return found[0]
-        case ZerosNode():
-            if node.input not in shapes or shapes[node.input] != target.input_shape:
-                raise BlueprintError(
-                    f"{path}.input", node.input, f"the host's input, {target.input_shape}"
-                )
-            return target.output_shape
-        case ActivationNode() | DropoutNode():
-            return shapes[node.input]
-
-
-def _weights(node: Node, shapes: Mapping[str, Sizes]) -> tuple[int, int]:
+def _weights(node: Node, values: Mapping[str, Value]) -> tuple[int, int]:
     """The sizes of a concrete node's weight and bias."""
+    value = values[node.id]
     match node:
-        case LinearNode(features=int(features)):
-            return shapes[node.input][-1] * features, features * node.bias
-        case Conv2dNode(channels=int(channels), kernel_size=(int(height), int(width))):
-            inputs = shapes[node.input][-3] // node.groups
-            return inputs * channels * height * width, channels * node.bias
+        case LinearNode():
+            return values[node.input].channels * value.channels, value.channels * node.bias
+        case Conv1dNode(kernel_size=tuple(window)) | Conv2dNode(kernel_size=tuple(window)):
+            inputs = values[node.input].channels // node.groups
+            return inputs * value.channels * math.prod(window), value.channels * node.bias
+        case EmbeddingNode(rows=int(rows)):
+            return rows * value.channels, 0
+        case AffineNode():
+            return value.channels, value.channels
         case _:
             return 0, 0
-
-
-def _positions(node: Node, shape: Sizes) -> int:
-    """How many places of the output a concrete layer computes with the same weight."""
-    return math.prod(shape[-2:] if isinstance(node, Conv2dNode) else shape[:-1])

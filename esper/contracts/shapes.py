@@ -1,14 +1,30 @@
 """Output shapes of layers and pools, without batch, by torch's documented formulas.
 
-Legend: C channels, H height, W width; a Linear layer's shape is (*, features).
+Legend: C channels, L length, H height, W width; the shape of a Linear, a LayerNorm or what an
+Embedding gives is (*, features).
 """
 
 from __future__ import annotations
 
-from esper.contracts.ir import AvgPool2dNode, Conv2dNode, LayerGeometry, MaxPool2dNode
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from esper.contracts.ir import (
+    AvgPool2dNode,
+    Conv1dNode,
+    Conv2dNode,
+    LayerGeometry,
+    LayerKind,
+    MaxPool2dNode,
+)
 from esper.errors import BlueprintError
 
 Sizes = tuple[int, ...]
+
+POSITION_AXES: Mapping[LayerKind, int] = MappingProxyType(
+    {"Linear": 0, "Conv1d": 1, "Conv2d": 2, "LayerNorm": 0, "BatchNorm2d": 2, "Embedding": 0}
+)
+"""How many axes lie behind the channels; where none do, positions are in front of them."""
 
 
 def host_shape(layer: LayerGeometry, shape: Sizes) -> Sizes:
@@ -17,13 +33,19 @@ def host_shape(layer: LayerGeometry, shape: Sizes) -> Sizes:
     Raises:
         BlueprintError: the layer can't take such an input.
     """
-    if layer.kind == "Linear":
-        if shape[-1] != layer.inputs:
+    if layer.kind == "Embedding":
+        return (*shape, layer.outputs)
+    axes = POSITION_AXES[layer.kind]
+    if not axes:
+        if shape[-1:] != (layer.inputs,):
             raise BlueprintError("target.inputShape", shape, f"{layer.inputs} as the last size")
         return (*shape[:-1], layer.outputs)
-    if len(shape) != 3 or shape[0] != layer.inputs:
-        raise BlueprintError("target.inputShape", shape, f"({layer.inputs}, height, width)")
-    node = Conv2dNode.model_validate(
+    if len(shape) != 1 + axes or shape[0] != layer.inputs:
+        expected = ", ".join([str(layer.inputs), *_AXIS_NAMES[axes]])
+        raise BlueprintError("target.inputShape", shape, f"({expected})")
+    if layer.kind == "BatchNorm2d":
+        return shape
+    node = (Conv1dNode if axes == 1 else Conv2dNode).model_validate(
         {
             "id": "host",
             "input": "host",
@@ -39,30 +61,31 @@ def host_shape(layer: LayerGeometry, shape: Sizes) -> Sizes:
     return convolved_shape(node, layer.outputs, shape, "target.layer")
 
 
-def convolved_shape(node: Conv2dNode, channels: int, shape_CHW: Sizes, path: str) -> Sizes:  # noqa: N803
-    """The (channels, H, W) that a convolution with numbers for sizes makes of a (C, H, W).
+def convolved_shape(node: Conv1dNode | Conv2dNode, channels: int, shape: Sizes, path: str) -> Sizes:
+    """The (channels, *) that a convolution with numbers for sizes makes of a (C, L) or (C, H, W).
 
     Raises:
-        BlueprintError: groups don't divide the channels, or the window is larger than the image.
+        BlueprintError: groups don't divide the channels, or the window is larger than the input.
     """
-    _refuse_flat(shape_CHW, path)
-    if shape_CHW[0] % node.groups or channels % node.groups:
+    kernel, stride, dilation = node.kernel_size, node.stride, node.dilation
+    if isinstance(kernel, str):
+        raise BlueprintError(f"{path}.kernelSize", kernel, "numbers once bound")
+    axes = range(len(kernel))
+    _refuse_other_axes(shape, len(kernel), path)
+    if shape[0] % node.groups or channels % node.groups:
         raise BlueprintError(
             f"{path}.groups",
             node.groups,
-            f"a divisor of the channels in and out, {shape_CHW[0]} and {channels}",
+            f"a divisor of the channels in and out, {shape[0]} and {channels}",
         )
-    kernel, stride, dilation = node.kernel_size, node.stride, node.dilation
-    if isinstance(kernel, str):
-        raise BlueprintError(f"{path}.kernelSize", kernel, "two numbers once bound")
     if node.padding == "same":
-        pads = tuple((dilation[axis] * (kernel[axis] - 1)) for axis in (0, 1))
-        widest = tuple(-(-pad // 2) for pad in pads)
+        pads = tuple((dilation[axis] * (kernel[axis] - 1)) for axis in axes)
+        widest: Sizes = tuple(-(-pad // 2) for pad in pads)
     else:
         widest = node.padding
         pads = tuple(2 * pad for pad in widest)
-    for axis in (0, 1):
-        extent = shape_CHW[1 + axis]
+    for axis in axes:
+        extent = shape[1 + axis]
         limit = {"reflect": extent - 1, "circular": extent}.get(node.padding_mode)
         if limit is not None and widest[axis] > limit:
             raise BlueprintError(
@@ -70,11 +93,13 @@ def convolved_shape(node: Conv2dNode, channels: int, shape_CHW: Sizes, path: str
                 f"{widest[axis]} of {node.padding_mode} padding on {extent} elements",
                 f"at most {limit}",
             )
-    height, width = (
-        _steps(shape_CHW[1 + axis] + pads[axis], kernel[axis], stride[axis], dilation[axis], path)
-        for axis in (0, 1)
+    return (
+        channels,
+        *(
+            _steps(shape[1 + axis] + pads[axis], kernel[axis], stride[axis], dilation[axis], path)
+            for axis in axes
+        ),
     )
-    return (channels, height, width)
 
 
 def pooled_shape(node: MaxPool2dNode | AvgPool2dNode, shape_CHW: Sizes, path: str) -> Sizes:  # noqa: N803
@@ -83,7 +108,7 @@ def pooled_shape(node: MaxPool2dNode | AvgPool2dNode, shape_CHW: Sizes, path: st
     Raises:
         BlueprintError: the window is larger than the image.
     """
-    _refuse_flat(shape_CHW, path)
+    _refuse_other_axes(shape_CHW, 2, path)
     stride = node.stride or node.kernel_size
     dilation = node.dilation if isinstance(node, MaxPool2dNode) else (1, 1)
     sizes = []
@@ -108,6 +133,10 @@ def _steps(extent: int, kernel: int, stride: int, dilation: int, path: str) -> i
     return (extent - reach) // stride + 1
 
 
-def _refuse_flat(shape: Sizes, path: str) -> None:
-    if len(shape) != 3:
-        raise BlueprintError(f"{path}.input", f"shape {shape}", "a shape (channels, height, width)")
+def _refuse_other_axes(shape: Sizes, axes: int, path: str) -> None:
+    if len(shape) != 1 + axes:
+        expected = ", ".join(["channels", *_AXIS_NAMES[axes]])
+        raise BlueprintError(f"{path}.input", f"shape {shape}", f"a shape ({expected})")
+
+
+_AXIS_NAMES = {1: ("length",), 2: ("height", "width")}

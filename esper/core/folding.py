@@ -3,13 +3,14 @@
 A plan says for each layer what its own weight becomes and which seeds stay beside it; `fold`
 carries it out on the model, and `esper.core.export` writes it as source.
 
-Legend: o = outputs, i = inputs, k and l = window height and width, u = new units.
+Legend: o = outputs, i = inputs, … = a convolution's window, u = new units.
 """
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from esper.contracts.ir import (
+    Conv1dNode,
     Conv2dNode,
     Graph,
     InputNode,
@@ -25,12 +27,14 @@ from esper.contracts.ir import (
     Node,
     inputs_of,
 )
+from esper.contracts.shapes import POSITION_AXES
 from esper.core.affine import Affine, affine_map
 from esper.core.morphology import Morphology, geometry
 from esper.core.tracing import WidenPair
 from esper.errors import WrapError
+from esper.execution.branches import Branch
 from esper.execution.builders import submodule_name
-from esper.execution.kasmina_layer import Branch, KasminaLayer, become
+from esper.execution.kasmina_layer import GROWN, KasminaLayer
 from esper.execution.state_layout import SeedLifecycleState
 
 FOLDED = "folded into the layer's weight"
@@ -41,18 +45,17 @@ KEPT = "beside the layer"
 class LayerPlan:
     """What one layer becomes.
 
-    `weight` and `bias` are the layer's own in the end, (o, i) or (o, i, k, l) and (o); `outputs`
-    and `inputs` its sizes before growth. `kept` are the seeds that stay modules, by slot; `notes`
-    says for each slot what became of it. `tied` says that another layer has a parameter of this
-    one; `feeds` names the (layer, slot) of kept seeds that read this layer's input.
+    `weight` and `bias` are the layer's own in the end; `sizes` are its sizes before growth. `kept`
+    are the seeds that stay modules, by slot; `notes` says for each slot what became of it. `tied`
+    says that another layer has a parameter of this one; `feeds` names the (layer, slot) of kept
+    seeds that read this layer's input.
     """
 
     name: str
     layer: KasminaLayer
+    sizes: LayerGeometry
     weight: Tensor
     bias: Tensor | None
-    outputs: int
-    inputs: int
     tied: bool = False
     kept: dict[int, Branch] = field(default_factory=dict)
     notes: dict[int, str] = field(default_factory=dict)
@@ -68,22 +71,25 @@ class LayerPlan:
     @property
     def new_outputs(self) -> int:
         """How many units the layer has gained."""
-        return int(self.weight.shape[0]) - self.outputs
+        if not self._grows:
+            return 0
+        return int(self.weight.shape[0]) - self.sizes.outputs
 
     @property
     def new_inputs(self) -> int:
         """How many units its producer has gained."""
-        return int(self.weight.shape[1]) * self.groups - self.inputs
-
-    @property
-    def groups(self) -> int:
-        """Into how many groups a convolution is cut."""
-        return self.layer.groups if isinstance(self.layer, nn.Conv2d) else 1
+        if not self._grows:
+            return 0
+        return int(self.weight.shape[1]) * self.sizes.groups - self.sizes.inputs
 
     @property
     def axis(self) -> int:
         """The dimension of an activation that counts units, from the end."""
-        return -3 if isinstance(self.layer, nn.Conv2d) else -1
+        return -1 - POSITION_AXES[self.sizes.kind]
+
+    @property
+    def _grows(self) -> bool:
+        return isinstance(self.layer, nn.Linear | nn.Conv1d | nn.Conv2d)
 
 
 def plan(morphology: Morphology) -> dict[str, LayerPlan]:
@@ -94,9 +100,12 @@ def plan(morphology: Morphology) -> dict[str, LayerPlan]:
     owners = Counter(id(p) for p in _all_parameters(morphology.model))
     plans = {name: _unchanged(name, layer, owners) for name, layer in morphology.layers.items()}
     for name, layer in morphology.layers.items():
-        for slot, branch in sorted(layer.site.branches.items()):
-            if morphology.state(name, slot) is SeedLifecycleState.FOSSILIZED:
-                _settle(plans, morphology, name, slot, branch)
+        fossils = {
+            slot: branch
+            for slot, branch in sorted(layer.site.branches.items())
+            if morphology.state(name, slot) is SeedLifecycleState.FOSSILIZED
+        }
+        _settle_layer(plans, morphology, name, fossils)
     for one in plans.values():
         _concatenate(one)
     return {name: one for name, one in plans.items() if one.notes or one.rows or one.feeds}
@@ -121,11 +130,10 @@ def fold(morphology: Morphology, discard: Callable[[], nn.Module]) -> nn.Module:
         layer.shed()
     model = discard()
     for one in plans.values():
+        _resize(model, one.layer, one)
         if one.kept:
             keep_unfused(model, one.layer)
-            _become_grown(one.layer, one)
-        else:
-            _resize(model, one.layer, one)
+            _keep_seeds(one.layer, one)
     return model
 
 
@@ -139,47 +147,69 @@ def keep_unfused(model: nn.Module, layer: nn.Module) -> None:
 
 
 def _unchanged(name: str, layer: KasminaLayer, owners: Counter[int]) -> LayerPlan:
-    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-    assert weight is not None
-    sizes = geometry(layer)
+    weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
     return LayerPlan(
         name=name,
         layer=layer,
+        sizes=geometry(layer),
         weight=weight.detach().clone(),
         bias=None if bias is None else bias.detach().clone(),
-        outputs=sizes.outputs,
-        inputs=sizes.inputs,
         tied=any(owners[id(parameter)] > 1 for parameter in layer.parameters(recurse=False)),
     )
 
 
-def _settle(
-    plans: dict[str, LayerPlan], morphology: Morphology, name: str, slot: int, branch: Branch
+def _settle_layer(
+    plans: dict[str, LayerPlan],
+    morphology: Morphology,
+    name: str,
+    fossils: Mapping[int, Branch],
 ) -> None:
     own = plans[name]
-    if branch.graph is not None and branch.tap is None:
-        change = affine_map(branch.graph, branch.module, geometry(own.layer))
-        if change is not None:
+    changes = {
+        slot: affine_map(branch.graph, branch.module, own.layer, own.sizes)
+        for slot, branch in fossils.items()
+        if branch.graph is not None and branch.source != "producer"
+    }
+    # A seed that reads the output reads the layer's own: nothing may be folded into it then.
+    watched = any(
+        branch.source == "output" and changes.get(slot) is None for slot, branch in fossils.items()
+    )
+    for slot, branch in fossils.items():
+        change = changes.get(slot)
+        if change is not None and (not watched or change == Affine(None, None)):
             _add(own, change)
             own.notes[slot] = FOLDED
-            return
-    if branch.tap is not None:
-        pair = next(pair for pair in morphology.pairs if pair.consumer == name)
-        producer = plans[pair.producer]
-        widening = _widening(branch, pair, geometry(producer.layer), geometry(own.layer))
-        if widening is not None:
-            first, last = widening
-            rows, row_bias = _parameters(first)
-            columns, shift = _parameters(last)
-            producer.rows.append((rows, row_bias))
-            own.columns.append(columns)
-            if shift is not None:
-                _add(own, Affine(None, shift.double()))
-            own.notes[slot] = f"{rows.shape[0]} units between {pair.producer} and {name}"
-            return
-        producer.feeds.append((name, slot))
-    own.kept[slot] = branch
-    own.notes[slot] = KEPT
+        elif branch.source != "producer" or not _concatenated(
+            plans, morphology, own, slot, branch, watched
+        ):
+            own.kept[slot] = branch
+            own.notes[slot] = KEPT
+
+
+def _concatenated(
+    plans: dict[str, LayerPlan],
+    morphology: Morphology,
+    own: LayerPlan,
+    slot: int,
+    branch: Branch,
+    watched: bool,
+) -> bool:
+    """Plan a widening as larger layers; False where it is none, and then the producer feeds it."""
+    pair = next(pair for pair in morphology.pairs if pair.consumer == own.name)
+    producer = plans[pair.producer]
+    widening = None if watched else _widening(branch, pair, producer.sizes, own.sizes)
+    if widening is None:
+        producer.feeds.append((own.name, slot))
+        return False
+    first, last = widening
+    rows, row_bias = _parameters(first)
+    columns, shift = _parameters(last)
+    producer.rows.append((rows, row_bias))
+    own.columns.append(columns)
+    if shift is not None:
+        _add(own, Affine(None, shift.double()))
+    own.notes[slot] = f"{rows.shape[0]} units between {pair.producer} and {own.name}"
+    return True
 
 
 def _widening(
@@ -195,8 +225,6 @@ def _widening(
             return None
     if not (is_like(first, producer) and is_like(last, host)):
         return None
-    assert isinstance(first, LinearNode | Conv2dNode)
-    assert isinstance(last, LinearNode | Conv2dNode)
     return (
         branch.module.get_submodule(submodule_name(first.id)),
         branch.module.get_submodule(submodule_name(last.id)),
@@ -217,11 +245,10 @@ def is_like(node: Node, layer: LayerGeometry) -> bool:
     """Whether a node is a layer of this kind and window, in one group."""
     if isinstance(node, LinearNode):
         return layer.kind == "Linear"
-    if not isinstance(node, Conv2dNode) or layer.kind != "Conv2d":
+    if not isinstance(node, Conv1dNode | Conv2dNode) or layer.groups != 1 or node.groups != 1:
         return False
     names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-    same = all(getattr(node, name) == getattr(layer, name) for name in names)
-    return same and node.groups == layer.groups == 1
+    return all(getattr(node, name) == getattr(layer, name) for name in names)
 
 
 def _add(own: LayerPlan, change: Affine) -> None:
@@ -229,7 +256,7 @@ def _add(own: LayerPlan, change: Affine) -> None:
     if change.matrix is not None:
         own.weight = (own.weight.double() + change.matrix).to(own.weight.dtype)
     if change.shift is not None:
-        bias = torch.zeros(own.outputs) if own.bias is None else own.bias
+        bias = torch.zeros(own.sizes.outputs) if own.bias is None else own.bias
         own.bias = (bias.double().to(change.shift.device) + change.shift).to(own.weight.dtype)
 
 
@@ -239,7 +266,7 @@ def _concatenate(own: LayerPlan) -> None:
         own.weight = torch.cat([own.weight, *own.columns], dim=1)
     for rows, row_bias in own.rows:
         padded = rows.new_zeros(rows.shape[0], *own.weight.shape[1:])
-        padded[:, : own.inputs] = rows
+        padded[:, : own.sizes.inputs] = rows
         own.weight = torch.cat([own.weight, padded], dim=0)
         if own.bias is None and row_bias is not None:
             own.bias = own.weight.new_zeros(own.weight.shape[0] - rows.shape[0])
@@ -249,71 +276,64 @@ def _concatenate(own: LayerPlan) -> None:
 
 
 def _parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    assert isinstance(module, nn.Linear | nn.Conv2d)
-    bias = None if module.bias is None else module.bias.detach().clone()
-    return module.weight.detach().clone(), bias
+    bias = module._parameters.get("bias")
+    weight = module.get_parameter("weight").detach().clone()
+    return weight, None if bias is None else bias.detach().clone()
 
 
 def _resize(model: nn.Module, layer: nn.Module, own: LayerPlan) -> None:
     """Give a plain layer its new weight and bias, in place where their shapes and owners allow."""
     for name, value in (("weight", own.weight), ("bias", own.bias)):
-        old = layer._parameters[name]
+        old = layer._parameters.get(name)
+        if value is None or (old is not None and _same(old, value)):
+            continue
         shared = sum(parameter is old for parameter in _all_parameters(model)) > 1
-        if old is not None and value is not None and old.shape == value.shape and not shared:
+        if old is not None and old.shape == value.shape and not shared:
             with torch.no_grad():
                 old.copy_(value)
         else:
-            layer.register_parameter(name, _parameter(old, value))
-    _note_sizes(layer, own)
-
-
-def _note_sizes(layer: nn.Module, own: LayerPlan) -> None:
-    outputs, inputs = own.outputs + own.new_outputs, own.inputs + own.new_inputs
-    if isinstance(layer, nn.Conv2d):
+            learns = old is None or old.requires_grad
+            layer.register_parameter(name, nn.Parameter(value, requires_grad=learns))
+    outputs, inputs = own.sizes.outputs + own.new_outputs, own.sizes.inputs + own.new_inputs
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
         layer.out_channels, layer.in_channels = outputs, inputs
-    else:
-        layer.out_features, layer.in_features = outputs, inputs  # type: ignore[assignment]
+    elif isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = outputs, inputs
 
 
-def _become_grown(layer: nn.Module, own: LayerPlan) -> None:
-    """Turn a plain layer into the module of it and its seeds, in place.
+def _keep_seeds(layer: nn.Module, own: LayerPlan) -> None:
+    """Leave a plain layer with the seeds that stay beside it, under their names, and add them.
 
-    In place, so that the model's own references to it, in lists say, lead to what grew. Its sizes,
-    its hooks and what the user hung on it stay; `meta` keeps them through deepcopy.
+    The layer keeps its class, its keys, its hooks and what refers to it. Adding is a forward hook
+    ahead of the user's: code of torch alone, which copies and pickles with the layer.
     """
-    _note_sizes(layer, own)
-    grown = as_graph_module(own)
-    held = ("_parameters", "_buffers", "_modules")
-    kept = {name: value for name, value in layer.__dict__.items() if name not in held}
-    layer.__dict__.update(vars(grown) | kept)
-    become(layer, type(grown))
-    assert isinstance(layer, fx.GraphModule)
-    hooks = {name: value for name, value in kept.items() if "_forward_" in name}
-    plain = {name: value for name, value in kept.items() if not name.startswith("_")}
-    layer.meta["_user_preserved_attributes"] = hooks | plain
+    layer.add_module(GROWN, nn.ModuleDict({str(s): b.module for s, b in own.kept.items()}))
+    layer.register_forward_hook(adding(own), prepend=True, with_kwargs=True)
 
 
-def as_graph_module(own: LayerPlan) -> fx.GraphModule:
-    """The layer and the seeds that stay beside it, as a module of torch alone.
+def adding(own: LayerPlan) -> fx.GraphModule:
+    """A forward hook of the layer that adds what its kept seeds give to its output.
 
-    It has `weight`, `bias` and `grown.<slot>` where the layer had them.
+    Called as (module, args, kwargs, output).
     """
-    layer = own.layer
-    root = nn.Module()
-    root.register_parameter("weight", _parameter(layer._parameters["weight"], own.weight))
-    root.register_parameter("bias", _parameter(layer._parameters["bias"], own.bias))
-    root.add_module("grown", nn.ModuleDict({str(s): b.module for s, b in own.kept.items()}))
     graph = fx.Graph()
-    source = graph.placeholder("input", type_expr=Tensor)
-    weight = graph.get_attr("weight")
-    bias = None if own.bias is None else graph.get_attr("bias")
-    out = _host_operation(graph, layer, source, weight, bias)
-    read = source
-    if own.new_inputs:
-        read = graph.call_function(torch.narrow, (source, own.axis, 0, own.inputs))
-    for slot in own.kept:
-        seed = graph.call_module(f"grown.{slot}", (read,))
-        seed = graph.call_method("type_as", (seed, out))
+    layer, args, kwargs, out = map(graph.placeholder, ("layer", "args", "kwargs", "output"))
+    # The layer's input, by position or by name.
+    padded = graph.call_function(operator.add, (args, (None,)))
+    first = graph.call_function(operator.getitem, (padded, 0))
+    source = graph.call_method("get", (kwargs, "input", first))
+    grown = graph.call_function(getattr, (layer, GROWN))
+    host = out
+    for slot, branch in own.kept.items():
+        extra, read = (own.new_inputs, source)
+        if branch.source == "output":
+            extra, read = (own.new_outputs, host)
+        if extra:
+            size = own.sizes.outputs if branch.source == "output" else own.sizes.inputs
+            read = graph.call_function(torch.narrow, (read, own.axis, 0, size))
+        module = graph.call_function(operator.getitem, (grown, str(slot)))
+        seed = graph.call_method("__call__", (module, read))
+        seed = graph.call_method("type_as", (seed, host))
         if own.new_outputs:
             # The new units are no seed's business: they lie behind the layer's own.
             behind = [0, 0] * (-own.axis - 1) + [0, own.new_outputs]
@@ -321,30 +341,11 @@ def as_graph_module(own: LayerPlan) -> fx.GraphModule:
         out = graph.call_function(torch.add, (out, seed))
     graph.output(out)
     graph.lint()
-    module = fx.GraphModule(root, graph, class_name=f"Grown{geometry(layer).kind}")
-    module.train(layer.training)
-    return module
+    return fx.GraphModule(nn.Module(), graph, class_name="Adding")
 
 
-def _host_operation(
-    graph: fx.Graph, layer: nn.Module, source: fx.Node, weight: fx.Node, bias: fx.Node | None
-) -> fx.Node:
-    if not isinstance(layer, nn.Conv2d):
-        return graph.call_function(F.linear, (source, weight, bias))
-    padding = layer.padding
-    if layer.padding_mode != "zeros":
-        repeated = list(layer._reversed_padding_repeated_twice)
-        source = graph.call_function(F.pad, (source, repeated), {"mode": layer.padding_mode})
-        padding = (0, 0)
-    window = (layer.stride, padding, layer.dilation, layer.groups)
-    return graph.call_function(F.conv2d, (source, weight, bias, *window))
-
-
-def _parameter(old: nn.Parameter | None, value: Tensor | None) -> nn.Parameter | None:
-    """The layer's own parameter where it stays as it was, else a new one."""
-    if value is None or (old is not None and old.shape == value.shape and torch.equal(old, value)):
-        return old
-    return nn.Parameter(value, requires_grad=old is None or old.requires_grad)
+def _same(old: Tensor, value: Tensor) -> bool:
+    return old.shape == value.shape and torch.equal(old, value)
 
 
 def _all_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -1,7 +1,7 @@
 """`wrap` and `unwrap`: a model becomes able to grow, and becomes an ordinary model again.
 
-Nothing is added to the model's tree. Its Linear and Conv2d layers take on Kasmina subclasses of
-their own classes, and the model itself a subclass of MorphableModel and its own class.
+Nothing is added to the model's tree. Its layers take on Kasmina subclasses of their own classes,
+and the model itself a subclass of MorphableModel and its own class.
 """
 
 from __future__ import annotations
@@ -13,17 +13,27 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self, SupportsIndex, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from esper.core.compilation import decompile
 from esper.core.folding import fold
 from esper.core.morphology import ROOT, Morphology, release
 from esper.errors import WrapError
-from esper.execution.kasmina_layer import KASMINA_CLASSES, KasminaLayer, become
+from esper.execution.kasmina_layer import (
+    GROWN,
+    KASMINA_CLASSES,
+    KasminaLayer,
+    become,
+    dormant_class,
+    live_class,
+)
 from esper.execution.state_layout import GROWN_STATES, SeedLifecycleState
 
 HOST_KINDS = tuple(host.__name__ for host in KASMINA_CLASSES)
+DEFAULT_KINDS = ("Linear", "Conv2d")
 _OUTER_WRAPPERS = (
     "DataParallel",
     "DistributedDataParallel",
@@ -42,7 +52,7 @@ class LayerSelection:
     `exclude`.
     """
 
-    types: Sequence[str] = HOST_KINDS
+    types: Sequence[str] = DEFAULT_KINDS
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
 
@@ -83,7 +93,7 @@ class MorphableModel(nn.Module):
         morphology = self.__dict__.get("morphology")
         parameter = next(self.parameters(), None)
         if morphology is not None and parameter is not None:
-            morphology.layout.to(parameter.device)
+            morphology.move(parameter.device)
         return self
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
@@ -93,9 +103,10 @@ class MorphableModel(nn.Module):
         replaced = tuple(_Rebuilt if part is own else part for part in arguments)
         if replaced == tuple(arguments):
             return function, arguments, *rest
-        unprobed = issubclass(own, _ProbingAtFirstCall)
+        kind = dormant_class(own)
+        unprobed, live = issubclass(own, _ProbingAtFirstCall), kind is not own
         plan = tuple(None if part is _Rebuilt else part for part in replaced)
-        return rebuild, (own.host_class, unprobed, function, plan), *rest
+        return rebuild, (own.host_class, unprobed, live, function, plan), *rest
 
 
 class _Rebuilt:
@@ -133,10 +144,11 @@ def wrap(
     the model's parameters stay the same objects.
 
     Args:
-        model: any module that holds `nn.Linear` or `nn.Conv2d` layers, or is one.
+        model: any module that holds layers which can host seeds, or is one.
         example_inputs: what the model is called with: a tensor, a tuple of positional arguments
             or a dict of keyword arguments. Left out, the model is probed when first called.
-        layers: all layers that can host (None), a selection, or the names of the layers.
+        layers: all `nn.Linear` and `nn.Conv2d` (None), a selection, which can name other kinds
+            (Conv1d, LayerNorm, BatchNorm2d, Embedding) too, or the names of the layers.
         seeds_per_layer: slots a layer, at least 1.
         copy: wrap a deep copy and leave `model` as it is.
 
@@ -206,6 +218,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def discard_wrapping(model: MorphableModel) -> nn.Module:
     """Give a model that holds no seed, and its layers, their own classes back."""
+    decompile(model)
     layers = [layer for layer in model.modules() if isinstance(layer, KasminaLayer)]
     host_class = model.host_class
     del model.__dict__["morphology"]
@@ -244,14 +257,18 @@ def _new_class(host_class: type[nn.Module], unprobed: bool) -> type[MorphableMod
 def rebuild(
     host_class: type[nn.Module],
     unprobed: bool,
+    live: bool,
     function: Callable[..., nn.Module],
     plan: tuple[Any, ...],
 ) -> nn.Module:
     """Make an empty instance of a wrapped class, for pickle and deepcopy to fill.
 
-    `function` is how the class itself is rebuilt, and `plan` its arguments, None for the class.
+    `live` is for a model that is itself a host layer. `function` is how the class itself is
+    rebuilt, and `plan` its arguments, None for the class.
     """
-    own = morphable_class(host_class, unprobed)
+    own: type[nn.Module] = morphable_class(host_class, unprobed)
+    if live:
+        own = live_class(own)
     return function(*(own if part is None else part for part in plan))
 
 
@@ -260,30 +277,55 @@ def refusal(layer: nn.Module) -> str | None:
     kind = type(layer)
     if kind not in KASMINA_CLASSES:
         return _refusal_of_kind(layer)
-    weight = layer._parameters.get("weight")
-    if weight is None or "bias" not in layer._parameters:
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance"
+    if GROWN in layer._modules:
+        return "seeds of an earlier wrap stay beside it"
+    if "weight" not in layer._parameters or not _may_have(layer, "bias"):
         return "its weight is computed (weight or spectral norm): remove the norm first"
+    weight = layer._parameters["weight"]
+    if weight is None:
+        return "it has no weight: a seed would not know its dtype and device"
     if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
         return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not real"
-    if "forward" in layer.__dict__:
-        return "its forward was replaced on the instance"
+    if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) != 1:
+        return f"it normalises over {len(layer.normalized_shape)} dimensions, not over one"
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        return "its forward changes its weight (max_norm)"
     return None
+
+
+def _may_have(layer: nn.Module, name: str) -> bool:
+    """Whether `name` is a parameter (or None) of the layer, or nothing its kind has at all."""
+    return name in layer._parameters or not hasattr(layer, name)
 
 
 def _refusal_of_kind(layer: nn.Module) -> str | None:
-    kind = type(layer)
+    kind, host = type(layer), host_kind(layer)
+    if host is None:
+        return None
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "its forward is never called: MultiheadAttention reads its weight directly"
-    if isinstance(layer, nn.Linear | nn.Conv2d):
-        if parametrize.is_parametrized(layer):
-            return "it is parametrized: its weight is computed"
-        plain = "Conv2d" if isinstance(layer, nn.Conv2d) else "Linear"
-        return f"it is a {kind.__name__}, a subclass; hosts are exactly nn.{plain}"
-    if "quantized" in kind.__module__ and kind.__name__ in HOST_KINDS:
+    if parametrize.is_parametrized(layer):
+        return "it is parametrized: its weight is computed"
+    if isinstance(layer, torch.jit.ScriptModule):
+        return "it is scripted"
+    if any("quant" in base.__module__ for base in kind.__mro__):
         return "it is quantised"
-    return None
+    return f"it is a {kind.__name__}, a subclass; hosts are exactly nn.{host}"
+
+
+def host_kind(layer: nn.Module) -> str | None:
+    """The kind of host that a layer is, or looks like; None for any other module."""
+    for host in KASMINA_CLASSES:
+        if isinstance(layer, host):
+            return host.__name__
+    # Quantised and scripted layers are no subclasses of what they were made from.
+    name = getattr(layer, "original_name", type(layer).__name__)
+    foreign = isinstance(layer, torch.jit.ScriptModule) or "quant" in type(layer).__module__
+    return name if foreign and name in HOST_KINDS else None
 
 
 def _chosen(
@@ -298,15 +340,18 @@ def _chosen(
     refused: dict[str, str] = {}
     for path, layer in model.named_modules():
         name = path or ROOT
-        if named is not None and name not in named:
+        # What an earlier wrap has grown is no place to grow at.
+        if (named is not None and name not in named) or GROWN in path.split("."):
+            continue
+        kind = host_kind(layer)
+        if kind is None or (named is None and kind not in selection.types):
             continue
         reason = refusal(layer)
-        kind = "Conv2d" if isinstance(layer, nn.Conv2d) else "Linear"
         if reason is not None:
             if named is not None:
                 raise WrapError(f"layers: {name}", reason, "layers that can host seeds")
             refused[name] = reason
-        elif type(layer) in KASMINA_CLASSES and selection.chooses(name, kind):
+        elif named is not None or selection.chooses(name, kind):
             hosts[name] = layer
     missing = sorted((named or set()) - set(hosts))
     if missing:
@@ -317,7 +362,7 @@ def _chosen(
         raise WrapError(
             "model",
             f"{type(model).__name__} without a layer that can host ({why or 'none fits'})",
-            "a model with at least one nn.Linear or nn.Conv2d that `layers` chooses",
+            f"a model with at least one layer that `layers` chooses: {', '.join(selection.types)}",
         )
     return hosts, refused
 

@@ -5,17 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
+import torch
 from pydantic import JsonValue, ValidationError
 from torch import nn
 
 from esper.contracts.enums import SeedState
-from esper.contracts.ir import Graph, KernelTarget, LayerGeometry, ProducerDescription
+from esper.contracts.ir import (
+    Graph,
+    GraphSource,
+    KernelTarget,
+    LayerGeometry,
+    ProducerDescription,
+)
 from esper.core.probing import LayerShapes, probe
 from esper.core.tracing import Dataflow, WidenPair
 from esper.errors import WrapError
-from esper.execution.kasmina_layer import KasminaLayer, Site, become
+from esper.execution.branches import LoadStatistics, Site
+from esper.execution.kasmina_layer import KasminaLayer, become
 from esper.execution.state_layout import (
     GROWN_STATES,
     KasminaStateLayout,
@@ -52,6 +61,7 @@ class Morphology:
         self.probed = False
         self._dataflow = Dataflow()
         self._shapes: dict[str, LayerShapes] = {}
+        self.loads = LoadStatistics()
         self._place()
 
     @property
@@ -132,17 +142,16 @@ class Morphology:
         module: nn.Module,
         *,
         kernel: str,
-        reads_producer: bool = False,
+        source: GraphSource = "host",
         graph: Graph | None = None,
     ) -> None:
         """Put a seed into a dormant slot; it contributes nothing until it is grafted.
 
-        `graph` is the bound IR of `module`; without it the seed can't be written into a
-        checkpoint's structure, and folds or exports only as the module it is.
+        `source` says what `module` reads, see `KasminaLayer.germinate`. `graph` is the bound IR of
+        `module`; without it the seed can't be written into a checkpoint's structure, and folds or
+        exports only as the module it is.
         """
-        self._probed_layer(layer).germinate(
-            slot, module, kernel=kernel, reads_producer=reads_producer, graph=graph
-        )
+        self._probed_layer(layer).germinate(slot, module, kernel=kernel, source=source, graph=graph)
 
     def transition(
         self, layer: str, slot: int, state: SeedLifecycleState, alpha: float | None = None
@@ -188,9 +197,9 @@ class Morphology:
         }
         return [p for p in self._model.parameters() if id(p) not in grown]
 
-    def record_fault(self, layer: str, slot: int) -> bool:
+    def record_fault(self, layer: str, slot: int, reason: str) -> bool:
         """Count a fault of a seed; True when its circuit is open and the host answers alone."""
-        return self._layer(layer).record_fault(slot)
+        return self._layer(layer).record_fault(slot, reason)
 
     def clear_faults(self, layer: str, slot: int) -> None:
         """The seed has worked again: its faults are counted from 0."""
@@ -201,6 +210,18 @@ class Morphology:
     def observe(self, layer: str, slot: int, health: float) -> float:
         """Fold a health score in [0, 1] into the slot's average, which is returned."""
         return self.layout.observe(self._layer(layer).site.index, slot, health)
+
+    def observe_contribution(self, layer: str, slot: int, contribution: float) -> float:
+        """Fold a measured contribution (nats per sample) into the slot's average; returns that."""
+        index = self._layer(layer).site.index
+        return self.layout.observe_contribution(index, slot, contribution)
+
+    def move(self, device: torch.device) -> None:
+        """The model's tensors have moved to `device`: so do those of the layout."""
+        self.layout.to(device)
+        for layer in self.layers.values():
+            for branch in layer.site.branches.values():
+                branch.look_again()
 
     @contextmanager
     def trialling(self, layer: str, slot: int) -> Iterator[None]:
@@ -215,12 +236,34 @@ class Morphology:
             yield
 
     def statistics(self) -> dict[str, Any]:
-        """Counts by state, the model's size before growth and now, faults the host answered."""
+        """The model's growth in figures, JSON-ready.
+
+        `states` counts the slots by state and `transitions` the steps taken since `wrap`;
+        `parametersBase` and `parameters` are the model's size before growth and now, `seedBytes`
+        the memory of all seeds' parameters, `layoutBytes` that of the state layout; `fallbacks`
+        counts the faults that the host answered, `kernelLoads` the loads into seeds, with the
+        mean and the slowest in milliseconds.
+        """
+        seeds = [
+            parameter
+            for layer in self.layers.values()
+            for branch in layer.site.branches.values()
+            for parameter in branch.module.parameters()
+        ]
         return {
             "states": {state.value: count for state, count in self.layout.counts().items()},
+            "transitions": self.layout.transitions,
             "parametersBase": self.parameters_base,
             "parameters": sum(parameter.numel() for parameter in self._model.parameters()),
+            "seedBytes": sum(parameter.nbytes for parameter in seeds),
+            "layoutBytes": sum(tensor.nbytes for tensor in self.layout.tensors().values()),
             "fallbacks": sum(record.fallbacks for _, _, record in self.layout.records()),
+            "kernelLoads": {
+                "count": self.loads.count,
+                "failures": self.loads.failures,
+                "meanMilliseconds": 1e3 * self.loads.seconds / max(1, self.loads.count),
+                "slowestMilliseconds": 1e3 * self.loads.slowest_seconds,
+            },
         }
 
     def structure(self) -> list[dict[str, JsonValue]]:
@@ -264,13 +307,12 @@ class Morphology:
                 contribution=math.nan if entry["contribution"] is None else entry["contribution"],
                 errors=entry["errors"],
                 fallbacks=entry["fallbacks"],
+                fault=entry["fault"] or "",
                 cycle=entry["cycle"],
             )
             if state in GROWN_STATES:
                 graph = entry["graph"] and Graph.model_validate(entry["graph"])
-                host.attach(
-                    slot, build(entry), reads_producer=bool(entry["readsProducer"]), graph=graph
-                )
+                host.attach(slot, build(entry), source=entry["source"], graph=graph)
 
     def _place(self) -> None:
         """Give every host its place in a fresh layout, and its neighbours."""
@@ -282,6 +324,8 @@ class Morphology:
                 name,
                 index,
                 self.layout,
+                partial(self.target, name),
+                self.loads,
                 producer=None if pair is None else self.layers[pair.producer],
             )
         self._note_fused_paths()
@@ -314,41 +358,42 @@ class Morphology:
 
 
 def geometry(layer: nn.Module) -> LayerGeometry:
-    """A Linear's or Conv2d's kind and sizes.
+    """A host layer's kind and sizes.
 
     Raises:
         pydantic.ValidationError: the layer has sizes that the IR has no words for.
     """
-    if isinstance(layer, nn.Conv2d):
-        return LayerGeometry(
-            kind="Conv2d",
-            inputs=layer.in_channels,
-            outputs=layer.out_channels,
-            bias=layer.bias is not None,
-            kernel_size=_pair(layer.kernel_size),
-            stride=_pair(layer.stride),
-            padding=_padding(layer.padding),
-            dilation=_pair(layer.dilation),
-            groups=layer.groups,
-            padding_mode=layer.padding_mode,
-        )
-    assert isinstance(layer, nn.Linear)
-    return LayerGeometry(
-        kind="Linear",
-        inputs=layer.in_features,
-        outputs=layer.out_features,
-        bias=layer.bias is not None,
-    )
+    match layer:
+        case nn.Linear():
+            sizes = {"kind": "Linear", "inputs": layer.in_features, "outputs": layer.out_features}
+        case nn.LayerNorm():
+            (size,) = layer.normalized_shape
+            sizes = {"kind": "LayerNorm", "inputs": size, "outputs": size}
+        case nn.BatchNorm2d():
+            size = layer.num_features
+            sizes = {"kind": "BatchNorm2d", "inputs": size, "outputs": size}
+        case nn.Embedding():
+            rows, size = layer.num_embeddings, layer.embedding_dim
+            sizes = {"kind": "Embedding", "inputs": rows, "outputs": size}
+        case nn.Conv1d() | nn.Conv2d():
+            sizes = {"kind": "Conv1d" if isinstance(layer, nn.Conv1d) else "Conv2d"}
+            sizes |= _window(layer)
+        case _:
+            raise TypeError(f"{type(layer).__name__} hosts no seeds")
+    return LayerGeometry.model_validate(sizes | {"bias": getattr(layer, "bias", None) is not None})
 
 
-def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
-    return sizes[0], sizes[1]
-
-
-def _padding(padding: str | tuple[int, ...]) -> tuple[int, int] | Literal["same"]:
-    if isinstance(padding, str):
-        return "same" if padding == "same" else (0, 0)
-    return _pair(padding)
+def _window(layer: nn.Conv1d | nn.Conv2d) -> dict[str, object]:
+    return {
+        "inputs": layer.in_channels,
+        "outputs": layer.out_channels,
+        "kernel_size": tuple(layer.kernel_size),
+        "stride": tuple(layer.stride),
+        "padding": layer.padding if isinstance(layer.padding, str) else tuple(layer.padding),
+        "dilation": tuple(layer.dilation),
+        "groups": layer.groups,
+        "padding_mode": layer.padding_mode,
+    }
 
 
 def release(layer: KasminaLayer) -> None:
@@ -377,6 +422,7 @@ def _entry(name: str, slot: int, record: SlotRecord, site: Site) -> dict[str, Js
         "contribution": None if math.isnan(record.contribution) else record.contribution,
         "errors": record.errors,
         "fallbacks": record.fallbacks,
-        "readsProducer": branch is not None and branch.tap is not None,
+        "fault": record.fault,
+        "source": "host" if branch is None else branch.source,
         "graph": None if graph is None else graph.to_wire(),  # type: ignore[dict-item]
     }

@@ -24,6 +24,14 @@ TRAINING_ONLY = "its forward is called in training mode only: a seed there could
 EVALUATION_ONLY = "its forward is called in evaluation mode only: a seed there could not learn"
 NO_TENSOR = "it is not called with one plain tensor"
 
+_UNBATCHED: Mapping[type[nn.Module], int] = {
+    nn.Conv1d: 2,
+    nn.Conv2d: 3,
+    nn.BatchNorm2d: 3,
+    nn.Embedding: 0,
+}
+"""The dimensions of an input without a batch, by kind; 1 for the others."""
+
 
 @dataclass(frozen=True)
 class LayerShapes:
@@ -153,7 +161,7 @@ def _called(
     called: dict[str, None] = {}
 
     def noting(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        def hook(module: KasminaLayer, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             called[name] = None
             read = args[0] if args else kwargs["input"]
             if name not in shapes and isinstance(read, Tensor) and isinstance(output, Tensor):
@@ -186,9 +194,8 @@ def _traced(
         return Dataflow()
 
 
-def _shapes_of(module: nn.Module, read: Tensor, made: Tensor) -> LayerShapes:
-    single = 3 if isinstance(module, nn.Conv2d) else 1
-    skip = 0 if read.dim() == single else 1
+def _shapes_of(module: KasminaLayer, read: Tensor, made: Tensor) -> LayerShapes:
+    skip = 0 if read.dim() == _UNBATCHED.get(module.host_class, 1) else 1
     return LayerShapes(tuple(read.shape[skip:]), tuple(made.shape[skip:]))
 
 

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from esper.core.folding import LayerPlan
 from esper.errors import WrapError
-from esper.execution.kasmina_layer import Branch
+from esper.execution.branches import Branch
 
 _HEADER = '''"""{summary}
 
@@ -242,9 +242,14 @@ def _seed_class(
     children = [
         f"        self.{child} = {_constructed(part)}\n" for child, part in module.named_children()
     ]
+    children += [
+        f"        self.{name} = nn.Parameter(torch.zeros({tuple(own.shape)}, dtype={own.dtype}))\n"
+        for name, own in module.named_parameters(recurse=False)
+    ]
     code = re.sub(r";  [^\n]*$", "", module.code.strip("\n"), flags=re.MULTILINE)
     code = code[code.index("def forward") :].replace("torch.Tensor", "Tensor")
     code = code.replace("x : Tensor", "x: Tensor")
+    code = code.replace("torch.nn.functional.", "F.").replace("torch._C._nn.", "F.")
     indented = "".join(
         f"    {line.rstrip()}\n" if line.strip() else "\n" for line in code.rstrip().splitlines()
     )
@@ -257,20 +262,21 @@ def _seed_class(
 
 
 def _layer_class(one: LayerPlan, name: str) -> str:
-    base = "Conv2d" if isinstance(one.layer, nn.Conv2d) else "Linear"
+    base = one.sizes.kind
     made = "".join(f'                "{slot}": {name}Seed{slot}(),\n' for slot in one.kept)
     grown = (
         f"        self.grown = nn.ModuleDict(\n            {{\n{made}            }}\n        )\n"
     )
-    read = "input" if not one.new_inputs else f"input.narrow({one.axis}, 0, {one.inputs})"
+    read = _narrowed("input", one.axis, one.new_inputs, one.sizes.inputs)
+    own = _narrowed("host", one.axis, one.new_outputs, one.sizes.outputs)
     steps = [
         f"        self.kept_{_slug(consumer)}_{slot}.input = input\n"
         for consumer, slot in one.feeds
     ]
-    steps.append("        out = super().forward(input)\n")
+    steps.append("        out = host = super().forward(input)\n")
     for slot, branch in one.kept.items():
-        source = read if branch.tap is None else f"self.kept_{slot}.take()"
-        seed = f'self.grown["{slot}"]({source}).type_as(out)'
+        sources = {"host": read, "output": own, "producer": f"self.kept_{slot}.take()"}
+        seed = f'self.grown["{slot}"]({sources[branch.source]}).type_as(host)'
         if one.new_outputs:
             seed = f"F.pad({seed}, {[0, 0] * (-one.axis - 1) + [0, one.new_outputs]})"
         steps.append(f"        out = out + {seed}\n")
@@ -284,14 +290,17 @@ def _layer_class(one: LayerPlan, name: str) -> str:
     )
 
 
+def _narrowed(name: str, axis: int, new: int, size: int) -> str:
+    return f"{name}.narrow({axis}, 0, {size})" if new else name
+
+
 def _change(one: LayerPlan, name: str) -> str:
     """The line of `build` that puts the grown layer in its place, or nothing where none is due."""
-    grew_bias = (one.bias is None) != (one.layer.bias is None)
+    grew_bias = one.bias is not None and one.layer._parameters.get("bias") is None
     if one.kept or one.feeds:
         made = f"{name}()"
     elif one.new_outputs or one.new_inputs or grew_bias or one.tied:
-        base = "Conv2d" if isinstance(one.layer, nn.Conv2d) else "Linear"
-        made = f"nn.{base}({_sizes(one)})"
+        made = f"nn.{one.sizes.kind}({_sizes(one)})"
     else:
         return ""
     path = "" if one.is_root else one.name
@@ -311,31 +320,44 @@ def _links(one: LayerPlan, names: Mapping[str, str]) -> list[str]:
 
 def _sizes(one: LayerPlan) -> str:
     """The constructor's arguments of the layer as it is in the end."""
-    outputs, inputs = one.outputs + one.new_outputs, one.inputs + one.new_inputs
-    layer = one.layer
-    assert isinstance(layer, nn.Linear | nn.Conv2d)
-    return _arguments(layer, inputs, outputs, one.bias is not None)
+    outputs, inputs = one.sizes.outputs + one.new_outputs, one.sizes.inputs + one.new_inputs
+    return _arguments(one.layer, inputs, outputs, one.bias is not None)
 
 
-def _arguments(layer: nn.Linear | nn.Conv2d, inputs: int, outputs: int, bias: bool) -> str:
-    text = f"{inputs}, {outputs}"
-    if isinstance(layer, nn.Conv2d):
-        text += f", {layer.kernel_size}"
-        defaults = {
-            "stride": (1, 1),
-            "padding": (0, 0),
-            "dilation": (1, 1),
-            "groups": 1,
-            "padding_mode": "zeros",
-        }
-        for name, default in defaults.items():
-            if getattr(layer, name) != default:
-                text += f", {name}={getattr(layer, name)!r}"
+def _arguments(layer: nn.Module, inputs: int, outputs: int, bias: bool) -> str:
+    match layer:
+        case nn.Conv1d() | nn.Conv2d():
+            text = f"{inputs}, {outputs}, {_numbers(layer.kernel_size)}"
+            once = (1,) * len(layer.kernel_size)
+            defaults = {
+                "stride": once,
+                "padding": (0,) * len(once),
+                "dilation": once,
+                "groups": 1,
+                "padding_mode": "zeros",
+            }
+        case nn.Embedding():
+            text = f"{inputs}, {outputs}"
+            defaults = {"padding_idx": None, "scale_grad_by_freq": False, "sparse": False}
+            bias = True  # it never has one, and no such argument
+        case nn.LayerNorm():
+            text, defaults = f"{outputs}", {"eps": 1e-5}
+        case nn.BatchNorm2d():
+            text = f"{outputs}"
+            defaults = {"eps": 1e-5, "momentum": 0.1, "track_running_stats": True}
+        case _:
+            text, defaults = f"{inputs}, {outputs}", {}
+    for name, default in defaults.items():
+        if getattr(layer, name) != default:
+            text += f", {name}={getattr(layer, name)!r}"
     if not bias:
         text += ", bias=False"
-    if layer.weight.dtype != torch.float32:
-        text += f", dtype={layer.weight.dtype}"
-    return text
+    dtype = layer.get_parameter("weight").dtype
+    return text if dtype == torch.float32 else f"{text}, dtype={dtype}"
+
+
+def _numbers(sizes: tuple[int, ...]) -> str:
+    return repr(sizes if len(sizes) > 1 else sizes[0])
 
 
 def _constructed(module: nn.Module) -> str:
@@ -343,15 +365,19 @@ def _constructed(module: nn.Module) -> str:
     if isinstance(module, nn.Linear):
         sizes = module.in_features, module.out_features
         return f"nn.Linear({_arguments(module, *sizes, module.bias is not None)})"
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        kind = "Conv1d" if isinstance(module, nn.Conv1d) else "Conv2d"
         sizes = module.in_channels, module.out_channels
-        return f"nn.Conv2d({_arguments(module, *sizes, module.bias is not None)})"
+        return f"nn.{kind}({_arguments(module, *sizes, module.bias is not None)})"
+    if isinstance(module, nn.Embedding):
+        sizes = module.num_embeddings, module.embedding_dim
+        return f"nn.Embedding({_arguments(module, *sizes, True)})"
     if isinstance(module, nn.AvgPool2d):
         return (
             f"nn.AvgPool2d({module.kernel_size}, {module.stride}, {module.padding}, "
             f"{module.ceil_mode}, {module.count_include_pad}, {module.divisor_override})"
         )
-    # Activations, dropout and max pooling print as they are called.
+    # Dropout and max pooling print as they are called.
     return f"nn.{module!r}"
 
 

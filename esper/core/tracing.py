@@ -28,7 +28,12 @@ from esper.contracts.ir import (
     DropoutOp,
     MaxPool2dOp,
 )
-from esper.execution.kasmina_layer import KasminaConv2d, KasminaLayer, KasminaLinear
+from esper.execution.kasmina_layer import (
+    KasminaConv1d,
+    KasminaConv2d,
+    KasminaLayer,
+    KasminaLinear,
+)
 
 Arguments = Mapping[str, Any]
 
@@ -327,9 +332,11 @@ def _fits(producer: KasminaLayer, consumer: KasminaLayer, chain: Sequence[ChainO
     """Whether the two layers speak of the same units: one kind, no groups, pools on maps only."""
     if isinstance(producer, KasminaConv2d) and isinstance(consumer, KasminaConv2d):
         return producer.groups == consumer.groups == 1
-    if isinstance(producer, KasminaLinear) and isinstance(consumer, KasminaLinear):
-        return not any(isinstance(op, MaxPool2dOp | AvgPool2dOp) for op in chain)
-    return False
+    if any(isinstance(op, MaxPool2dOp | AvgPool2dOp) for op in chain):
+        return False
+    if isinstance(producer, KasminaConv1d) and isinstance(consumer, KasminaConv1d):
+        return producer.groups == consumer.groups == 1
+    return isinstance(producer, KasminaLinear) and isinstance(consumer, KasminaLinear)
 
 
 def _chain_op(

@@ -12,27 +12,37 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import safetensors.torch
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
+from torch import fx
 
 from esper.contracts.base import canonical_json
-from esper.contracts.blueprints import Graph, KernelTarget, infer, kernel_id
+from esper.contracts.blueprints import Graph, KernelTarget, infer, kernel_id, reads_producer
 from esper.contracts.kernels import KernelManifest
 from esper.errors import BlueprintError, KernelError, one_line
-from esper.execution.builders import DTYPES, parameter_shapes
+from esper.execution.builders import DTYPES, parameter_shapes, skeleton
 
 MAX_ARTIFACT_BYTES = 512 * 2**20
 _PARTS = ("graph", "manifest", "target")
 
+# What the interpreter holds for a template beside its tensors: a few dozen bytes of JSON become
+# kilobytes of objects. Measured over the catalogue and long chains of nodes, and rounded up.
+_TEMPLATE_BYTES = 24 * 2**10
+_NODE_BYTES = 5 * 2**10
+_STEP_BYTES = 3 * 2**9
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class KernelTemplate:
     """A verified kernel, from which any number of seeds is built. Nothing changes it.
 
-    `tensors` are the weights that the blueprint fixes; `nbytes` is what the template holds on to.
+    `skeleton` is its module, the weights on the meta device; `tensors` are the weights that the
+    blueprint fixes. `nbytes` is what all of it takes, each tensor counted once. `arrival` is set
+    while the tensors may still be on their way to a GPU: whoever reads them waits for it there.
     """
 
     graph: Graph
@@ -40,7 +50,9 @@ class KernelTemplate:
     manifest: KernelManifest
     digest: str
     nbytes: int
+    skeleton: fx.GraphModule
     tensors: Mapping[str, torch.Tensor]
+    arrival: torch.cuda.Event | None = None
 
 
 def pack(
@@ -101,8 +113,29 @@ def unpack(data: bytes, expected_digest: str) -> KernelTemplate:
             "describe its graph; allowed: the manifest that the compiler writes"
         )
     _refuse_foreign(tensors, graph, target)
-    nbytes = len(data) + sum(tensor.nbytes for tensor in tensors.values())
-    return KernelTemplate(graph, target, manifest, found, nbytes, tensors)
+    module = skeleton(graph, target)
+    nbytes = _TEMPLATE_BYTES + _NODE_BYTES * len(graph.nodes)
+    nbytes += _STEP_BYTES * len(module.graph.nodes)
+    nbytes += sum(tensor.nbytes for tensor in tensors.values())
+    return KernelTemplate(graph, target, manifest, found, nbytes, module, MappingProxyType(tensors))
+
+
+def check_target(template: KernelTemplate, target: KernelTarget) -> None:
+    """Refuse a kernel that was not compiled for `target`, the layer it is to be loaded into.
+
+    The producer counts for a kernel that reads its input; its name never does.
+
+    Raises:
+        KernelError: a shape, the layer's geometry, the dtype, the device or the producer differs.
+    """
+    left_out = {"producer": {"name"}} if reads_producer(template.graph) else {"producer"}
+    came = template.target.model_dump(by_alias=True, exclude=left_out)
+    for name, allowed in target.model_dump(by_alias=True, exclude=left_out).items():
+        if came[name] != allowed:
+            raise KernelError(
+                f"kernel {template.manifest.kernel}: {name}: got {one_line(came[name])}; "
+                f"allowed: {one_line(allowed)}, the host layer's"
+            )
 
 
 def artifact_digest(data: bytes) -> str:

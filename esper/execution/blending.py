@@ -6,6 +6,7 @@ learned to rely on; adding takes nothing, and at alpha 0 the host is what it was
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from esper.errors import BadInput
@@ -19,7 +20,7 @@ def blend(host: Tensor, seed: Tensor, alpha: Tensor | None = None) -> Tensor:
     """
     if seed.dtype != host.dtype:
         seed = seed.to(host.dtype)
-    return host + seed if alpha is None else host + alpha * seed
+    return host + seed if alpha is None else torch.addcmul(host, seed, alpha)
 
 
 def ramped_alpha(age_epochs: int, ramp_epochs: int) -> float:

@@ -17,21 +17,25 @@ from torch import fx, nn
 
 from esper.contracts.blueprints import Graph, KernelTarget, Node, infer, reads_producer
 from esper.contracts.ir import (
-    ActivationKind,
-    ActivationNode,
-    AddNode,
+    AffineNode,
     AvgPool2dNode,
+    Conv1dNode,
     Conv2dNode,
     DropoutNode,
+    EmbeddingNode,
     InputNode,
     LinearNode,
     MaxPool2dNode,
-    MultiplyNode,
-    ZerosNode,
+    inputs_of,
+    source_of,
 )
+from esper.contracts.values import Value, values_of
+from esper.execution.operations import Tracing, operation
 
 __all__ = [
     "DTYPES",
+    "WeightedNode",
+    "affine_names",
     "build",
     "cloned",
     "draw_weights",
@@ -48,15 +52,16 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
 }
 
-Shapes = Mapping[str, tuple[int, ...]]
+Values = Mapping[str, Value]
+WeightedNode = LinearNode | Conv1dNode | Conv2dNode | EmbeddingNode | AffineNode
 
 
 def build(bound: Graph, target: KernelTarget, *, generator_seed: int) -> fx.GraphModule:
     """The module of a bound graph, with `target`'s dtype and device, in train mode.
 
-    Its forward takes the host layer's input, or the producer's where `reads_producer(bound)`, with
-    any batch dimensions in front, and gives a tensor of the host's output shape. How its weights
-    are drawn, `draw_weights` says.
+    Its forward takes what `source_of(bound)` says, the host layer's input or output or its
+    producer's input, with any batch dimensions in front, and gives a tensor of the host's output
+    shape. How its weights are drawn, `draw_weights` says.
 
     Raises:
         BlueprintError: the graph is not bound, doesn't fit the target, or is over a cap.
@@ -72,23 +77,32 @@ def skeleton(bound: Graph, target: KernelTarget) -> fx.GraphModule:
     Raises:
         BlueprintError: as `build`.
     """
-    shapes = infer(bound, target).shapes
-    root = nn.Module()
-    graph = fx.Graph()
+    infer(bound, target)  # refuses what is over a cap
+    values = values_of(bound, target)
+    root, graph = nn.Module(), fx.Graph()
     source = graph.placeholder("x", type_expr=torch.Tensor)
-    values: dict[str, fx.Node] = {}
+    tracing = Tracing(graph, target, DTYPES[target.dtype], source_of(bound), values)
     for node in bound.nodes:
+        name = submodule_name(node.id)
         if isinstance(node, InputNode):
-            values[node.id] = source
-        elif isinstance(node, AddNode | MultiplyNode):
-            values[node.id] = _combine(graph, node, values)
-        elif isinstance(node, ZerosNode):
-            values[node.id] = _zeros(graph, values[node.input], target)
+            tracing.made[node.id] = source
+        elif node.op in _MODULES:
+            root.add_module(name, _MODULES[node.op](node, values).to(tracing.dtype))
+            before = tracing.made[inputs_of(node)[0]]
+            tracing.made[node.id] = graph.call_module(name, (before,))
+        elif isinstance(node, AffineNode):
+            parts = []
+            for name, shape in zip(
+                affine_names(node.id), _affine_shapes(node, values), strict=True
+            ):
+                empty = torch.empty(shape, dtype=tracing.dtype, device="meta")
+                root.register_parameter(name, nn.Parameter(empty))
+                parts.append(graph.get_attr(name))
+            scaled = tracing.call(operator.mul, tracing.made[node.input], parts[0])
+            tracing.made[node.id] = tracing.call(operator.add, scaled, parts[1])
         else:
-            module = _MODULES[node.op](node, shapes).to(DTYPES[target.dtype])
-            root.add_module(submodule_name(node.id), module)
-            values[node.id] = graph.call_module(submodule_name(node.id), (values[node.input],))
-    graph.output(values[bound.output])
+            tracing.made[node.id] = operation(node, tracing)
+    graph.output(tracing.made[bound.output])
     graph.lint()
     module = fx.GraphModule(root, graph, class_name="Kernel")
     # fx's own call adds two frames to every forward, to print generated code in a traceback.
@@ -134,13 +148,17 @@ def parameter_shapes(bound: Graph, target: KernelTarget) -> dict[str, tuple[int,
     Raises:
         BlueprintError: as `build`.
     """
-    shapes = infer(bound, target).shapes
-    return {
-        f"{submodule_name(node.id)}.{name}": tuple(parameter.shape)
-        for node in bound.nodes
-        if isinstance(node, LinearNode | Conv2dNode)
-        for name, parameter in _MODULES[node.op](node, shapes).named_parameters()
-    }
+    infer(bound, target)  # refuses what is over a cap
+    values = values_of(bound, target)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for node in bound.nodes:
+        if isinstance(node, AffineNode):
+            own = _affine_shapes(node, values)
+            shapes |= dict(zip(affine_names(node.id), own, strict=True))
+        elif isinstance(node, WeightedNode):
+            for name, parameter in _MODULES[node.op](node, values).named_parameters():
+                shapes[f"{submodule_name(node.id)}.{name}"] = tuple(parameter.shape)
+    return shapes
 
 
 def submodule_name(node_id: str) -> str:
@@ -148,22 +166,31 @@ def submodule_name(node_id: str) -> str:
     return f"op_{node_id}"
 
 
-def _linear(node: Node, shapes: Shapes) -> nn.Module:
+def affine_names(node_id: str) -> tuple[str, str]:
+    """The names of an affine node's scale and shift in what `build` makes.
+
+    They are parameters of the module itself: each step to a submodule costs as much time as
+    scaling a small output.
+    """
+    return f"scale_{node_id}", f"shift_{node_id}"
+
+
+def _linear(node: Node, values: Values) -> nn.Module:
     assert isinstance(node, LinearNode)
-    inputs, outputs = shapes[node.input][-1], shapes[node.id][-1]
+    inputs, outputs = values[node.input].channels, values[node.id].channels
     return nn.Linear(inputs, outputs, bias=node.bias, device="meta")
 
 
-def _conv2d(node: Node, shapes: Shapes) -> nn.Module:
-    assert isinstance(node, Conv2dNode)
+def _convolution(node: Node, values: Values) -> nn.Module:
+    assert isinstance(node, Conv1dNode | Conv2dNode)
     assert not isinstance(node.kernel_size, str)
-    return nn.Conv2d(
-        shapes[node.input][-3],
-        shapes[node.id][-3],
-        node.kernel_size,
-        stride=node.stride,
-        padding=node.padding,
-        dilation=node.dilation,
+    return (nn.Conv1d if isinstance(node, Conv1dNode) else nn.Conv2d)(
+        values[node.input].channels,
+        values[node.id].channels,
+        node.kernel_size,  # type: ignore[arg-type]
+        stride=node.stride,  # type: ignore[arg-type]
+        padding=node.padding,  # type: ignore[arg-type]
+        dilation=node.dilation,  # type: ignore[arg-type]
         groups=node.groups,
         bias=node.bias,
         padding_mode=node.padding_mode,
@@ -171,18 +198,24 @@ def _conv2d(node: Node, shapes: Shapes) -> nn.Module:
     )
 
 
-def _activation(node: Node, _: Shapes) -> nn.Module:
-    assert isinstance(node, ActivationNode)
-    assert node.kind != "traced"
-    return _ACTIVATIONS[node.kind](node)
+def _embedding(node: Node, values: Values) -> nn.Module:
+    assert isinstance(node, EmbeddingNode)
+    assert isinstance(node.rows, int)
+    return nn.Embedding(node.rows, values[node.id].channels, device="meta")
 
 
-def _dropout(node: Node, _: Shapes) -> nn.Module:
+def _affine_shapes(node: AffineNode, values: Values) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    value = values[node.id]
+    shape = (value.channels, *(1,) * (-1 - value.axis))
+    return shape, shape
+
+
+def _dropout(node: Node, _: Values) -> nn.Module:
     assert isinstance(node, DropoutNode)
     return nn.Dropout(node.p)
 
 
-def _max_pool2d(node: Node, _: Shapes) -> nn.Module:
+def _max_pool2d(node: Node, _: Values) -> nn.Module:
     assert isinstance(node, MaxPool2dNode)
     return nn.MaxPool2d(
         node.kernel_size,
@@ -193,7 +226,7 @@ def _max_pool2d(node: Node, _: Shapes) -> nn.Module:
     )
 
 
-def _avg_pool2d(node: Node, _: Shapes) -> nn.Module:
+def _avg_pool2d(node: Node, _: Values) -> nn.Module:
     assert isinstance(node, AvgPool2dNode)
     return nn.AvgPool2d(
         node.kernel_size,
@@ -205,100 +238,52 @@ def _avg_pool2d(node: Node, _: Shapes) -> nn.Module:
     )
 
 
-_ACTIVATIONS: Mapping[ActivationKind, Callable[[ActivationNode], nn.Module]] = {
-    "relu": lambda _: nn.ReLU(),
-    "gelu": lambda node: nn.GELU(approximate=node.approximate or "none"),
-    "silu": lambda _: nn.SiLU(),
-    "tanh": lambda _: nn.Tanh(),
-    "sigmoid": lambda _: nn.Sigmoid(),
-    "leaky_relu": lambda node: nn.LeakyReLU(_given(node.negative_slope, 0.01)),
-    "elu": lambda node: nn.ELU(_given(node.alpha, 1.0)),
-    "identity": lambda _: nn.Identity(),
-}
-
-_MODULES: Mapping[str, Callable[[Node, Shapes], nn.Module]] = {
+_MODULES: Mapping[str, Callable[[Node, Values], nn.Module]] = {
     "linear": _linear,
-    "conv2d": _conv2d,
-    "activation": _activation,
+    "conv1d": _convolution,
+    "conv2d": _convolution,
+    "embedding": _embedding,
     "dropout": _dropout,
     "max_pool2d": _max_pool2d,
     "avg_pool2d": _avg_pool2d,
 }
-
-_COMBINATIONS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "add": operator.add,
-    "multiply": operator.mul,
-}
-
-
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else value
-
-
-def _combine(
-    graph: fx.Graph, node: AddNode | MultiplyNode, values: Mapping[str, fx.Node]
-) -> fx.Node:
-    result = values[node.inputs[0]]
-    for name in node.inputs[1:]:
-        result = graph.call_function(_COMBINATIONS[node.op], (result, values[name]))
-    return result
-
-
-def _zeros(graph: fx.Graph, source: fx.Node, target: KernelTarget) -> fx.Node:
-    """Zeros of the shape that the host gives for whatever input arrives.
-
-    The shape is computed as the graph runs: a convolutional model may see other image sizes than
-    the probe's. Multiplying the input by zero would do, were it not for infinities.
-    """
-    layer = target.layer
-    size = graph.call_method("size", (source,))
-    if layer.kind == "Linear":
-        batch = graph.call_function(operator.getitem, (size, slice(None, -1)))
-        return _new_zeros(graph, source, batch, (layer.outputs,))
-    assert layer.kernel_size is not None
-    extents: list[fx.Node] = []
-    for axis in (0, 1):
-        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
-        pad = reach if layer.padding == "same" else 2 * layer.padding[axis]
-        extent = graph.call_function(operator.getitem, (size, axis - 2))
-        extent = graph.call_function(operator.add, (extent, pad - reach - 1))
-        extent = graph.call_function(operator.floordiv, (extent, layer.stride[axis]))
-        extents.append(graph.call_function(operator.add, (extent, 1)))
-    batch = graph.call_function(operator.getitem, (size, slice(None, -3)))
-    return _new_zeros(graph, source, batch, (layer.outputs, *extents))
-
-
-def _new_zeros(
-    graph: fx.Graph, source: fx.Node, batch: fx.Node, sizes: tuple[fx.Node | int, ...]
-) -> fx.Node:
-    shape = graph.call_function(operator.add, (batch, sizes))
-    return graph.call_method("new_zeros", (source, shape))
 
 
 @torch.no_grad()
 def draw_weights(module: nn.Module, bound: Graph, generator_seed: int) -> None:
     """Give every parameter of a built module its initial value, in the order of the nodes.
 
-    Weights follow torch's own law for linear and convolutional layers, Kaiming-uniform with
-    a = sqrt(5), drawn on the CPU from a generator of their own, so that a seed gives equal weights
-    on every device and the global generator stays untouched; `init: zero` gives zeros.
+    Weights follow torch's own laws: for linear and convolutional layers Kaiming-uniform with
+    a = sqrt(5), for a table the standard normal, for an affine node ones and zeros; `init: zero`
+    gives zeros, and `gradient` begins as the default does. They are drawn on the CPU from a
+    generator of their own, so that a seed gives equal weights on every device and the global
+    generator stays untouched.
     """
     generator = torch.Generator().manual_seed(generator_seed)
     for node in bound.nodes:
-        if isinstance(node, LinearNode | Conv2dNode):
-            _draw(module._modules[submodule_name(node.id)], node, generator)
+        if isinstance(node, AffineNode):
+            scale, shift = map(module.get_parameter, affine_names(node.id))
+            scale.fill_(node.init != "zero")
+            shift.zero_()
+        elif isinstance(node, WeightedNode):
+            part = module._modules[submodule_name(node.id)]
+            assert part is not None
+            for parameter in part.parameters():
+                if node.init == "zero":
+                    parameter.zero_()
+                else:
+                    parameter.copy_(_drawn(node, part, parameter, generator))
 
 
-def _draw(
-    part: nn.Module | None, node: LinearNode | Conv2dNode, generator: torch.Generator
-) -> None:
-    assert isinstance(part, nn.Linear | nn.Conv2d)
-    bound = 1 / math.sqrt(math.prod(part.weight.shape[1:]))
-    for parameter in part.parameters():
-        if node.init == "zero":
-            parameter.zero_()
-        else:
-            # sqrt(6 / (1 + 5) / fan_in): the weight's Kaiming bound and torch's bias bound agree.
-            wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            drawn = torch.empty(parameter.shape, dtype=wide)
-            parameter.copy_(drawn.uniform_(-bound, bound, generator=generator))
+def _drawn(
+    node: Node, part: nn.Module, parameter: nn.Parameter, generator: torch.Generator
+) -> torch.Tensor:
+    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    drawn = torch.empty(parameter.shape, dtype=wide)
+    if isinstance(node, EmbeddingNode):
+        return drawn.normal_(generator=generator)
+    weight = part._parameters["weight"]
+    assert weight is not None
+    # sqrt(6 / (1 + 5) / fan_in): the weight's Kaiming bound and torch's bias bound agree.
+    bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
+    return drawn.uniform_(-bound, bound, generator=generator)

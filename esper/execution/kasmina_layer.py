@@ -1,136 +1,35 @@
-"""Host layers: Linear and Conv2d with slots for seeds, at no cost while nothing contributes.
+"""Host layers: a layer with slots for seeds, at no cost while nothing contributes.
 
-A layer becomes a host by taking on a Kasmina subclass of its own class. Names, parameters,
-state_dict keys and `isinstance` stay; `forward` is the host's own operation behind one look at
-`live`, a Python tuple of what contributes just now. A seed that is germinated or in training is
-not in `live`: the host's forward does not touch it, so the host's bits can't depend on it.
+A layer becomes a host by taking on a Kasmina subclass of its own class, which has no forward of
+its own: names, parameters, state_dict keys and `isinstance` stay, and what runs is the host's own
+code. Only while something contributes does the layer take on a second subclass, whose forward adds
+it. A seed that is germinated or in training does not contribute: the host's forward does not touch
+it, so the host's bits can't depend on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
-from esper.contracts.ir import Graph, reads_producer
-from esper.errors import BadInput, KernelError
-from esper.execution.blending import blend
+from esper.contracts.ir import Graph, GraphSource, source_of
+from esper.errors import BadInput, one_line
+from esper.execution.artifact import check_target
+from esper.execution.branches import Branch, Site, Tap
 from esper.execution.kernel_cache import KernelCache, instantiate
 from esper.execution.state_layout import (
+    ACTIVE_STATES,
     GROWN_STATES,
-    KasminaStateLayout,
     SeedLifecycleState,
     SlotRecord,
+    check_transition,
 )
 
 GROWN = "grown"
 """The submodule that holds a layer's live seeds, by slot."""
-
-
-@dataclass(eq=False)
-class Tap:
-    """Keeps a producer's input for a seed of its consumer, from one forward to the next."""
-
-    kept: Tensor | None = None
-
-    def __reduce__(self) -> tuple[type[Tap], tuple[()]]:
-        """Copied and pickled empty: what is kept belongs to one forward, and has its graph."""
-        return Tap, ()
-
-    def join(self, out: Tensor, source: Tensor) -> Tensor:
-        """Keep `source`, the producer's input; its output passes unchanged."""
-        self.kept = source
-        return out
-
-    def take(self) -> Tensor:
-        """The input kept, which is then forgotten.
-
-        Raises:
-            KernelError: the producer has not run since the last time.
-        """
-        kept, self.kept = self.kept, None
-        if kept is None:
-            raise KernelError("a seed that reads its producer's input ran before the producer")
-        return kept
-
-
-@dataclass(eq=False)
-class Branch:
-    """A seed's module in its slot, and how it joins the host's output.
-
-    `tap` is set for a seed that reads the producer's input; `graph` is the bound IR the module
-    was built from, where it was. `scaled` says that alpha counts.
-    """
-
-    module: nn.Module
-    layout: KasminaStateLayout
-    layer: int
-    slot: int
-    graph: Graph | None = None
-    tap: Tap | None = None
-    scaled: bool = False
-
-    def join(self, out: Tensor, source: Tensor) -> Tensor:
-        """`out`, the host's output so far, with the seed's added to it."""
-        addition = self.module(source if self.tap is None else self.tap.take())
-        # The view is made here and not kept: a kept one would go stale when the model moves.
-        alpha = self.layout.alpha[self.layer, self.slot] if self.scaled else None
-        return blend(out, addition, alpha)
-
-
-@dataclass(eq=False)
-class Site:
-    """What a layer knows as a host: its place in the layout, its neighbours, its seeds.
-
-    `encoders` are the TransformerEncoders around it, innermost first, that pass nested tensors
-    to fused layers; `fused` says that it lies in a TransformerEncoderLayer. `trialled` and
-    `muted` are the slots that a measurement has switched on or off for now.
-    """
-
-    name: str
-    index: int
-    layout: KasminaStateLayout
-    fused: bool = False
-    encoders: tuple[nn.TransformerEncoder, ...] = ()
-    producer: KasminaLayer | None = None
-    branches: dict[int, Branch] = field(default_factory=dict)
-    trialled: frozenset[int] = frozenset()
-    muted: frozenset[int] = frozenset()
-    hook: RemovableHandle | None = None
-
-    def record(self, slot: int) -> SlotRecord:
-        """The host twin of a slot of this layer."""
-        return self.layout.record(self.index, slot)
-
-    def branch(self, slot: int) -> Branch:
-        """The seed in `slot`.
-
-        Raises:
-            BadInput: the slot holds none.
-        """
-        state = self.record(slot).state
-        if slot not in self.branches:
-            raise BadInput(f"{self.name}[{slot}]", state.seed_state, "a slot that holds a seed")
-        return self.branches[slot]
-
-    def contributing(self) -> tuple[Branch, ...]:
-        """The branches whose output counts, in slot order, each told whether alpha scales it."""
-        parts = []
-        for slot, branch in sorted(self.branches.items()):
-            record = self.record(slot)
-            if slot in self.muted or record.circuit_open:
-                continue
-            grafting = record.state is SeedLifecycleState.GRAFTING and record.alpha > 0.0
-            full = slot in self.trialled or record.state is SeedLifecycleState.FOSSILIZED
-            if full or grafting:
-                branch.scaled = not full
-                parts.append(branch)
-        return tuple(parts)
 
 
 class KasminaLayer(nn.Module):
@@ -140,54 +39,41 @@ class KasminaLayer(nn.Module):
     live: tuple[Branch | Tap, ...] = ()
     site: Site
 
-    def forward(self, input: Tensor) -> Tensor:
-        """The host's output, with what its seeds add; shapes as the host's."""
-        raise NotImplementedError
-
-    def _host_forward(self, input: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _forward_grown(self, input: Tensor) -> Tensor:
-        out = self._host_forward(input)
-        for part in self.live:
-            out = part.join(out, input)
-        return out
-
     def germinate(
         self,
         slot: int,
         module: nn.Module,
         *,
         kernel: str,
-        reads_producer: bool = False,
+        source: GraphSource = "host",
         graph: Graph | None = None,
     ) -> None:
         """Put a seed into a dormant slot; it is germinated and contributes nothing yet.
 
-        `module` maps the host's input (the producer's, if `reads_producer`) to an addition to the
-        host's output; it takes the layer's training mode. `graph` is the IR it was built from.
+        `module` maps what `source` names (the host's input, its output, or the producer's input)
+        to an addition to the host's output; it takes the layer's training mode. `graph` is the IR
+        it was built from.
 
         Raises:
             BadInput: the slot is not dormant, or no producer was traced for the layer.
         """
-        self._refuse_without_producer(slot, reads_producer)
+        self._refuse_without_producer(slot, source)
         self.site.layout.transition(self.site.index, slot, SeedLifecycleState.GERMINATED)
         self.site.layout.write(self.site.index, slot, kernel=kernel)
-        self.attach(slot, module, reads_producer=reads_producer, graph=graph)
+        self.attach(slot, module, source=source, graph=graph)
 
     def attach(
-        self, slot: int, module: nn.Module, *, reads_producer: bool, graph: Graph | None
+        self, slot: int, module: nn.Module, *, source: GraphSource, graph: Graph | None
     ) -> None:
         """Give a slot its module, whatever its state: for germinating, and for checkpoints.
 
         Raises:
             BadInput: no producer was traced for a seed that reads one.
         """
-        self._refuse_without_producer(slot, reads_producer)
+        self._refuse_without_producer(slot, source)
         site = self.site
-        site.branches[slot] = Branch(
-            module, site.layout, site.index, slot, graph, Tap() if reads_producer else None
-        )
+        tap = Tap() if source == "producer" else None
+        site.branches[slot] = Branch(module, site.layout, site.index, slot, source, graph, tap)
         if GROWN not in self._modules:
             self.add_module(GROWN, nn.ModuleDict())
         grown = self._modules[GROWN]
@@ -203,16 +89,22 @@ class KasminaLayer(nn.Module):
 
         Raises:
             BadInput: the slot is not dormant, or the kernel needs a producer that is not there.
-            KernelError, Unavailable: the kernel can't be had; the slot stays dormant.
+            KernelError, Unavailable: the kernel can't be had, or was compiled for another layer;
+                the slot stays dormant.
         """
-        template = await cache.load(kernel_id)
-        self.germinate(
-            slot,
-            instantiate(template, generator_seed),
-            kernel=kernel_id,
-            reads_producer=reads_producer(template.graph),
-            graph=template.graph,
-        )
+        site = self.site
+        check_transition(site.record(slot).state, SeedLifecycleState.GERMINATED)
+        with site.loads.counting():
+            async with cache.using(kernel_id) as template:
+                check_target(template, site.target())
+                module = instantiate(template, generator_seed)
+            self.germinate(
+                slot,
+                module,
+                kernel=kernel_id,
+                source=source_of(template.graph),
+                graph=template.graph,
+            )
 
     def unload_kernel(self, slot: int) -> None:
         """Cull the seed in `slot` and drop its module.
@@ -277,9 +169,9 @@ class KasminaLayer(nn.Module):
             self._detach(slot)
         self.refresh()
 
-    def record_fault(self, slot: int) -> bool:
+    def record_fault(self, slot: int, reason: str) -> bool:
         """Count a fault of a seed; True when its circuit is open: the host answers alone."""
-        opened = self.site.layout.record_fault(self.site.index, slot)
+        opened = self.site.layout.record_fault(self.site.index, slot, reason)
         self.refresh()
         return opened
 
@@ -325,8 +217,12 @@ class KasminaLayer(nn.Module):
         # The class attribute answers while the tuple is empty: a dormant layer has no own one.
         if live:
             self.__dict__["live"] = live
+            if not isinstance(self, LiveLayer):
+                become(self, live_class(type(self)))
         else:
             self.__dict__.pop("live", None)
+            if isinstance(self, LiveLayer):
+                become(self, dormant_class(type(self)))
         self._keep_off_fused_path(bool(live))
 
     def _keep_off_fused_path(self, live: bool) -> None:
@@ -357,8 +253,8 @@ class KasminaLayer(nn.Module):
         if not grown:
             del self._modules[GROWN]
 
-    def _refuse_without_producer(self, slot: int, reads_producer: bool) -> None:
-        if reads_producer and self.site.producer is None:
+    def _refuse_without_producer(self, slot: int, source: GraphSource) -> None:
+        if source == "producer" and self.site.producer is None:
             raise BadInput(
                 f"{self.site.name}[{slot}]",
                 "a kernel that reads the producer's input",
@@ -366,19 +262,57 @@ class KasminaLayer(nn.Module):
             )
 
 
+class LiveLayer(KasminaLayer):
+    """A host whose seeds contribute, or whose input one of its consumer's seeds reads."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The host's output, with what its seeds add; shapes as the host's.
+
+        A seed on trial that raises is left out, and its fault counted; what a fossilized one
+        raises is raised, for it is part of the model.
+        """
+        out: Tensor = super().forward(input)
+        host = out
+        for part in self.live:
+            try:
+                out = part.join(out, input, host)
+            except Exception as error:
+                self._answer_alone(part, error)
+            else:
+                if part.failing:
+                    self._recovered(part)
+        return out
+
+    def _answer_alone(self, part: Branch | Tap, error: Exception) -> None:
+        """Count the fault of a seed on trial; the host's output stands.
+
+        Raises:
+            Exception: `error`, where it is no seed's on trial.
+        """
+        if isinstance(part, Tap) or not self._on_trial(part):
+            raise error
+        part.failing = True
+        self.record_fault(part.slot, f"{type(error).__name__}: {one_line(str(error))}")
+
+    def _recovered(self, part: Branch | Tap) -> None:
+        assert isinstance(part, Branch)
+        part.failing = False
+        self.site.layout.clear_faults(self.site.index, part.slot)
+
+    def _on_trial(self, part: Branch) -> bool:
+        return self.site.record(part.slot).state in ACTIVE_STATES
+
+
 class KasminaLinear(KasminaLayer, nn.Linear):
     """`nn.Linear` that hosts seeds."""
 
     host_class = nn.Linear
 
-    def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Linear`: (*, in) to (*, out)."""
-        if self.live:
-            return self._forward_grown(input)
-        return F.linear(input, self.weight, self.bias)
 
-    def _host_forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight, self.bias)
+class KasminaConv1d(KasminaLayer, nn.Conv1d):
+    """`nn.Conv1d` that hosts seeds."""
+
+    host_class = nn.Conv1d
 
 
 class KasminaConv2d(KasminaLayer, nn.Conv2d):
@@ -386,22 +320,90 @@ class KasminaConv2d(KasminaLayer, nn.Conv2d):
 
     host_class = nn.Conv2d
 
-    def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Conv2d`: (batch, in, height, width) to (batch, out, height', width')."""
-        if self.live:
-            return self._forward_grown(input)
-        out: Tensor = self._conv_forward(input, self.weight, self.bias)
-        return out
 
-    def _host_forward(self, input: Tensor) -> Tensor:
-        out: Tensor = self._conv_forward(input, self.weight, self.bias)
-        return out
+class KasminaLayerNorm(KasminaLayer, nn.LayerNorm):
+    """`nn.LayerNorm` that hosts seeds."""
+
+    host_class = nn.LayerNorm
+
+
+class KasminaBatchNorm2d(KasminaLayer, nn.BatchNorm2d):
+    """`nn.BatchNorm2d` that hosts seeds."""
+
+    host_class = nn.BatchNorm2d
+
+
+class KasminaEmbedding(KasminaLayer, nn.Embedding):
+    """`nn.Embedding` that hosts seeds."""
+
+    host_class = nn.Embedding
+
+
+class LiveKasminaLinear(LiveLayer, KasminaLinear):
+    """`KasminaLinear` while something contributes."""
+
+
+class LiveKasminaConv1d(LiveLayer, KasminaConv1d):
+    """`KasminaConv1d` while something contributes."""
+
+
+class LiveKasminaConv2d(LiveLayer, KasminaConv2d):
+    """`KasminaConv2d` while something contributes."""
+
+
+class LiveKasminaLayerNorm(LiveLayer, KasminaLayerNorm):
+    """`KasminaLayerNorm` while something contributes."""
+
+
+class LiveKasminaBatchNorm2d(LiveLayer, KasminaBatchNorm2d):
+    """`KasminaBatchNorm2d` while something contributes."""
+
+
+class LiveKasminaEmbedding(LiveLayer, KasminaEmbedding):
+    """`KasminaEmbedding` while something contributes."""
 
 
 KASMINA_CLASSES: dict[type[nn.Module], type[KasminaLayer]] = {
-    layer.host_class: layer for layer in (KasminaLinear, KasminaConv2d)
+    layer.host_class: layer
+    for layer in (
+        KasminaLinear,
+        KasminaConv1d,
+        KasminaConv2d,
+        KasminaLayerNorm,
+        KasminaBatchNorm2d,
+        KasminaEmbedding,
+    )
 }
 """The host classes that can take on seeds, exactly these and no subclass."""
+
+_LIVE_CLASSES: dict[type[nn.Module], type[LiveLayer]] = {
+    live.__bases__[1]: live
+    for live in (
+        LiveKasminaLinear,
+        LiveKasminaConv1d,
+        LiveKasminaConv2d,
+        LiveKasminaLayerNorm,
+        LiveKasminaBatchNorm2d,
+        LiveKasminaEmbedding,
+    )
+}
+
+
+def live_class(dormant: type[nn.Module]) -> type[LiveLayer]:
+    """The class that a layer of class `dormant` has while something contributes.
+
+    Those of the Kasmina classes can be imported; a class made from one of them by somebody else
+    (sharding does that, and a model that is itself a host) gets one made on the way.
+    """
+    if dormant not in _LIVE_CLASSES:
+        body = {name: getattr(dormant, name) for name in ("__module__", "__qualname__", "__doc__")}
+        _LIVE_CLASSES[dormant] = type(dormant.__name__, (LiveLayer, dormant), body)
+    return _LIVE_CLASSES[dormant]
+
+
+def dormant_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that `live_class` made `kind` of; any other class is its own."""
+    return kind.__bases__[1] if kind.__bases__[:1] == (LiveLayer,) else kind
 
 
 def become(module: nn.Module, kind: type[nn.Module]) -> None:

@@ -90,7 +90,8 @@ class SlotRecord:
 
     `alpha` in [0, 1]; `health` and `contribution` (nats per sample) are smoothed, NaN until first
     observed; `age` counts epochs in this state; `errors` faults in a row, `fallbacks` faults in
-    all, each of which the host's own output answered; `cycle` counts the lives of the slot.
+    all, each of which the host's own output answered; `fault` says what the last one was; `cycle`
+    counts the lives of the slot.
     """
 
     state: SeedLifecycleState = SeedLifecycleState.DORMANT
@@ -101,6 +102,7 @@ class SlotRecord:
     contribution: float = math.nan
     errors: int = 0
     fallbacks: int = 0
+    fault: str | None = None
     cycle: int = 0
 
     @property
@@ -154,6 +156,7 @@ class KasminaStateLayout:
         self.error_count = torch.zeros(shape, dtype=torch.int32, device=device)
         self.fallback = torch.zeros(shape, dtype=torch.int32, device=device)
         self.active = 0
+        self.transitions = 0
         self._twin = [[SlotRecord() for _ in range(slots)] for _ in range(layers)]
 
     @property
@@ -204,9 +207,12 @@ class KasminaStateLayout:
         contribution: float | None = None,
         errors: int | None = None,
         fallbacks: int | None = None,
+        fault: str | None = None,
         cycle: int | None = None,
     ) -> SlotRecord:
-        """Set the fields given, on the device and in the twin; an empty `kernel` clears it.
+        """Set the fields given, on the device and in the twin.
+
+        An empty `kernel` or `fault` clears it; `fault` and `cycle` are the twin's alone.
 
         Raises:
             BadInput: there is no such slot, or `alpha` is not within [0, 1].
@@ -240,6 +246,8 @@ class KasminaStateLayout:
         if fallbacks is not None:
             record.fallbacks = fallbacks
             self.fallback[at] = fallbacks
+        if fault is not None:
+            record.fault = fault or None
         if cycle is not None:
             record.cycle = cycle
         return record
@@ -254,6 +262,7 @@ class KasminaStateLayout:
         """
         record = self.record(layer, slot)
         check_transition(record.state, state)
+        self.transitions += 1
         if state is SeedLifecycleState.DORMANT:
             return self.write(
                 layer,
@@ -265,6 +274,7 @@ class KasminaStateLayout:
                 age=0,
                 contribution=math.nan,
                 errors=0,
+                fault="",
                 cycle=record.cycle + 1,
             )
         return self.write(layer, slot, state=state, alpha=alpha, age=0)
@@ -290,16 +300,17 @@ class KasminaStateLayout:
         smoothed = self._smoothed(record.contribution, contribution)
         return self.write(layer, slot, contribution=smoothed).contribution
 
-    def advance(self) -> None:
-        """An epoch has passed: every slot that is not dormant grows one epoch older."""
+    def advance(self, epochs: int = 1) -> None:
+        """Epochs have passed: every slot that is not dormant grows that much older."""
         for layer, slot, record in self.records():
             if record.state is not SeedLifecycleState.DORMANT:
-                self.write(layer, slot, age=record.age + 1)
+                self.write(layer, slot, age=record.age + epochs)
 
-    def record_fault(self, layer: int, slot: int) -> bool:
+    def record_fault(self, layer: int, slot: int, reason: str) -> bool:
         """Count a fault of a seed; True when it was the third in a row, so its circuit is open."""
         record = self.record(layer, slot)
-        self.write(layer, slot, errors=record.errors + 1, fallbacks=record.fallbacks + 1)
+        errors, fallbacks = record.errors + 1, record.fallbacks + 1
+        self.write(layer, slot, errors=errors, fallbacks=fallbacks, fault=reason)
         return record.circuit_open
 
     def clear_faults(self, layer: int, slot: int) -> None:

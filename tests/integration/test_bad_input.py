@@ -130,8 +130,8 @@ MANIFESTS = {
         ("spec.growth.blueprints", "esper.dev/blueprint: x", "noop"),
     ),
     "what this version can't do": (
-        [changed(SESSION, spec__training__compile=True)],
-        ("spec.training.compile", "True", "false"),
+        [changed(SESSION, spec__training__logicalShards=2)],
+        ("spec.training.logicalShards", "2", "nothing; this version"),
     ),
     "model that doesn't import": (
         [changed(SESSION, spec__model__entrypoint="nowhere.at_all:Net")],

@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from esper.contracts.blueprints import BlueprintDocument, Graph, KernelTarget, builtin
 from esper.contracts.enums import BlueprintState
+from esper.contracts.ir import LayerKind
 from esper.contracts.resources.common import (
     DIGEST_PATTERN,
     Conditions,
@@ -21,7 +22,6 @@ from esper.contracts.resources.common import (
     refusal,
     rules,
 )
-from esper.contracts.resources.growth import LayerType
 from esper.errors import BlueprintError
 
 ArgumentName = Annotated[str, Field(min_length=1, max_length=64, pattern="^[a-z][A-Za-z0-9_]*$")]
@@ -43,11 +43,11 @@ class BlueprintSpec(ResourceModel):
     description: Annotated[str, Field(max_length=1024)] = ""
     hosts: (
         Annotated[
-            tuple[LayerType, ...],
+            tuple[LayerKind, ...],
             Field(
                 strict=False,
                 min_length=1,
-                max_length=2,
+                max_length=6,
                 json_schema_extra={"x-kubernetes-list-type": "set"},
             ),
         ]
@@ -69,7 +69,7 @@ class BlueprintSpec(ResourceModel):
         if self.arguments is not None and self.builtin is None:
             raise refusal("arguments", self.arguments, "nothing without builtin")
         if self.graph is not None and self.hosts is None:
-            raise refusal("hosts", "nothing", "a list of Linear, Conv2d or both, beside graph")
+            raise refusal("hosts", "nothing", "a list of layer types, beside graph")
         if self.hosts is not None and len(set(self.hosts)) < len(self.hosts):
             raise refusal("hosts", list(self.hosts), "each entry once")
         return self

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import ConfigDict, Field, model_validator
 
 from esper.contracts.enums import ControllerPolicy
+from esper.contracts.ir import LayerKind
 from esper.contracts.resources.common import LabelSelector, ResourceModel, refusal, rules
 
 Glob = Annotated[str, Field(min_length=1, max_length=512)]
@@ -14,7 +15,6 @@ Globs = Annotated[
     tuple[Glob, ...],
     Field(strict=False, max_length=64, json_schema_extra={"x-kubernetes-list-type": "set"}),
 ]
-LayerType = Literal["Linear", "Conv2d"]
 
 
 class LayersSpec(ResourceModel):
@@ -30,11 +30,11 @@ class LayersSpec(ResourceModel):
     )
 
     types: Annotated[
-        tuple[LayerType, ...],
+        tuple[LayerKind, ...],
         Field(
             strict=False,
             min_length=1,
-            max_length=2,
+            max_length=6,
             json_schema_extra={"x-kubernetes-list-type": "set"},
         ),
     ] = ("Linear", "Conv2d")

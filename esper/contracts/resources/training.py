@@ -137,7 +137,7 @@ class TrainingSpec(ResourceModel):
     logical_shards: Annotated[int, Field(ge=1, le=65536)] | None = None
     """Parts a batch is split into whatever the number of processes; absent: one a process."""
     compile: bool = False
-    """Whether torch.compile is used."""
+    """Whether the blocks of the model are compiled one by one, by torch.compile."""
     checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
     non_finite: NonFiniteSpec = Field(default_factory=NonFiniteSpec)
 

@@ -15,15 +15,15 @@ from esper.contracts.blueprints import (
     GraphCost,
     KernelTarget,
     infer,
+    input_shape,
     kernel_id,
     lower,
-    reads_producer,
 )
-from esper.contracts.ir import Conv2dNode, LinearNode
+from esper.contracts.ir import source_of
 from esper.contracts.kernels import KernelFigures, KernelManifest, KernelMetadata
 from esper.errors import BlueprintError, KernelError, one_line
 from esper.execution.artifact import artifact_digest, pack, unpack
-from esper.execution.builders import DTYPES, build
+from esper.execution.builders import DTYPES, WeightedNode, build
 from esper.execution.isolation import preserved_randomness
 
 VALIDATION_BATCHES = (2, 3)
@@ -114,9 +114,7 @@ def _refuse_unlearnable(newborn: fx.GraphModule) -> None:
 
 def _without_zeros(graph: Graph) -> Graph:
     nodes = tuple(
-        node.model_copy(update={"init": "default"})
-        if isinstance(node, LinearNode | Conv2dNode)
-        else node
+        node.model_copy(update={"init": "default"}) if isinstance(node, WeightedNode) else node
         for node in graph.nodes
     )
     return graph.model_copy(update={"nodes": nodes})
@@ -139,12 +137,11 @@ def _run(module: fx.GraphModule, graph: Graph, target: KernelTarget, batch: int)
 
 
 def _inputs(graph: Graph, target: KernelTarget, batch: int) -> torch.Tensor:
-    """A random batch of the layer's input that the graph reads, equal on every device."""
-    shape = target.input_shape
-    if reads_producer(graph) and target.producer is not None:
-        shape = target.producer.input_shape
-    drawn = torch.randn((batch, *shape))
-    return drawn.to(device=target.device, dtype=DTYPES[target.dtype])
+    """A random batch of what the graph reads, equal on every device."""
+    shape = (batch, *input_shape(graph, target))
+    if target.layer.kind == "Embedding" and source_of(graph) == "host":
+        return torch.randint(target.layer.inputs, shape).to(target.device)
+    return torch.randn(shape).to(device=target.device, dtype=DTYPES[target.dtype])
 
 
 def _measure(graph: Graph, target: KernelTarget, cost: GraphCost) -> KernelFigures:

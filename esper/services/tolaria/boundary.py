@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from esper.contracts.assets import CompiledKernel
-from esper.contracts.blueprints import BlueprintDocument, KernelTarget, lower, reads_producer
+from esper.contracts.blueprints import BlueprintDocument, KernelTarget, lower
 from esper.contracts.enums import BlueprintState, ComponentType
+from esper.contracts.ir import source_of
 from esper.contracts.messages import KernelReady, KernelRequested, OonaMessage, TopicNames
 from esper.contracts.operational import (
     AdaptationDecision,
@@ -107,7 +108,7 @@ class HubKernels:
             module=instantiate(template, generator_seed=drawn),
             kernel=kernel.kernel,
             graph=graph,
-            reads_producer=reads_producer(graph),
+            source=source_of(graph),
         )
 
     async def _compiled(

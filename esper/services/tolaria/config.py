@@ -67,6 +67,7 @@ class TrainingConfig:
     threads: int
     precision: str
     objective: str
+    compile: bool
     max_rollbacks: int
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
@@ -153,6 +154,7 @@ class TolariaConfig:
                 threads=training.threads,
                 precision=str(training.precision),
                 objective=str(training.objective),
+                compile=training.compile,
                 max_rollbacks=training.non_finite.max_rollbacks,
                 optimizer=_picked(OptimizerConfig, optimizer),
                 schedule=_picked(ScheduleConfig, schedule),

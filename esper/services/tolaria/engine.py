@@ -9,11 +9,15 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from esper.contracts.enums import SeedState
+from esper.contracts.operational import HealthSignal
+from esper.core.compilation import uncompiled
 from esper.core.model_wrapper import MorphableModel
 from esper.errors import Interrupted
 from esper.execution.isolation import (
@@ -24,9 +28,11 @@ from esper.execution.isolation import (
     preserved_randomness,
     writable,
 )
+from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.probes import Reading
 from esper.execution.state_layout import SeedLifecycleState
 from esper.execution.trials import shadow_gradients
-from esper.services.tolaria import optimization, telemetry
+from esper.services.tolaria import optimization
 from esper.services.tolaria.config import TolariaConfig
 from esper.services.tolaria.data import (
     Batch,
@@ -40,9 +46,11 @@ from esper.services.tolaria.flops import FlopMeter
 from esper.services.tolaria.objective import Objective
 from esper.services.tolaria.seeds import SeedBook, SeedRecord
 from esper.services.tolaria.snapshots import Snapshot
+from esper.services.tolaria.telemetry import Telemetry, health_signals
 
 Site = tuple[str, int]
 EVALUATION_BATCH = 512
+ACTIVE = (SeedState.GERMINATED, SeedState.TRAINING, SeedState.GRAFTING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +79,10 @@ class Engine:
         self.datasets = datasets
         self.objective = objective
         self.book = book
-        self.meter = FlopMeter()
+        self.meter = FlopMeter(partial(uncompiled, model))
         self.learning_rate_scale = 1.0
-        self.gradients: dict[str, tuple[float, float, float]] = {}
+        self.telemetry = Telemetry(model)
+        self.reading = Reading(layers={}, seeds={})
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._stopping = stopping
         self._excluded: Site | None = None
@@ -157,8 +166,7 @@ class Engine:
             seen += len(targets)
             if number % every == 0 or number == len(pieces):
                 if number == len(pieces):
-                    hosts = self.model.morphology.layers
-                    self.gradients = telemetry.layer_gradients(hosts)
+                    self.telemetry.keep_gradients()
                 self._step(grafting, [record.site for record in learning])
         return float(total) / seen
 
@@ -184,7 +192,11 @@ class Engine:
         draw = stable_seed(
             self.config.training.seed, record.layer, record.slot, record.cycle, epoch, number
         )
-        with morphology.trialling(*record.site), self.meter.counting(*key, trial=True):
+        with (
+            uncompiled(self.model),
+            morphology.trialling(*record.site),
+            self.meter.counting(*key, trial=True),
+        ):
             _, gradients = shadow_gradients(
                 self.model,
                 parameters,
@@ -201,15 +213,23 @@ class Engine:
     # -- measuring --------------------------------------------------------------------------
 
     def evaluate(self, dataset: Any, *, key: str, trial: bool = False) -> Quality:
-        """Mean loss and metric of the model as it stands, in eval mode, on a whole dataset."""
+        """Mean loss and metric of the model as it stands, in eval mode, on a whole dataset.
+
+        The first batch of a "validation" leaves samples for `probe`.
+        """
         loss = metric = 0.0
         count = 0
         structure = self.structure_key()
+        # Hooks inside compiled blocks would compile them anew.
+        asked = key == "validation" and not self.config.training.compile
         with evaluating(self.model), torch.no_grad():
             for batch in ordered_batches(dataset, EVALUATION_BATCH):
                 inputs, targets = self._moved(batch)
                 shape = _shape(inputs)
-                with self.meter.counting(key, structure, shape, trial=trial, monitoring=not trial):
+                with (
+                    self.meter.counting(key, structure, shape, trial=trial, monitoring=not trial),
+                    self.telemetry.sampling(asked and not count),
+                ):
                     outputs = self._forward(inputs)
                 loss += float(self.objective.loss(outputs.float(), targets)) * len(targets)
                 metric += self.objective.metric_sum(outputs, targets)
@@ -244,21 +264,26 @@ class Engine:
             nats = self.objective.nats(output, target, slice(0, half), slice(half, None))
         return [float(value) for value in nats.tolist()]
 
-    def probe(self, epoch: int) -> tuple[Any, ...]:
-        """Health signals of every host layer, from one probe batch and the last gradients."""
-        layers = self.model.morphology.layers
-        indices = self._subset[: telemetry.PROBE_SAMPLES]
-        inputs, _ = self._moved(gathered(self.datasets.validation, indices))
-        key = ("probe", self.structure_key(), _shape(inputs))
-        with (
-            self._untouched(),
-            torch.no_grad(),
-            telemetry.captured_outputs(layers) as outputs,
-            self.meter.counting(*key, trial=True),
-        ):
-            self._forward(inputs)
-        kinds = {name: layer_kind(layer) for name, layer in layers.items()}
-        return telemetry.health_signals(self.config.session, epoch, kinds, self.gradients, outputs)
+    def probe(self, epoch: int) -> tuple[HealthSignal, ...]:
+        """Health signals of every host layer, from the last validation and the last gradients.
+
+        What the probe read, also of the active seeds, stays in `reading`.
+        """
+        if not self.telemetry.sampled:
+            indices = torch.arange(min(EVALUATION_BATCH, len(self.datasets.validation)))
+            inputs, _ = self._moved(gathered(self.datasets.validation, indices))
+            key = ("sampling", self.structure_key(), _shape(inputs))
+            with (
+                self._untouched(),
+                torch.no_grad(),
+                self.telemetry.sampling(),
+                self.meter.counting(*key, trial=True),
+            ):
+                self._forward(inputs)
+        seeds = tuple((record.site, record.kernel) for record in self.book.in_state(*ACTIVE))
+        with self.meter.counting("probe", self.structure_key(), seeds, trial=True):
+            self.reading = self.telemetry.read()
+        return health_signals(self.config.session, epoch, self.reading)
 
     # -- snapshots --------------------------------------------------------------------------
 
@@ -287,6 +312,7 @@ class Engine:
                 "flops": self.meter.total,
                 "flopsTrials": self.meter.trials,
                 "flopsMonitoring": self.meter.monitoring,
+                "flopsKnown": dict(self.meter.known),
             },
             randomness=RandomState.capture(),
         )
@@ -297,6 +323,7 @@ class Engine:
         `keep_flops` leaves the meter alone: work undone was work all the same.
         """
         self._restore_model(snapshot)
+        self.telemetry.forget_samples()
         self._host_groups = [list(group) for group in snapshot.state["hostGroups"]]
         self.host_optimizer = self._make_optimizer(self._parameters_named(self._host_groups[0]))
         for group in self._host_groups[1:]:
@@ -319,6 +346,7 @@ class Engine:
             self.meter.total = snapshot.state["flops"]
             self.meter.trials = snapshot.state["flopsTrials"]
             self.meter.monitoring = snapshot.state["flopsMonitoring"]
+            self.meter.known = dict(snapshot.state["flopsKnown"])
         self.model.zero_grad(set_to_none=True)
         snapshot.randomness.apply()
 
@@ -334,8 +362,16 @@ class Engine:
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
-        """Eval mode; buffers and random streams are put back: an extra look leaves no trace."""
-        with evaluating(self.model), preserved_buffers(self.model), preserved_randomness():
+        """Eval mode; buffers and random streams are put back: an extra look leaves no trace.
+
+        Measurements run eager: arms are compared to the last bit, and hooks are seen.
+        """
+        with (
+            uncompiled(self.model),
+            evaluating(self.model),
+            preserved_buffers(self.model),
+            preserved_randomness(),
+        ):
             yield
 
     @torch.no_grad()
@@ -383,6 +419,10 @@ class Engine:
         bfloat16 = self.config.training.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
             return forwarded(self.model, inputs)
+
+    def loss_of(self, indices: Tensor) -> Tensor:
+        """The model's mean loss, 0-d, on the training samples at `indices` [B]."""
+        return self._loss(*self._moved(gathered(self.datasets.train, indices)))
 
     def _loss(self, inputs: Any, targets: Tensor) -> Tensor:
         return self.objective.loss(self._forward(inputs).float(), targets)
@@ -436,9 +476,9 @@ def moved(inputs: Any, device: torch.device) -> Any:
     return inputs.to(device)
 
 
-def layer_kind(layer: nn.Module) -> str:
-    """The host's own layer type: "Linear" or "Conv2d"."""
-    return "Conv2d" if isinstance(layer, nn.Conv2d) else "Linear"
+def layer_kind(layer: KasminaLayer) -> str:
+    """The host's own layer type, e.g. "Linear"."""
+    return layer.host_class.__name__
 
 
 def stable_seed(*parts: object) -> int:

@@ -2,12 +2,15 @@
 
 What a piece of work costs depends on the model's structure and the shape of its batch, so it is
 counted by torch's own counter the first time that pair comes up and remembered from then on.
+Compiled code hides its operations from the counter, so that first time runs eager.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,25 +19,30 @@ class FlopMeter:
     """Adds up the FLOPs of a session.
 
     `trials` is the part spent on evidence and culled work, `monitoring` the part spent on the
-    validation metrics of every epoch, which anyone who trains looks at, growing or not.
+    validation metrics of every epoch, which anyone who trains looks at, growing or not. `known`
+    is what each kind of work costs, JSON-ready: whoever goes on with a run takes it along, and
+    then runs the same work eager as the run itself would have.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, eager: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """`eager` makes contexts in which nothing runs compiled."""
         self.total = 0
         self.trials = 0
         self.monitoring = 0
-        self._known: dict[Hashable, int] = {}
+        self.known: dict[str, int] = {}
+        self._eager = eager
 
     @contextmanager
     def counting(
         self, *key: Hashable, trial: bool = False, monitoring: bool = False
     ) -> Iterator[None]:
         """Count the work inside; `key` names the kind of work, the structure and the shapes."""
-        known = self._known.get(key)
+        name = _digest(key)
+        known = self.known.get(name)
         if known is None:
-            with FlopCounterMode(display=False) as counter:
+            with self._eager(), FlopCounterMode(display=False) as counter:
                 yield
-            known = self._known[key] = int(counter.get_total_flops())
+            known = self.known[name] = int(counter.get_total_flops())
         else:
             yield
         self.total += known
@@ -42,3 +50,8 @@ class FlopMeter:
             self.trials += known
         if monitoring:
             self.monitoring += known
+
+
+@lru_cache(maxsize=4096)
+def _digest(key: Hashable) -> str:
+    return hashlib.blake2b(repr(key).encode(), digest_size=8).hexdigest()

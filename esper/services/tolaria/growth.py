@@ -5,7 +5,8 @@ Tolaria alone writes the model's structure. This is where it does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from esper.contracts.blueprints import BlueprintDocument, Graph, KernelTarget, folds, infer, lower
 from esper.contracts.enums import DecisionAction, SeedState
+from esper.contracts.ir import GraphSource
 from esper.contracts.operational import (
     AdaptationDecision,
     Candidate,
@@ -24,11 +26,15 @@ from esper.core.morphology import Morphology
 from esper.errors import BlueprintError, EsperError, StorageFull
 from esper.execution.blending import ramped_alpha
 from esper.services.tolaria import gates as rules
+from esper.services.tolaria.births import give_birth
 from esper.services.tolaria.config import TolariaConfig
 from esper.services.tolaria.engine import Engine, layer_kind, lifecycle
 from esper.services.tolaria.seeds import SeedBook, SeedRecord
 
 Tell = Callable[[SeedTransition], None]
+TellEvent = Callable[[str, str], None]
+
+NOT_FINITE = "its output is not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +44,7 @@ class BuiltSeed:
     module: nn.Module
     kernel: str
     graph: Graph
-    reads_producer: bool
+    source: GraphSource
 
 
 class KernelSupply(Protocol):
@@ -104,14 +110,19 @@ class Growth:
         documents: Sequence[BlueprintDocument],
         kernels: KernelSupply,
         tell: Tell,
+        tell_event: TellEvent,
     ) -> None:
-        """`tell` hears of every transition after it happened."""
+        """`tell` hears of every transition after it happened.
+
+        `tell_event` hears, as a reason and a message, of what went wrong with a seed.
+        """
         self._config = config
         self._gates = config.growth.gates
         self._engine = engine
         self._documents = {document.name: document for document in documents}
         self._kernels = kernels
         self._tell = tell
+        self._tell_event = tell_event
         self.parameters_base = sum(p.numel() for p in engine.model.parameters())
         self.candidates = self._find_candidates()
 
@@ -229,13 +240,22 @@ class Growth:
             rent=rules.rent_of(candidate.parameters, candidate.flops, self._gates),
         )
         morphology = self._engine.model.morphology
+        record.faults = morphology.record(layer, slot).fallbacks
         document = self._documents[candidate.blueprint]
         try:
             seed = await self._kernels.build(document, morphology.target(layer), layer, slot)
+            record.kernel = seed.kernel
+            give_birth(self._engine, record, seed.module, seed.graph)
         except StorageFull:
             raise  # says nothing about the blueprint; the run ends here and can be resumed
         except EsperError as error:
+            record.reason = str(error)
+            self._tell_event(
+                "KernelFailed" if error.permanent else "KernelPutOff", f"{layer}[{slot}]: {error}"
+            )
             if not error.permanent:
+                record.state = SeedState.DORMANT
+                self.book.records[record.site] = record
                 return False, f"put off: {error}"
             # Remembered as a failed trial, so that the search goes on elsewhere.
             self.book.open_trial(record, epoch)
@@ -244,13 +264,12 @@ class Growth:
             self.book.records[record.site] = record
             self.book.update_trial(record, epoch)
             return False, f"failed: {error}"
-        record.kernel = seed.kernel
         morphology.germinate(
             layer,
             slot,
             seed.module,
             kernel=seed.kernel,
-            reads_producer=seed.reads_producer,
+            source=seed.source,
             graph=seed.graph,
         )
         self.book.records[record.site] = record
@@ -280,6 +299,32 @@ class Growth:
         """Every seed is `epochs` older."""
         for record in self.book.records.values():
             record.age_epochs += epochs
+        self._engine.model.morphology.layout.advance(epochs)
+
+    def watch(
+        self, health: Mapping[str, float], finite: Mapping[tuple[str, int], bool], epoch: int
+    ) -> None:
+        """Take over what the probes saw of each live seed: its layer's health, and its faults.
+
+        `health` is by layer, in [0, 1]; `finite` says by site whether the seed's own output was
+        finite. The third fault in a row culls the seed: the host answers alone.
+        """
+        morphology = self._engine.model.morphology
+        for record in self.active():
+            slot = morphology.record(*record.site)
+            morphology.observe(*record.site, health.get(record.layer, math.nan))
+            raised = slot.fallbacks > record.faults
+            if not finite.get(record.site, True) and not raised:
+                morphology.record_fault(*record.site, NOT_FINITE)
+            elif slot.fault == NOT_FINITE and not raised:
+                morphology.clear_faults(*record.site)
+            if slot.fallbacks > record.faults:
+                record.faults, record.reason = slot.fallbacks, str(slot.fault)
+                self._tell_event("SeedFault", f"{record.layer}[{record.slot}]: {slot.fault}")
+            if slot.circuit_open:
+                reason = f"{slot.errors} faults in a row, the last: {slot.fault}"
+                self._tell_event("CircuitOpened", f"{record.layer}[{record.slot}]: {reason}")
+                self.cull(record, epoch, reason)
 
     def begin_trials(self, epoch: int) -> None:
         """Germinated seeds take their turn, as many at once as the budget allows."""
@@ -297,6 +342,8 @@ class Growth:
         for record in learning:
             nats = self._engine.sample_nats(trying=record.site)
             record.measurement = self._measured(baseline, nats, record)
+            gain = math.nan if record.measurement is None else record.measurement.mean
+            self._engine.model.morphology.observe_contribution(*record.site, gain)
             judgement = rules.judge_shadow(
                 age_epochs=record.age_epochs,
                 passes=record.passes,
@@ -392,6 +439,7 @@ class Growth:
         self._told(record, previous, epoch, reason)
 
     def _told(self, record: SeedRecord, previous: SeedState, epoch: int, reason: str) -> None:
+        record.reason = reason
         self._tell(
             SeedTransition(
                 session=self._config.session,

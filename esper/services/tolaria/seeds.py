@@ -13,7 +13,11 @@ ALIVE = (SeedState.GERMINATED, SeedState.TRAINING, SeedState.GRAFTING, SeedState
 
 @dataclass(kw_only=True)
 class SeedRecord:
-    """What Tolaria knows of one slot. `age_epochs` counts epochs in the present state."""
+    """What Tolaria knows of one slot.
+
+    `age_epochs` counts epochs in the present state, `faults` those the host has answered so far;
+    `reason` says what last happened to the seed.
+    """
 
     layer: str
     slot: int
@@ -32,6 +36,8 @@ class SeedRecord:
     opens_epoch: int = 0
     grafted_epoch: int | None = None
     fossilized_epoch: int | None = None
+    faults: int = 0
+    reason: str = ""
 
     @property
     def site(self) -> tuple[str, int]:

@@ -1,122 +1,54 @@
-"""Kasmina's probes: each host layer's condition at an interval boundary, as health signals.
-
-Shapes: B samples of the probe batch, U units (features or channels) of a layer's output.
-"""
+"""What a session's probes keep from an epoch until its boundary, and the signals made of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor, nn
-
 from esper.contracts.operational import HealthSignal
-
-PROBE_SAMPLES = 256
-PROBE_UNITS = 128
-
-
-@contextmanager
-def captured_outputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Inside, the last output of each layer stands in the yielded dict; hooks only meanwhile."""
-    outputs: dict[str, Tensor] = {}
-
-    def keeping(name: str) -> object:
-        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            outputs[name] = output.detach()
-
-        return hook
-
-    handles = [
-        layer.register_forward_hook(keeping(name))  # type: ignore[arg-type]
-        for name, layer in layers.items()
-    ]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+from esper.core.model_wrapper import MorphableModel
+from esper.execution import probes
 
 
-def unit_rows(output: Tensor, kind: str) -> Tensor:
-    """A layer's output as rows [rows, U], at most PROBE_SAMPLES rows and PROBE_UNITS units.
+class Telemetry:
+    """Collects an epoch's samples and gradients; both stay on the device until they are read."""
 
-    Rows and units beyond are left out by an even stride, so that the cost has a bound.
-    """
-    rows = output.movedim(1, -1) if kind == "Conv2d" and output.dim() == 4 else output
-    rows = rows.reshape(-1, rows.shape[-1])
-    rows = rows[:: max(1, len(rows) // PROBE_SAMPLES)][:PROBE_SAMPLES]
-    return rows[:, :: max(1, -(-rows.shape[1] // PROBE_UNITS))].double()
+    def __init__(self, model: MorphableModel) -> None:
+        self._model = model
+        self._samples: probes.Samples | None = None
+        self._gradients: probes.GradientSums | None = None
 
+    @property
+    def sampled(self) -> bool:
+        """Whether a forward left samples since they were last read or forgotten."""
+        return self._samples is not None
 
-def effective_rank_share(rows: Tensor) -> float:
-    """The effective rank of centred `rows` [rows, U] over U, in [0, 1].
+    @contextmanager
+    def sampling(self, asked: bool = True) -> Iterator[None]:
+        """Inside, a forward leaves samples if `asked`; the last one's count."""
+        if not asked:
+            yield
+            return
+        with probes.sampling(self._model.morphology.layers) as self._samples:
+            yield
 
-    The exponential of the entropy of the normalised singular values (Roy & Vetterli 2007).
-    """
-    centred = rows - rows.mean(dim=0)
-    if not float(centred.norm()) > 1e-12 * float(rows.norm()):
-        return 0.0  # what the mean's rounding leaves of a constant output is no rank
-    values = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()
-    total = float(values.sum())
-    if not total > 0:
-        return 0.0
-    shares = values / total
-    entropy = -(shares * shares.clamp_min(1e-30).log()).sum()
-    return float(entropy.exp()) / rows.shape[1]
+    def keep_gradients(self) -> None:
+        """Take over the gradients of the backward pass just done."""
+        self._gradients = probes.gradient_sums(self._model.morphology.layers)
 
+    def forget_samples(self) -> None:
+        """The model is another now: what was sampled says nothing about it."""
+        self._samples = None
 
-def layer_gradients(layers: Mapping[str, nn.Module]) -> dict[str, tuple[float, float, float]]:
-    """Per layer: its gradients' norm and variance, and the norm over its weights' norm.
-
-    Read after a backward pass, before the gradients are dropped. A layer without gradients gives
-    zeros.
-    """
-    found = {}
-    for name, layer in layers.items():
-        own = [p for key, p in layer.named_parameters() if not key.startswith("grown.")]
-        gradients = [p.grad.reshape(-1) for p in own if p.grad is not None]
-        if not gradients:
-            found[name] = (0.0, 0.0, 0.0)
-            continue
-        flat = torch.cat(gradients).double()
-        weights = torch.cat([p.detach().reshape(-1) for p in own]).double()
-        norm = float(flat.norm())
-        variance = float(flat.var(correction=0))
-        found[name] = (norm, variance, norm / max(float(weights.norm()), 1e-12))
-    return found
+    def read(self) -> probes.Reading:
+        """What the samples and the last gradients say; the samples are then gone."""
+        samples, self._samples = self._samples or probes.Samples(), None
+        return probes.read(self._model.morphology.layers, samples, self._gradients)
 
 
-def health_signals(
-    session: str,
-    epoch: int,
-    kinds: Mapping[str, str],
-    gradients: Mapping[str, tuple[float, float, float]],
-    outputs: Mapping[str, Tensor],
-) -> tuple[HealthSignal, ...]:
-    """One signal a layer, from its gradients and its outputs on the probe batch."""
-    signals = []
-    for name, kind in kinds.items():
-        norm, variance, ratio = gradients.get(name, (0.0, 0.0, 0.0))
-        rank, dead = 0.0, 1.0
-        if name in outputs:
-            rows = unit_rows(outputs[name], kind)
-            if bool(torch.isfinite(rows).all()):
-                rank = effective_rank_share(rows)
-                dead = float((rows.amax(dim=0) <= 0).double().mean())
-            else:
-                rank, dead = float("nan"), float("nan")
-        signals.append(
-            HealthSignal(
-                session=session,
-                epoch=epoch,
-                layer=name,
-                gradient_norm=norm,
-                gradient_variance=variance,
-                gradient_to_weight_ratio=ratio,
-                activation_rank=rank,
-                dead_fraction=dead,
-            )
-        )
-    return tuple(signals)
+def health_signals(session: str, epoch: int, reading: probes.Reading) -> tuple[HealthSignal, ...]:
+    """One signal a layer, in the order of the reading."""
+    return tuple(
+        HealthSignal(session=session, epoch=epoch, layer=name, **layer._asdict())
+        for name, layer in reading.layers.items()
+    )

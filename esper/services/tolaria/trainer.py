@@ -118,7 +118,9 @@ class TolariaTrainer:
         for decision in recorded:
             self._recorded.setdefault(decision.epoch, []).append(decision)
         self.engine = Engine(config, model, datasets, objective, SeedBook(), stopping)
-        self.growth = Growth(config, self.engine, documents, kernels, self._tell_transition)
+        self.growth = Growth(
+            config, self.engine, documents, kernels, self._tell_transition, self._tell_event
+        )
         self._sequence = 0
         self._failures = 0
         self._applied: list[str] = []
@@ -256,6 +258,8 @@ class TolariaTrainer:
         self.growth.reopen(self.epoch)
         signals = self.engine.probe(self.epoch)
         scores = [signal.health_score() for signal in signals]
+        by_layer = dict(zip((signal.layer for signal in signals), scores, strict=True))
+        self.growth.watch(by_layer, self.engine.reading.seeds, self.epoch)
         health = SystemHealth.of(sum(scores) / len(scores) if scores else 0.0)
         rows[-1] |= self._costs() | {
             "health": health.value,
@@ -263,7 +267,10 @@ class TolariaTrainer:
                 signal.to_wire() | {"healthScore": score}
                 for signal, score in zip(signals, scores, strict=True)
             ],
-            "active": [r.observation().to_wire() for r in self.growth.book.records.values()],
+            "active": [
+                record.observation().to_wire() | {"reason": record.reason}
+                for record in self.growth.book.records.values()
+            ],
         }
         for row in rows:
             self._each(lambda observer, row=row: observer.epoch(row))  # type: ignore[misc]

@@ -30,31 +30,39 @@ class Place:
     chain: tuple[nn.Module, ...] = ()
 
 
-def geometry_of(layer: nn.Linear | nn.Conv2d) -> LayerGeometry:
-    bias = layer.bias is not None
-    if isinstance(layer, nn.Linear):
-        return LayerGeometry(
-            kind="Linear", inputs=layer.in_features, outputs=layer.out_features, bias=bias
-        )
-    return LayerGeometry(
-        kind="Conv2d",
-        inputs=layer.in_channels,
-        outputs=layer.out_channels,
-        bias=bias,
-        kernel_size=layer.kernel_size,
-        stride=layer.stride,
-        padding=layer.padding,
-        dilation=layer.dilation,
-        groups=layer.groups,
-        padding_mode=layer.padding_mode,
-    )
+Host = nn.Linear | nn.Conv1d | nn.Conv2d | nn.LayerNorm | nn.BatchNorm2d | nn.Embedding
+
+
+def geometry_of(layer: Host) -> LayerGeometry:
+    bias = getattr(layer, "bias", None) is not None
+    match layer:
+        case nn.Linear():
+            sizes = {"inputs": layer.in_features, "outputs": layer.out_features}
+        case nn.LayerNorm():
+            sizes = {"inputs": layer.normalized_shape[0], "outputs": layer.normalized_shape[0]}
+        case nn.BatchNorm2d():
+            sizes = {"inputs": layer.num_features, "outputs": layer.num_features}
+        case nn.Embedding():
+            sizes = {"inputs": layer.num_embeddings, "outputs": layer.embedding_dim}
+        case _:
+            sizes = {
+                "inputs": layer.in_channels,
+                "outputs": layer.out_channels,
+                "kernel_size": layer.kernel_size,
+                "stride": layer.stride,
+                "padding": layer.padding,
+                "dilation": layer.dilation,
+                "groups": layer.groups,
+                "padding_mode": layer.padding_mode,
+            }
+    return LayerGeometry.model_validate({"kind": type(layer).__name__, "bias": bias, **sizes})
 
 
 def place(
-    host: nn.Linear | nn.Conv2d,
+    host: Host,
     input_shape: tuple[int, ...],
     *,
-    producer: nn.Linear | nn.Conv2d | None = None,
+    producer: nn.Linear | nn.Conv1d | nn.Conv2d | None = None,
     chain: tuple[ChainOp, ...] = (),
     dtype: str = "float32",
 ) -> Place:
@@ -62,7 +70,7 @@ def place(
     description = None
     modules = tuple(module_of(op) for op in chain)
     layers = [] if producer is None else [producer, *modules]
-    x = torch.zeros(2, *input_shape)
+    x = torch.zeros(2, *input_shape, dtype=torch.long if isinstance(host, nn.Embedding) else None)
     for layer in layers:
         x = layer(x)
     if producer is not None:
@@ -113,6 +121,19 @@ def conv_pair(*chain: ChainOp) -> Place:
     )
 
 
+def a_place_of_each_kind(dtype: str = "float32") -> dict[str, Place]:
+    """One host of every kind, with positions; "vector" is a Linear without."""
+    return {
+        "vector": place(nn.Linear(6, 5), (6,), dtype=dtype),
+        "Linear": place(nn.Linear(6, 5), (4, 6), dtype=dtype),
+        "Conv1d": place(nn.Conv1d(6, 5, 3, stride=2, padding=1), (6, 9), dtype=dtype),
+        "Conv2d": place(nn.Conv2d(6, 5, 3, padding=1), (6, 5, 4), dtype=dtype),
+        "LayerNorm": place(nn.LayerNorm(6), (2, 3, 6), dtype=dtype),
+        "BatchNorm2d": place(nn.BatchNorm2d(6), (6, 4, 3), dtype=dtype),
+        "Embedding": place(nn.Embedding(7, 5), (4,), dtype=dtype),
+    }
+
+
 _small = st.integers(1, 7)
 _activations = st.sampled_from([(), (ActivationOp(kind="relu"),), (ActivationOp(kind="tanh"),)])
 _dropouts = st.sampled_from([(), (DropoutOp(p=0.25),)])
@@ -156,6 +177,23 @@ def convolutions(draw: st.DrawFn, inputs: int, *, grouped: bool = True) -> nn.Co
 
 
 @st.composite
+def sequence_convolutions(draw: st.DrawFn, inputs: int, *, grouped: bool = True) -> nn.Conv1d:
+    """A 1-d convolution of any geometry that torch accepts, over `inputs` channels."""
+    flat = draw(convolutions(inputs, grouped=grouped))
+    return nn.Conv1d(
+        inputs,
+        flat.out_channels,
+        flat.kernel_size[:1],
+        stride=flat.stride[:1],
+        padding=flat.padding if isinstance(flat.padding, str) else flat.padding[:1],
+        dilation=flat.dilation[:1],
+        groups=flat.groups,
+        bias=flat.bias is not None,
+        padding_mode=flat.padding_mode,
+    )
+
+
+@st.composite
 def linear_places(draw: st.DrawFn, *, fed: bool = False) -> Place:
     """A Linear host anywhere, with positions in front of its features."""
     positions = tuple(draw(st.lists(st.integers(1, 4), max_size=2)))
@@ -186,3 +224,35 @@ def conv_places(draw: st.DrawFn, *, fed: bool = False) -> Place:
     except RuntimeError:  # torch refuses: a window larger than what it is laid on
         assume(False)
         raise
+
+
+@st.composite
+def sequence_places(draw: st.DrawFn, *, fed: bool = False) -> Place:
+    """A Conv1d host anywhere; a fed one has no groups, as its producer."""
+    channels = draw(st.integers(1, 6))
+    shape = (channels, draw(st.integers(4, 9)))
+    producer, chain = None, ()
+    if fed:
+        producer = draw(sequence_convolutions(channels, grouped=False))
+        chain = draw(_activations) + draw(_dropouts)
+        channels = producer.out_channels
+    host = draw(sequence_convolutions(channels, grouped=not fed))
+    try:
+        return place(host, shape, producer=producer, chain=chain)
+    except RuntimeError:  # torch refuses: a window larger than what it is laid on
+        assume(False)
+        raise
+
+
+@st.composite
+def norm_places(draw: st.DrawFn) -> Place:
+    """A LayerNorm, BatchNorm2d or Embedding host, with or without positions and bias."""
+    size = draw(_small)
+    positions = tuple(draw(st.lists(st.integers(1, 4), max_size=2)))
+    match draw(st.sampled_from(["LayerNorm", "BatchNorm2d", "Embedding"])):
+        case "LayerNorm":
+            return place(nn.LayerNorm(size, bias=draw(st.booleans())), (*positions, size))
+        case "BatchNorm2d":
+            return place(nn.BatchNorm2d(size), (size, draw(_small), draw(_small)))
+        case _:
+            return place(nn.Embedding(draw(_small), size), positions)

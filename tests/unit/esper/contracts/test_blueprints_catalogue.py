@@ -17,13 +17,32 @@ from esper.errors import BlueprintError
 from tests.unit.esper.kernel_targets import conv_pair, linear_pair, linear_place
 
 
+ALL = ("Linear", "Conv1d", "Conv2d", "LayerNorm", "BatchNorm2d", "Embedding")
+
+
 def test_the_catalogue_is_as_published() -> None:
     assert {entry.name: (entry.hosts, dict(entry.arguments)) for entry in CATALOGUE} == {
-        "noop": (("Linear", "Conv2d"), {}),
-        "low-rank": (("Linear", "Conv2d"), {"rank": 8}),
-        "bottleneck-mlp": (("Linear",), {"units": 36, "activation": "gelu"}),
-        "bottleneck-conv": (("Conv2d",), {"channels": 16, "activation": "gelu"}),
-        "widen": (("Linear", "Conv2d"), {"units": 16}),
+        "noop": (ALL, {}),
+        "affine": (ALL, {}),
+        "low-rank": (
+            ("Linear", "Conv1d", "Conv2d", "Embedding"),
+            {"rank": 8, "initialisation": "default"},
+        ),
+        "bottleneck-mlp": (
+            ("Linear", "LayerNorm"),
+            {"units": 36, "activation": "gelu", "initialisation": "default"},
+        ),
+        "bottleneck-conv": (
+            ("Conv1d", "Conv2d", "BatchNorm2d"),
+            {"channels": 16, "activation": "gelu", "initialisation": "default"},
+        ),
+        "depthwise-separable-conv": (("Conv1d", "Conv2d"), {"activation": "gelu"}),
+        "squeeze-excitation": (ALL[:-1], {"units": 16, "activation": "relu"}),
+        "attention": (ALL[:-1], {"channels": 32, "heads": 4}),
+        "widen": (
+            ("Linear", "Conv1d", "Conv2d"),
+            {"units": 16, "initialisation": "default"},
+        ),
     }
 
 
@@ -80,6 +99,7 @@ def test_widened_units_cost_what_wider_layers_would() -> None:
 def test_only_what_adds_no_function_class_folds() -> None:
     assert {entry.name for entry in CATALOGUE if folds(entry.document.graph)} == {
         "noop",
+        "affine",
         "low-rank",
     }
 
@@ -88,19 +108,21 @@ def test_an_unknown_blueprint_is_told_the_catalogue() -> None:
     with pytest.raises(BlueprintError) as caught:
         builtin("transformer", {})
     assert caught.value.field == "spec.builtin"
-    assert caught.value.allowed == "noop, low-rank, bottleneck-mlp, bottleneck-conv, widen"
+    assert caught.value.allowed == ", ".join(entry.name for entry in CATALOGUE)
 
 
 @pytest.mark.parametrize(
     ("name", "argument", "value", "allowed"),
     [
         ("noop", "units", 3, "no argument for noop"),
-        ("bottleneck-mlp", "width", 3, "units, activation for bottleneck-mlp"),
+        ("bottleneck-mlp", "width", 3, "units, activation, initialisation for bottleneck-mlp"),
         ("bottleneck-mlp", "units", 0, "a whole number from 1 to 65536"),
         ("bottleneck-mlp", "units", 65_537, "a whole number from 1 to 65536"),
         ("bottleneck-mlp", "units", 3.0, "a whole number from 1 to 65536"),
         ("bottleneck-mlp", "units", True, "a whole number from 1 to 65536"),
         ("low-rank", "rank", "8", "a whole number from 1 to 65536"),
+        ("low-rank", "initialisation", "zero", "default, gradient"),
+        ("attention", "heads", 5, "a divisor of 32 channels"),
         (
             "bottleneck-conv",
             "activation",

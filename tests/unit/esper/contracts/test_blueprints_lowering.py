@@ -420,6 +420,6 @@ def test_a_document_from_a_person_lowers_like_the_catalogues() -> None:
         identity_of("act", "down", "gelu"),
         linear("up", "act", "out", init="zero"),
     )
-    document = BlueprintDocument(name="mine", hosts=("Linear",), graph=graph)
+    document = BlueprintDocument(name="mine", hosts=("LayerNorm", "Linear"), graph=graph)
     assert lower(document, LINEAR) == lower(builtin("bottleneck-mlp", {}), LINEAR)
     assert document.digest == builtin("bottleneck-mlp", {}).digest

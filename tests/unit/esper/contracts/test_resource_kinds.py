@@ -48,7 +48,10 @@ def test_a_built_in_blueprint_is_expanded_under_its_own_name() -> None:
     assert (narrow.name, narrow.hosts) == ("mine", ("Conv2d",))
     assert narrow.description
     wide = _blueprint(builtin="low-rank", description="own words").document()
-    assert (wide.hosts, wide.description) == (("Linear", "Conv2d"), "own words")
+    assert (wide.hosts, wide.description) == (
+        ("Linear", "Conv1d", "Conv2d", "Embedding"),
+        "own words",
+    )
     assert narrow.digest != wide.digest
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from esper.contracts.blueprints import Graph, reads_producer
+from esper.contracts.blueprints import Graph
 from esper.contracts.catalogue import builtin
+from esper.contracts.ir import source_of
 from esper.contracts.lowering import bind
 from esper.core import MorphableModel
 from esper.execution.builders import build
@@ -39,7 +40,7 @@ def grow(
         slot,
         seed,
         kernel=f"kernel-{slot}",
-        reads_producer=reads_producer(bound),
+        source=source_of(bound),
         graph=bound,
     )
     for state in states:

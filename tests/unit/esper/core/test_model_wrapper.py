@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, weight_norm
 
 from esper.core import LayerSelection, MorphableModel, unwrap, wrap
+from esper.core.model_wrapper import HOST_KINDS
 from esper.errors import WrapError
-from esper.execution.kasmina_layer import KasminaConv2d, KasminaLinear
+from esper.execution.kasmina_layer import KASMINA_CLASSES, KasminaConv2d, KasminaLinear
 from esper.execution.state_layout import SeedLifecycleState as S
+from tests.unit.esper.core.growing import grow
 
 
 class Net(nn.Module):
@@ -214,6 +217,12 @@ class Linear2(nn.Linear):
     pass
 
 
+def quantised() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.nn.quantized.Linear(4, 4)
+
+
 def replaced_forward() -> nn.Module:
     layer = nn.Linear(4, 4)
     layer.forward = lambda x: x
@@ -242,8 +251,51 @@ def test_layers_that_cannot_host_are_named_with_the_reason(layer, reason) -> Non
         wrap(nn.Sequential(layer, nn.Linear(4, 2)), layers=["0"])
 
 
+def scripted() -> nn.Module:
+    return torch.jit.script(nn.Linear(4, 4))
+
+
+class Norm2(nn.LayerNorm):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.LayerNorm(4, elementwise_affine=False), "no weight"),
+        (nn.LayerNorm((3, 4)), "over 2 dimensions"),
+        (Norm2(4), "a Norm2, a subclass"),
+        (nn.BatchNorm2d(4, affine=False), "no weight"),
+        (nn.Embedding(4, 4, max_norm=1.0), "max_norm"),
+        (parametrizations.weight_norm(nn.Conv1d(4, 4, 1)), "parametrized"),
+        (weight_norm(nn.Conv1d(4, 4, 1)), "computed"),
+        (scripted(), "scripted"),
+        (quantised(), "quantised"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_layers_of_the_other_kinds_that_cannot_host_are_named_too(layer, reason) -> None:
+    every = LayerSelection(types=HOST_KINDS)
+    kind = type(layer)
+    morphology = wrap(nn.ModuleList([layer, nn.Linear(4, 2)]), layers=every).morphology
+    assert list(morphology.layers) == ["1"]
+    assert reason in morphology.refused["0"]
+    assert type(layer) is kind
+    if kind in KASMINA_CLASSES and kind is not nn.Linear:
+        plain = wrap(nn.ModuleList([layer, nn.Linear(4, 2)])).morphology
+        assert plain.refused == {}, "a kind that was not asked for is no finding"
+
+
+def test_what_an_earlier_wrap_has_grown_is_no_place_to_grow_at() -> None:
+    model = wrap(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(2, 4))
+    grow(model, "0", "bottleneck-mlp", units=3)
+    again = wrap(unwrap(model))
+    assert list(again.morphology.layers) == ["1"]
+    assert again.morphology.refused == {"0": "seeds of an earlier wrap stay beside it"}
+
+
 def test_a_model_with_nothing_to_grow_at_is_refused() -> None:
-    with pytest.raises(WrapError, match=r"at least one nn\.Linear or nn\.Conv2d"):
+    with pytest.raises(WrapError, match="at least one layer that `layers` chooses: Linear, Conv2d"):
         wrap(nn.Sequential(nn.ReLU()))
     with pytest.raises(WrapError, match="a subclass"):
         wrap(nn.Sequential(Linear2(2, 2)))
@@ -312,7 +364,9 @@ def test_a_choice_that_fits_nothing_is_refused(layers, message) -> None:
 
 
 def test_an_unknown_kind_of_layer_is_refused() -> None:
-    with pytest.raises(WrapError, match="Linear, Conv2d"):
+    with pytest.raises(
+        WrapError, match="allowed: Linear, Conv1d, Conv2d, LayerNorm, BatchNorm2d, Embedding"
+    ):
         LayerSelection(types=["Conv3d"])
 
 

@@ -126,7 +126,7 @@ def test_statistics_count_states_and_parameters() -> None:
     base = sum(p.numel() for p in model.parameters())
     seed = grow(model, "2", "bottleneck-mlp", units=3)
     grow(model, "0", "low-rank", (), rank=1)
-    model.morphology.record_fault("0", 0)
+    model.morphology.record_fault("0", 0, "it broke")
     statistics = model.statistics()
     assert statistics["states"]["fossilized"] == 1
     assert statistics["states"]["germinated"] == 1
@@ -134,7 +134,12 @@ def test_statistics_count_states_and_parameters() -> None:
     assert statistics["parametersBase"] == base
     added = sum(p.numel() for p in seed.parameters())
     assert statistics["parameters"] == base + added + 4 + 6
+    assert statistics["seedBytes"] == 4 * (added + 4 + 6)
+    assert statistics["layoutBytes"] <= 6 * 64, "at most 64 bytes a slot"
+    assert statistics["transitions"] == 1 + 3 + 1
     assert statistics["fallbacks"] == 1
+    assert statistics["kernelLoads"]["count"] == 0
+    json.dumps(statistics)
 
 
 def test_health_is_folded_in_by_name() -> None:
@@ -154,7 +159,7 @@ def lived() -> nn.Module:
     model.morphology.remove("2", 1)
     grow(model, "4", "low-rank", (S.CULLED, S.DORMANT), rank=1)
     model.morphology.observe("0", 0, 0.5)
-    model.morphology.record_fault("0", 0)
+    model.morphology.record_fault("0", 0, "it broke")
     model.morphology.layout.advance()
     return model
 
@@ -191,7 +196,7 @@ def test_structure_lists_what_a_checkpoint_needs() -> None:
         ("4", 0): "dormant",
     }
     assert entries["0", 1]["alpha"] == 0.375
-    assert entries["2", 0]["readsProducer"] is True
+    assert entries["2", 0]["source"] == "producer"
     assert entries["2", 0]["kernel"] == "kernel-0"
     assert entries["2", 1]["graph"] is None
     assert entries["4", 0]["cycle"] == 1

@@ -17,36 +17,13 @@ from esper.core import wrap
 from esper.errors import BadInput
 from esper.execution.kasmina_layer import KasminaConv2d, KasminaLayer, KasminaLinear
 from esper.execution.state_layout import SeedLifecycleState as S
-
-DORMANT_TO_GRAFTING = (S.TRAINING, S.GRAFTING)
-TO_FOSSIL = (S.TRAINING, S.GRAFTING, S.FOSSILIZED)
-
-
-class Scaling(nn.Module):
-    """A seed for a Linear host: a random linear map with weights that are far from zero."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.map = nn.Linear(inputs, outputs)
-        nn.init.normal_(self.map.weight, std=3.0)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.map(x)
-
-
-def linear_pair(
-    inputs: int = 5, outputs: int = 4, bias: bool = True
-) -> tuple[nn.Module, nn.Module]:
-    torch.manual_seed(0)
-    bare = nn.Sequential(nn.Linear(inputs, outputs, bias=bias), nn.ReLU(), nn.Linear(outputs, 3))
-    wrapped = wrap(bare, torch.randn(2, inputs), copy=True)
-    return bare, wrapped
-
-
-def grow(wrapped, layer: str, seed: nn.Module, states=(), slot: int = 0, **arguments) -> None:
-    wrapped.morphology.germinate(layer, slot, seed, kernel="test", **arguments)
-    for state in states:
-        wrapped.morphology.transition(layer, slot, state)
+from tests.unit.esper.execution.seeds import (
+    DORMANT_TO_GRAFTING,
+    TO_FOSSIL,
+    Scaling,
+    grow,
+    linear_pair,
+)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -319,7 +296,7 @@ def test_three_faults_put_the_host_back_until_they_are_cleared() -> None:
     x = torch.randn(3, 5)
     grown = wrapped(x)
     layer = wrapped.morphology.layers["0"]
-    assert [layer.record_fault(0) for _ in range(3)] == [False, False, True]
+    assert [layer.record_fault(0, "it broke") for _ in range(3)] == [False, False, True]
     assert same(wrapped(x), bare(x))
     wrapped.morphology.clear_faults("0", 0)
     assert same(wrapped(x), grown)
@@ -378,7 +355,7 @@ def test_a_fossil_is_part_of_the_model_and_cannot_be_unloaded() -> None:
         (lambda m: m.transition("0", 0, S.FOSSILIZED), "training, culled"),
         (lambda m: m.germinate("0", 1, nn.Identity(), kernel="k"), "0 to 0"),
         (
-            lambda m: m.germinate("0", 0, nn.Identity(), kernel="k", reads_producer=True),
+            lambda m: m.germinate("0", 0, nn.Identity(), kernel="k", source="producer"),
             "no producer was traced",
         ),
     ],

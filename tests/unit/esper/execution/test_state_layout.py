@@ -110,7 +110,7 @@ def test_tensors_and_twin_never_part(steps: list, slots: list) -> None:
             case "contribution":
                 layout.observe_contribution(layer, slot, value)
             case "fault":
-                layout.record_fault(layer, slot)
+                layout.record_fault(layer, slot, "it broke")
             case "clear":
                 layout.clear_faults(layer, slot)
             case "advance":
@@ -133,7 +133,7 @@ def test_a_life_ends_in_a_new_cycle_with_nothing_left_of_it() -> None:
     layout.transition(0, 0, S.GERMINATED)
     layout.write(0, 0, kernel="abc")
     layout.observe(0, 0, 0.5)
-    layout.record_fault(0, 0)
+    layout.record_fault(0, 0, "it broke")
     layout.transition(0, 0, S.CULLED)
     record = layout.transition(0, 0, S.DORMANT)
     assert (record.cycle, record.kernel, record.errors, record.age) == (1, None, 0, 0)
@@ -163,9 +163,9 @@ def test_a_missing_contribution_leaves_no_average() -> None:
 
 def test_three_faults_in_a_row_open_the_circuit() -> None:
     layout = KasminaStateLayout(1, 1)
-    assert [layout.record_fault(0, 0) for _ in range(2)] == [False, False]
+    assert [layout.record_fault(0, 0, "it broke") for _ in range(2)] == [False, False]
     layout.clear_faults(0, 0)
-    assert [layout.record_fault(0, 0) for _ in range(3)] == [False, False, True]
+    assert [layout.record_fault(0, 0, "it broke") for _ in range(3)] == [False, False, True]
     assert layout.record(0, 0).circuit_open
     assert layout.record(0, 0).fallbacks == 5
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch import nn
 
 from esper.contracts.blueprints import (
     CATALOGUE,
@@ -16,15 +18,23 @@ from esper.contracts.blueprints import (
     builtin,
     infer,
     kernel_id,
+    lower,
 )
 from esper.contracts.ir import ActivationOp, DropoutOp, MaxPool2dOp
-from esper.errors import KernelError
+from esper.errors import BlueprintError, KernelError
 from esper.execution.artifact import artifact_digest, unpack
 from esper.services.tezzeret.compiler import compile_kernel
-from tests.unit.esper.kernel_targets import conv_pair, linear_pair, linear_place
+from tests.unit.esper.kernel_targets import (
+    a_place_of_each_kind,
+    conv_pair,
+    linear_pair,
+    linear_place,
+    place,
+)
 
 LINEAR = linear_pair(ActivationOp(kind="relu"), DropoutOp(p=0.5)).target
 CONV = conv_pair(ActivationOp(kind="relu"), MaxPool2dOp(kernel_size=2)).target
+SEQUENCE = place(nn.Conv1d(4, 3, 3), (2, 9), producer=nn.Conv1d(2, 4, 1)).target
 
 
 def document_of(*nodes: dict[str, object], hosts: tuple[str, ...] = ("Linear",)):
@@ -44,18 +54,29 @@ def refusal(document: BlueprintDocument, target: KernelTarget) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "target"),
-    [
-        (entry.name, target)
-        for entry in CATALOGUE
-        for target in (LINEAR, CONV)
-        if target.layer.kind in entry.hosts
-    ],
-    ids=lambda value: value if isinstance(value, str) else value.layer.kind,
-)
-def test_the_catalogue_compiles(name: str, target: KernelTarget) -> None:
-    document = builtin(name, {})
+PLACES = {kind: spot.target for kind, spot in a_place_of_each_kind().items()}
+PLACES |= {"fed Linear": LINEAR, "fed Conv2d": CONV, "fed Conv1d": SEQUENCE}
+
+
+def fitting() -> list[tuple[str, str]]:
+    """Every blueprint with each place where it has a meaning."""
+    pairs = []
+    for entry in CATALOGUE:
+        for place_name, target in PLACES.items():
+            with contextlib.suppress(BlueprintError):
+                lower(entry.document, target)
+                pairs.append((entry.name, place_name))
+    return pairs
+
+
+def test_every_blueprint_has_a_place_on_every_kind_that_it_names() -> None:
+    found = {(name, PLACES[spot].layer.kind) for name, spot in fitting()}
+    assert found == {(entry.name, kind) for entry in CATALOGUE for kind in entry.hosts}
+
+
+@pytest.mark.parametrize(("name", "spot"), fitting())
+def test_the_catalogue_compiles(name: str, spot: str) -> None:
+    document, target = builtin(name, {}), PLACES[spot]
     compiled = compile_kernel(document, target)
     metadata, figures = compiled.metadata, compiled.metadata.figures
     template = unpack(compiled.data, metadata.artifact_digest)

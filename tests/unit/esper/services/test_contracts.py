@@ -51,7 +51,7 @@ def test_a_blueprint_is_outlined() -> None:
         "name": "low-rank",
         "description": DOCUMENT.description,
         "digest": DOCUMENT.digest,
-        "hosts": ["Linear", "Conv2d"],
+        "hosts": ["Linear", "Conv1d", "Conv2d", "Embedding"],
         "state": "proposed",
     }
     assert SimpleBlueprintContract.model_validate(outline.to_wire()) == outline

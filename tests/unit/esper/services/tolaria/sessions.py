@@ -16,8 +16,8 @@ from esper.contracts.blueprints import (
     builtin,
     kernel_id,
     lower,
-    reads_producer,
 )
+from esper.contracts.ir import source_of
 from esper.contracts.manifests import validate_resource
 from esper.contracts.resources import TrainingSession
 from esper.core import MorphableModel, wrap
@@ -118,5 +118,5 @@ class BuiltHere:
             module=build(graph, target, generator_seed=slot),
             kernel=kernel_id(document.digest, target),
             graph=graph,
-            reads_producer=reads_producer(graph),
+            source=source_of(graph),
         )

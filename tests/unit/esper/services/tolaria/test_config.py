@@ -41,6 +41,7 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
         return st.dictionaries(text, json_values, max_size=3)
     simple = {
         str: text,
+        bool: st.booleans(),
         int: st.integers(),
         float: st.floats(allow_nan=False),
         type(None): st.none(),

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -55,6 +59,35 @@ def test_trials_are_part_of_the_total_and_stand_apart() -> None:
         with meter.counting("work", trial=trial):
             layer(torch.randn(1, 2))
     assert (meter.total, meter.trials) == (24, 16)
+
+
+def test_what_is_known_goes_on_in_another_meter() -> None:
+    first, second = FlopMeter(), FlopMeter()
+    with first.counting("a", (1, 2), None):
+        nn.Linear(2, 2)(torch.randn(1, 2))
+    second.known = json.loads(json.dumps(first.known))
+    with second.counting("a", (1, 2), None):
+        pass
+    assert second.total == first.total == 8
+    with second.counting("a", (1, 3), None):
+        pass
+    assert second.total == 8
+
+
+def test_only_what_is_counted_anew_runs_eager() -> None:
+    entered: list[str] = []
+
+    @contextmanager
+    def eager() -> Iterator[None]:
+        entered.append("eager")
+        yield
+
+    meter = FlopMeter(eager)
+    for key in ("a", "a", "b", "a"):
+        with meter.counting(key):
+            nn.Linear(2, 2)(torch.randn(1, 2))
+    assert meter.total == 4 * 8
+    assert len(entered) == 2
 
 
 def test_work_that_fails_is_neither_counted_nor_remembered() -> None:

@@ -30,6 +30,7 @@ class Grown:
     engine: Engine
     kernels: BuiltHere
     told: list[SeedTransition] = field(default_factory=list)
+    heard: list[tuple[str, str]] = field(default_factory=list)
 
     def decide(
         self,
@@ -85,9 +86,16 @@ def grown(
     found = engine(settings)
     kernels = BuiltHere(refusal)
     told: list[SeedTransition] = []
-    return Grown(
-        Growth(settings, found, documents(*names), kernels, told.append), found, kernels, told
+    heard: list[tuple[str, str]] = []
+    growth_of = Growth(
+        settings,
+        found,
+        documents(*names),
+        kernels,
+        told.append,
+        lambda reason, message: heard.append((reason, message)),
     )
+    return Grown(growth_of, found, kernels, told, heard)
 
 
 # -- what the controller sees -------------------------------------------------------------------
@@ -202,6 +210,8 @@ def test_a_kernel_that_fails_for_good_is_a_trial_that_failed() -> None:
     assert case.decide(DecisionAction.GERMINATE) == (False, "failed: does not compile")
     (record,) = case.growth.book.records.values()
     assert (record.state, record.opens_epoch) == (S.CULLED, 6)
+    assert record.reason == "does not compile"
+    assert case.heard == [("KernelFailed", "hidden.1[0]: does not compile")]
     (trial,) = case.growth.book.trials
     assert (trial.state, trial.ended_epoch) == (S.CULLED, 1)
     assert case.twin(record) is SeedLifecycleState.DORMANT
@@ -211,12 +221,85 @@ def test_a_kernel_that_fails_for_good_is_a_trial_that_failed() -> None:
     assert case.germinate(epoch=6).cycle == 1
 
 
-def test_a_service_that_does_not_answer_leaves_everything_as_it_was() -> None:
+def test_a_service_that_does_not_answer_leaves_the_slot_as_it_was_and_says_why() -> None:
     case = grown(refusal=HubUnavailable("no answer"))
     assert case.decide(DecisionAction.GERMINATE) == (False, "put off: no answer")
-    assert (case.growth.book.records, case.growth.book.trials, case.told) == ({}, [], [])
+    (record,) = case.growth.book.records.values()
+    assert (record.state, record.reason) == (S.DORMANT, "no answer")
+    assert case.twin(record) is SeedLifecycleState.DORMANT
+    assert (case.growth.book.trials, case.told) == ([], [])
+    assert case.heard == [("KernelPutOff", "hidden.1[0]: no answer")]
     case.kernels.refusal = None
-    case.germinate()
+    assert case.germinate().reason == "because"
+
+
+# -- faults -------------------------------------------------------------------------------------
+
+
+def test_three_boundaries_with_an_output_that_is_not_finite_cull_the_seed() -> None:
+    case = grown()
+    record = case.trained("hidden.1", 0)
+    for epoch in (1, 2):
+        case.growth.watch({"hidden.1": 0.5}, {record.site: False}, epoch)
+        assert record.state is S.TRAINING
+    case.growth.watch({"hidden.1": 0.5}, {record.site: False}, 3)
+    assert record.state is S.CULLED
+    assert record.reason == "3 faults in a row, the last: its output is not finite"
+    assert [reason for reason, _ in case.heard] == ["SeedFault"] * 3 + ["CircuitOpened"]
+    assert case.told[-1].current is S.CULLED
+
+
+def test_faults_that_are_not_in_a_row_cull_nothing() -> None:
+    case = grown()
+    record = case.trained("hidden.1", 0)
+    for epoch, finite in enumerate((False, False, True, False, False, True), start=1):
+        case.growth.watch({}, {record.site: finite}, epoch)
+    assert record.state is S.TRAINING
+    assert record.faults == 4
+
+
+def test_a_seed_that_raises_is_answered_by_its_host_and_culled_at_the_boundary() -> None:
+    case = grown()
+    record = case.grafting("hidden.1", 0)
+    model, x = case.engine.model, torch.randn(3, 6)
+    with model.morphology.without(*record.site):
+        without_seed = model(x)
+    case.engine.model.morphology.seed_module(*record.site).forward = refuse
+    for _ in range(3):
+        assert torch.equal(model(x), without_seed)
+    case.growth.watch({}, {record.site: True}, 2)
+    assert record.state is S.CULLED
+    assert "3 faults in a row, the last: MemoryError: no room" in record.reason
+
+
+def test_a_new_seed_in_a_slot_is_not_blamed_for_an_earlier_one() -> None:
+    case = grown()
+    record = case.trained("hidden.1", 0)
+    for epoch in (1, 2, 3):
+        case.growth.watch({}, {record.site: False}, epoch)
+    case.growth.reopen(record.opens_epoch)
+    case.heard.clear()
+    again = case.trained("hidden.1", 0, epoch=record.opens_epoch)
+    case.growth.watch({}, {again.site: True}, record.opens_epoch)
+    assert case.heard == []
+
+
+def test_what_the_probes_saw_is_kept_in_the_layout() -> None:
+    case = grown()
+    record = case.trained("hidden.1", 0)
+    twin = case.engine.model.morphology.record(*record.site)
+    case.growth.grow_older(2)
+    case.growth.watch({"hidden.1": 0.5}, {}, 2)
+    assert (twin.age, twin.health) == (2, 0.5)
+    case.growth.watch({"hidden.1": 1.0}, {}, 3)
+    assert twin.health == pytest.approx(0.7 * 0.5 + 0.3)
+    case.growth.judge_trials(3)
+    assert record.measurement is not None
+    assert twin.contribution == pytest.approx(record.measurement.mean)
+
+
+def refuse(_: torch.Tensor) -> torch.Tensor:
+    raise MemoryError("no room")
 
 
 # -- shadow trials ------------------------------------------------------------------------------
