@@ -21,8 +21,9 @@ class HealthSignal(Contract):
 
     `gradient_norm` is the L2 norm of the layer's parameter gradients, `gradient_variance` the
     variance of their entries, `gradient_to_weight_ratio` that norm over the parameters' norm;
-    `activation_rank` the effective rank of the layer's output over its width, `dead_fraction` the
-    share of output units that never rise above zero on the probe batch.
+    `activation_rank` the effective rank of the layer's output over its width (the participation
+    ratio of its covariance's spectrum, estimated from few rows), `dead_fraction` the share of
+    probed output units that never rise above zero on the rows sampled.
     """
 
     session: str

@@ -121,10 +121,11 @@ def writable(tensor: Tensor) -> bool:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model is in eval mode; each module gets its own mode back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
+    # Written past nn.Module's __setattr__, which a probe of a small model would feel.
+    learning = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in learning:
+            module.__dict__["training"] = True

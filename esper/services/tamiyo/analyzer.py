@@ -27,7 +27,7 @@ __all__ = ["GraphTopology", "LayerNode", "ModelGraphAnalyzer"]
 
 LOW_HEALTH = 0.4
 """Below it a layer is critical, as `SystemHealth` has it."""
-LOW_RANK = 0.25
+LOW_RANK = 0.1
 """Share of its width that a layer's output spans, below which its width is wasted."""
 MANY_DEAD = 0.5
 """Share of output units that never rise above zero."""

@@ -84,7 +84,7 @@ def test_a_layer_without_a_signal_keeps_its_health_and_says_so(build):
         ({}, None),
         ({"gradient_to_weight_ratio": 1e-7}, "has a vanishing gradient (1.0e-07 of its weights)"),
         ({"gradient_to_weight_ratio": 12.5}, "has an exploding gradient (12.5 times its weights)"),
-        ({"activation_rank": 0.12}, "uses 12% of its rank"),
+        ({"activation_rank": 0.06}, "uses 6% of its rank"),
         ({"dead_fraction": 0.62}, "has 62% of its units dead"),
         (
             {"activation_rank": math.nan},
@@ -95,8 +95,8 @@ def test_a_layer_without_a_signal_keeps_its_health_and_says_so(build):
             "sent measurements that are not finite; has a health of 0.00",
         ),
         (
-            {"activation_rank": 0.1, "dead_fraction": 0.9},
-            "uses 10% of its rank; has 90% of its units dead; has a health of 0.40",
+            {"activation_rank": 0.09, "dead_fraction": 0.9},
+            "uses 9% of its rank; has 90% of its units dead; has a health of 0.39",
         ),
     ],
 )
@@ -162,14 +162,14 @@ def test_a_second_packet_of_an_epoch_moves_no_average_whatever_it_says(build):
     second = first.model_copy(
         update={
             "sequence": 2,
-            "signals": (build.signal(activation_rank=0.1), build.signal("fc2")),
+            "signals": (build.signal(activation_rank=0.09), build.signal("fc2")),
             "validation_loss": 1.0,
         }
     )
     before, after = engine.analyze(first), engine.analyze(second)
     assert after.topology == before.topology
     assert (after.loss_trend, after.health) == (before.loss_trend, before.health)
-    assert problems(after)["fc1"] == "uses 10% of its rank"
+    assert problems(after)["fc1"] == "uses 9% of its rank"
 
 
 def test_a_first_packet_without_a_finite_loss_leaves_no_trend_for_its_epoch(build):

@@ -75,12 +75,12 @@ def test_within_a_layer_the_smaller_comes_first_and_equals_go_by_name(build):
 def test_a_trial_says_its_number_its_price_and_what_ails_the_layer(build):
     packet = build.surveying(
         candidates=(build.candidate("fc1"),),
-        signals=(build.signal("fc1", activation_rank=0.12),),
+        signals=(build.signal("fc1", activation_rank=0.06),),
         trials=tried(build, *mlps("fc2", "fc3")),
     )
     assert decided(packet).reason == (
         "Trial 3 of this survey: bottleneck-mlp at fc1 for 2000 of the 5000 parameters left"
-        " (fc1 uses 12% of its rank)."
+        " (fc1 uses 6% of its rank)."
     )
 
 
