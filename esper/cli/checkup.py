@@ -16,11 +16,11 @@ from urllib.parse import quote, urlsplit
 from esper.configs import EsperConfig
 
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "runtime": ("torch", "safetensors", "numpy"),
+    "runtime": ("torch", "safetensors", "numpy", "httpx"),
     "hub": ("sqlalchemy", "aiosqlite"),
     "report": ("matplotlib",),
     "zoo": ("mnist1d", "sklearn"),
-    "bench": ("rliable",),
+    "bench": ("rliable", "peft", "cachetools"),
 }
 """What each extra brings, by module name."""
 

@@ -104,7 +104,7 @@ def run_file(
     config: EsperConfig,
 ) -> int:
     """`esper run FILE`: everything is checked before anything is written."""
-    _refuse_other_bus(config)
+    _refuse_other_services(config)
     manifest = load_manifest(path)
     directory = output_dir or Path("runs") / manifest.session.metadata.name
     refuse_unusable(directory, overwrite=overwrite)
@@ -120,7 +120,7 @@ def resume(
     directory: Path, *, json_output: bool, live: bool, quiet: bool, config: EsperConfig
 ) -> int:
     """`esper run --resume D`: on from the newest checkpoint, or from the start without one."""
-    _refuse_other_bus(config)
+    _refuse_other_services(config)
     run = RunDirectory.open(directory)
     try:
         manifest = parse_manifest(run.manifest, str(directory / "manifest.yaml"))
@@ -467,10 +467,11 @@ def _refuse_unserved(manifest: Manifest) -> None:
         )
 
 
-def _refuse_other_bus(config: EsperConfig) -> None:
-    """An embedded run has its bus in itself; a setting that it would pass over is refused."""
-    if config.redis.url is not None:
-        raise ConfigError("redis.url", "a URL", "null: this version runs in one process")
+def _refuse_other_services(config: EsperConfig) -> None:
+    """An embedded run has bus and hub in itself; a setting that it would pass over is refused."""
+    for name, url in (("redis.url", config.redis.url), ("hub.url", config.hub.url)):
+        if url is not None:
+            raise ConfigError(name, "a URL", "null: this version runs in one process")
 
 
 def _own_manifest(prepared: Prepared) -> str:

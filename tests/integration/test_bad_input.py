@@ -212,16 +212,16 @@ MANIFESTS = {
         ("spec.graph.nodes[1].input", "'y', which closes a cycle", "an earlier id (x)"),
     ),
     "unknown op": (
-        offering(graph(X, {"op": "attention", "id": "y", "input": "x"})),
-        ("spec.graph.nodes[1].op", "attention", "linear"),
+        offering(graph(X, {"op": "softsign", "id": "y", "input": "x"})),
+        ("spec.graph.nodes[1].op", "softsign", "linear"),
     ),
     "unknown built-in": (
-        offering(blueprint(builtin="attention")),
-        ("spec.builtin", "attention", "bottleneck-mlp"),
+        offering(blueprint(builtin="transformer")),
+        ("spec.builtin", "transformer", "bottleneck-mlp"),
     ),
     "unknown argument of a built-in": (
         offering(blueprint(builtin="widen", arguments={"rank": 3})),
-        ("spec.arguments.rank", "rank", "units for widen"),
+        ("spec.arguments.rank", "rank", "units, initialisation for widen"),
     ),
     "shapes that don't fit": (
         offering(graph(X, {"op": "linear", "id": "y", "input": "x", "features": 7})),
@@ -237,13 +237,13 @@ MANIFESTS = {
                 {"op": "linear", "id": "y", "input": "c", "features": "out"},
             )
         ),
-        ("spec.graph.nodes[3].inputs", "shapes [(4,), (5,)]", "one shape for all"),
+        ("spec.graph.nodes[3].inputs", "shapes [(4,), (5,)]", "one shape and layout for all"),
     ),
     "an op of another kind of layer": (
         offering(
             graph(X, {"op": "conv2d", "id": "y", "input": "x", "channels": "out", "kernelSize": 3})
         ),
-        ("spec.graph.nodes[1].op", "conv2d on a Linear host", "Conv2d hosts"),
+        ("spec.graph.nodes[1].op", "conv2d on a Linear host", "Conv2d, BatchNorm2d hosts"),
     ),
     "hosts of which the model has none": (
         offering(
@@ -485,6 +485,15 @@ def test_a_resumed_run_stays_where_it_is(place, capsys):
     directory = occupied_by_a_run(place)
     said = ("--output-dir", "E", "only --resume D alone")
     refused(capsys, place, ["run", "--resume", directory, "--output-dir", "E"], said)
+
+
+@pytest.mark.parametrize(
+    ("setting", "url"), [("redis.url", "redis://localhost"), ("hub.url", "http://localhost:8080")]
+)
+def test_a_service_elsewhere_that_the_run_would_pass_over_is_refused(place, capsys, setting, url):
+    path = write_session(place, SESSION)
+    argv = ("run", path, "--output-dir", "D", "--set", f"{setting}={url}")
+    refused(capsys, place, argv, (setting, "a URL", "one process"))
 
 
 def test_two_processes_never_run_in_one_directory(place, server, capsys):

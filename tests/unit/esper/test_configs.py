@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from esper.cli.main import main
 from esper.configs import MAXIMUM_FILE_BYTES, NAMES, EsperConfig, parse_assignments
 from esper.errors import ConfigError, OutputError
 
@@ -13,6 +14,17 @@ DEFAULTS = {
     "database.pool_size": 5,
     "database.pool_timeout_seconds": 30.0,
     "database.pre_ping": True,
+    "hub.url": None,
+    "hub.token": None,
+    "hub.connect_timeout_seconds": 5.0,
+    "hub.read_timeout_seconds": 15.0,
+    "hub.timeout_seconds": 300.0,
+    "hub.attempts": 4,
+    "hub.backoff_seconds": 0.25,
+    "hub.max_backoff_seconds": 10.0,
+    "hub.breaker_failures": 5,
+    "hub.breaker_reset_seconds": 30.0,
+    "hub.max_artifact_bytes": 512 * 2**20,
     "redis.url": None,
     "storage.folder": "{run}/hub/artifacts",
     "component.kernel_cache_bytes": 512 * 2**20,
@@ -91,6 +103,14 @@ def test_null_can_be_typed(text):
         ({}, {"ESPER_DATABASE__URL": ""}, "", ["database.url", "None", "sqlite+aiosqlite:///"]),
         ({}, {"ESPER_DATABASE__PRE_PING": "maybe"}, "", ["maybe", "true or false"]),
         ({}, {"ESPER_REDIS__URL": "http://h"}, "", ["redis.url", "redis://"]),
+        ({}, {"ESPER_HUB__URL": "hub.example"}, "", ["hub.url", "http:// or https://"]),
+        ({}, {"ESPER_HUB__URL": "ftp://hub.example"}, "", ["hub.url", "http:// or https://"]),
+        ({}, {"ESPER_HUB__URL": "http://"}, "", ["hub.url", "http:// or https://"]),
+        ({}, {"ESPER_HUB__URL": "http://hub?a=b"}, "", ["hub.url", "without user or query"]),
+        ({}, {"ESPER_HUB__URL": "http://me@hub"}, "", ["hub.url", "without user or query"]),
+        ({}, {}, "hub: {attempts: 0}", ["hub.attempts", "1 to 20"]),
+        ({}, {}, "hub: {timeout_seconds: 0}", ["hub.timeout_seconds", "up to 3600"]),
+        ({}, {}, "hub: {breaker_failures: true}", ["hub.breaker_failures", "True"]),
         ({}, {}, "databases: {}", ["file esper.yaml", "databases"]),
         ({}, {}, "database: {size: 1}", ["file esper.yaml", "database.size"]),
         ({}, {}, "database: 3", ["database (file esper.yaml)", "3", "mapping"]),
@@ -115,6 +135,35 @@ def test_bad_settings_name_the_setting_its_origin_and_what_is_allowed(
     assert caught.value.exit_code == 2
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize("token", ["with space", "new\nline", "pässword", "a\x00b"])
+def test_a_token_that_no_header_carries_is_refused_unseen(token):
+    with pytest.raises(ConfigError) as caught:
+        load({}, {"ESPER_HUB__TOKEN": token})
+    shown = f"{caught.value} {caught.value!r} {caught.value.came} {caught.value.__cause__}"
+    assert "hub.token (environment ESPER_HUB__TOKEN)" in shown
+    assert token not in shown
+
+
+def test_a_token_is_used_and_never_shown():
+    config = load({"hub.token": "sesame", "hub.url": "https://hub.example/base"})
+    assert config.hub.token.get_secret_value() == "sesame"
+    settings = {setting.name: setting for setting in config.settings()}
+    assert settings["hub.token"].value == "(not shown)"
+    assert settings["hub.token"].origin == "command line --set hub.token"
+    shown = f"{config!r} {config} {config.model_dump()} {config.model_dump_json()} {settings}"
+    assert "sesame" not in shown
+    assert load({"hub.token": ""}).hub.token is None
+
+
+def test_doctor_does_not_show_the_token(capsys):
+    arguments = ["doctor", "--set", "hub.token=sesame"]
+    for form in (arguments, [*arguments, "--json"]):
+        assert main(form) == 0
+        shown = capsys.readouterr()
+        assert "sesame" not in shown.out + shown.err
+        assert "(not shown)" in shown.out
 
 
 def test_broken_bytes_are_no_yaml(empty_directory):

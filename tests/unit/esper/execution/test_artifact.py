@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import struct
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from esper.contracts.base import canonical_json
-from esper.contracts.blueprints import KernelTarget, builtin, infer, kernel_id, lower
+from esper.contracts.blueprints import (
+    CATALOGUE,
+    BlueprintDocument,
+    KernelTarget,
+    builtin,
+    infer,
+    kernel_id,
+    lower,
+)
+from esper.contracts.ir import ActivationOp
 from esper.contracts.kernels import KernelManifest
 from esper.errors import KernelError
 from esper.execution import artifact
-from esper.execution.artifact import artifact_digest, pack, unpack
-from tests.unit.esper.kernel_targets import conv_pair, linear_place
+from esper.execution.artifact import artifact_digest, check_target, pack, unpack
+from esper.execution.builders import parameter_shapes
+from tests.unit.esper.kernel_targets import conv_pair, linear_pair, linear_place, place
 
 LINEAR = linear_place(40, 16).target
 
@@ -68,8 +81,12 @@ def test_what_was_packed_comes_back(name: str, target: KernelTarget) -> None:
     template = unpack(data, artifact_digest(data))
     assert (template.graph, template.target, template.manifest) == (graph, target, manifest)
     assert template.digest == artifact_digest(data)
-    assert template.nbytes == len(data)
     assert not template.tensors
+    parameters = dict(template.skeleton.named_parameters())
+    assert {name: tuple(p.shape) for name, p in parameters.items()} == parameter_shapes(
+        graph, target
+    )
+    assert all(parameter.is_meta for parameter in parameters.values())
 
 
 def test_an_artifact_is_a_safetensors_file() -> None:
@@ -101,7 +118,8 @@ def test_fixed_weights_come_back_and_count() -> None:
     data = packed(op_up__weight=weight)
     template = unpack(data, artifact_digest(data))
     assert torch.equal(template.tensors["op_up.weight"], weight)
-    assert template.nbytes == len(data) + weight.nbytes
+    bare = packed()
+    assert template.nbytes == unpack(bare, artifact_digest(bare)).nbytes + weight.nbytes
 
 
 @pytest.mark.parametrize(
@@ -121,6 +139,92 @@ def test_foreign_tensors_are_refused_on_the_way_in_too() -> None:
     metadata = header_of(packed())["__metadata__"]
     data = safetensors.torch.save({"op_up.other": torch.ones(1)}, metadata)
     assert "got tensor 'op_up.other'" in refusal(data)
+
+
+def chain(length: int, *, wide: bool) -> BlueprintDocument:
+    """So many nodes in a row; wide ones add their input to itself sixteen times."""
+    nodes: list[dict[str, object]] = [{"op": "input", "id": "n0"}]
+    for index in range(length):
+        node: dict[str, object] = {"id": f"n{index + 1}"}
+        if wide:
+            node |= {"op": "add", "inputs": [f"n{index}"] * 16}
+        else:
+            node |= {"op": "linear", "input": f"n{index}", "features": 8}
+        nodes.append(node)
+    graph = {"nodes": nodes, "output": f"n{length}"}
+    return BlueprintDocument.model_validate({"name": "chain", "hosts": ["Linear"], "graph": graph})
+
+
+SQUARE = linear_place(8, 8).target
+POSITIONS = place(nn.Linear(24, 10), (5, 40), producer=nn.Linear(40, 24)).target
+
+
+@pytest.mark.parametrize(
+    ("document", "target"),
+    [
+        (builtin(entry.name, {}), target)
+        for entry in CATALOGUE
+        for target in (POSITIONS, conv_pair().target)
+        if target.layer.kind in entry.hosts
+    ]
+    + [(chain(length, wide=wide), SQUARE) for length in (1, 20) for wide in (False, True)],
+    ids=lambda value: value.name if isinstance(value, BlueprintDocument) else value.layer.kind,
+)
+def test_a_template_takes_no_more_memory_than_it_says(
+    document: BlueprintDocument, target: KernelTarget
+) -> None:
+    graph = lower(document, target)
+    identity = kernel_id(document.digest, target)
+    cost = infer(graph, target)
+    manifest = KernelManifest.describing(identity, document.digest, graph, target, cost)
+    data = pack(graph, target, manifest)
+    digest = artifact_digest(data)
+    unpack(data, digest)  # what the first one leaves in caches is not the template's
+    gc.collect()
+    tracemalloc.start()
+    template = unpack(data, digest)
+    gc.collect()
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken <= template.nbytes <= 4 * taken
+
+
+TARGETS = {
+    "layer": {"layer": LINEAR.layer.model_copy(update={"bias": False})},
+    "inputShape": {"input_shape": (3, 40)},
+    "outputShape": {"output_shape": (3, 16)},
+    "dtype": {"dtype": "float64"},
+    "device": {"device": "cuda:1"},
+}
+
+
+@pytest.mark.parametrize("field", TARGETS)
+def test_a_kernel_for_another_layer_is_refused_by_field(field: str) -> None:
+    data = packed()
+    template = unpack(data, artifact_digest(data))
+    check_target(template, LINEAR)
+    with pytest.raises(KernelError, match=f"kernel {template.manifest.kernel}: {field}: got ") as e:
+        check_target(template, LINEAR.model_copy(update=TARGETS[field]))
+    assert "the host layer's" in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_the_producer_counts_for_a_kernel_that_reads_its_input() -> None:
+    fed = linear_pair(ActivationOp(kind="relu")).target
+    renamed = fed.producer.model_copy(update={"name": "elsewhere"})
+    other = fed.producer.model_copy(update={"chain": ()})
+    for name, reads in (("widen", True), ("bottleneck-mlp", False)):
+        data = packed(name, fed)
+        template = unpack(data, artifact_digest(data))
+        check_target(template, fed.model_copy(update={"producer": renamed}))
+        if reads:
+            with pytest.raises(KernelError, match="producer: got "):
+                check_target(template, fed.model_copy(update={"producer": other}))
+            with pytest.raises(KernelError, match=r"producer: got .* allowed: None"):
+                check_target(template, fed.model_copy(update={"producer": None}))
+        else:
+            check_target(template, fed.model_copy(update={"producer": other}))
+            check_target(template, fed.model_copy(update={"producer": None}))
 
 
 def test_other_bytes_are_another_kernel() -> None:
@@ -201,7 +305,7 @@ def test_a_header_that_nests_without_end_is_refused() -> None:
 def test_sizes_are_capped_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     data = packed()
     monkeypatch.setattr(artifact, "MAX_ARTIFACT_BYTES", len(data))
-    assert unpack(data, artifact_digest(packed())).nbytes == len(data)
+    assert unpack(data, artifact_digest(packed())).digest == artifact_digest(data)
     monkeypatch.setattr(artifact, "MAX_ARTIFACT_BYTES", len(data) - 1)
     assert f"got {len(data)} bytes; allowed: at most {len(data) - 1}" in refusal(data)
     with pytest.raises(KernelError, match="allowed: at most"):

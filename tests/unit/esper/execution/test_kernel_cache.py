@@ -1,61 +1,17 @@
-"""The cache: verified once, fetched once, bounded in bytes; and the modules made from it."""
+"""The cache: verified once, fetched once, bounded in bytes."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+import gc
 
 import pytest
-import torch
 
 import esper.execution
-from esper.contracts.blueprints import builtin, infer, kernel_id, lower
-from esper.contracts.kernels import KernelManifest, KernelMetadata
+from esper.contracts.kernels import KernelMetadata
 from esper.errors import HubUnavailable, KernelError
-from esper.execution.artifact import artifact_digest, pack
-from esper.execution.kernel_cache import DEFAULT_MAX_BYTES, KernelCache, instantiate
-from tests.unit.esper.kernel_targets import linear_place
-
-TARGET = linear_place(6, 4).target
-
-
-class Shelf:
-    """Kernels in memory, behind the port that the hub satisfies."""
-
-    def __init__(self) -> None:
-        self.artifacts: dict[str, bytes] = {}
-        self.known: dict[str, KernelMetadata] = {}
-        self.asked: Counter[str] = Counter()
-        self.open = asyncio.Event()
-        self.open.set()
-
-    def stock(self, units: int, **tensors: torch.Tensor) -> str:
-        document = builtin("bottleneck-mlp", {"units": units})
-        graph = lower(document, TARGET)
-        identity = kernel_id(document.digest, TARGET)
-        manifest = KernelManifest.describing(
-            identity, document.digest, graph, TARGET, infer(graph, TARGET)
-        )
-        data = pack(graph, TARGET, manifest, {f"op_up.{name}": t for name, t in tensors.items()})
-        self.artifacts[identity] = data
-        self.known[identity] = KernelMetadata(
-            kernel=identity,
-            blueprint_digest=document.digest,
-            artifact_digest=artifact_digest(data),
-            artifact_bytes=len(data),
-        )
-        return identity
-
-    async def metadata(self, kernel_id: str) -> KernelMetadata:
-        self.asked[kernel_id] += 1
-        await self.open.wait()
-        if kernel_id not in self.known:
-            raise KernelError(f"kernel {kernel_id}: unknown")
-        return self.known[kernel_id]
-
-    async def artifact(self, kernel_id: str) -> bytes:
-        await asyncio.sleep(0)
-        return self.artifacts[kernel_id]
+from esper.execution.kernel_cache import DEFAULT_MAX_BYTES, KernelCache
+from tests.unit.esper.execution.kernel_shelf import Shelf, room_for, size
 
 
 def test_a_kernel_is_fetched_once_and_then_at_hand() -> None:
@@ -102,6 +58,29 @@ def test_one_that_gives_up_does_not_stop_the_others() -> None:
         assert (await patient).manifest.kernel == kernel
         assert impatient.cancelled()
         assert shelf.asked[kernel] == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_failure_that_nobody_waits_for_any_more_is_no_news() -> None:
+    async def scenario() -> None:
+        shelf = Shelf()
+        shelf.open.clear()
+        cache = KernelCache(shelf)
+        news: list[dict[str, object]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: news.append(context))
+        impatient = asyncio.create_task(cache.load(Shelf().stock(3)))
+        await asyncio.sleep(0)
+        impatient.cancel()
+        await asyncio.gather(impatient, return_exceptions=True)
+        shelf.open.set()
+        await asyncio.gather(*cache._tasks)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        del impatient
+        gc.collect()  # which is when a loop speaks up for an error that nobody took
+        assert cache.statistics().failures == 1
+        assert not news
 
     asyncio.run(scenario())
 
@@ -172,12 +151,12 @@ def test_a_kernel_larger_than_the_cache_is_not_fetched() -> None:
         kernel = shelf.stock(3)
         with pytest.raises(KernelError, match="allowed: at most 100, the kernel cache's size"):
             await KernelCache(shelf, max_bytes=100).load(kernel)
+        assert not shelf.fetched
+        with pytest.raises(KernelError, match=r"see component\.kernel_cache_bytes"):
+            await KernelCache(shelf, max_bytes=size(shelf, kernel) - 1).load(kernel)
+        assert (await KernelCache(shelf, max_bytes=size(shelf, kernel)).load(kernel)).nbytes
 
     asyncio.run(scenario())
-
-
-def room_for(shelf: Shelf, kernels: list[str]) -> int:
-    return sum(len(shelf.artifacts[kernel]) for kernel in kernels)
 
 
 def test_the_least_recently_used_goes_first() -> None:
@@ -203,7 +182,7 @@ def test_pinned_kernels_stay_until_the_last_pin_goes() -> None:
     async def scenario() -> None:
         shelf = Shelf()
         kernels = [shelf.stock(units) for units in (2, 3)]
-        cache = KernelCache(shelf, max_bytes=max(map(len, shelf.artifacts.values())))
+        cache = KernelCache(shelf, max_bytes=room_for(shelf, kernels[:1]))
         for _ in range(2):
             cache.pin(kernels[0])
         await cache.load(kernels[0])
@@ -223,48 +202,94 @@ def test_pinned_kernels_stay_until_the_last_pin_goes() -> None:
     asyncio.run(scenario())
 
 
-def test_taking_a_pin_off_makes_room() -> None:
+def test_what_pinned_kernels_leave_no_room_for_is_handed_over_and_not_kept() -> None:
     async def scenario() -> None:
         shelf = Shelf()
         kernels = [shelf.stock(units) for units in (2, 3)]
         cache = KernelCache(shelf, max_bytes=room_for(shelf, kernels[:1]))
         for kernel in kernels:
             cache.pin(kernel)
-            await cache.load(kernel)
-        assert cache.statistics().entries == 2
+            assert (await cache.load(kernel)).manifest.kernel == kernel
+        found = cache.statistics()
+        assert (found.entries, found.uncached, found.evictions) == (1, 1, 0)
+        assert found.num_bytes <= found.max_bytes
+        assert cache.get(kernels[1]) is None
         cache.unpin(kernels[0])
-        assert cache.statistics().entries == 1
-        assert cache.statistics().evictions == 1
+        await cache.load(kernels[1])
+        assert cache.get(kernels[1]) is not None
+        found = cache.statistics()
+        assert (found.entries, found.uncached, found.evictions) == (1, 1, 1)
 
     asyncio.run(scenario())
 
 
-def test_modules_of_one_template_are_their_own() -> None:
+def test_get_answers_at_once_and_keeps_what_it_is_asked_for() -> None:
     async def scenario() -> None:
         shelf = Shelf()
-        template = await KernelCache(shelf).load(shelf.stock(3))
-        first, again, other = (instantiate(template, seed) for seed in (1, 1, 2))
-        assert torch.equal(first.op_down.weight, again.op_down.weight)
-        assert not torch.equal(first.op_down.weight, other.op_down.weight)
-        with torch.no_grad():
-            first.op_down.weight.zero_()
-        assert again.op_down.weight.count_nonzero()
+        kernels = [shelf.stock(units) for units in (2, 3, 4)]
+        cache = KernelCache(shelf, max_bytes=room_for(shelf, kernels[:2]))
+        assert cache.get(kernels[0]) is None
+        first, other = [await cache.load(kernel) for kernel in kernels[:2]]
+        assert cache.get(kernels[0]) is first
+        await cache.load(kernels[2])
+        assert cache.get(kernels[0]) is first
+        assert cache.get(kernels[1]) is None
+        cache.pin(kernels[0])
+        assert cache.get(kernels[0]) is first
+        assert other.manifest.kernel == kernels[1]
+        assert (cache.statistics().hits, cache.statistics().misses) == (3, 3)
 
     asyncio.run(scenario())
 
 
-def test_fixed_weights_are_copied_into_each_module() -> None:
+def test_a_kernel_in_use_is_pinned_and_let_go_whatever_happens() -> None:
     async def scenario() -> None:
         shelf = Shelf()
-        weight = torch.randn(4, 3)
-        template = await KernelCache(shelf).load(shelf.stock(3, weight=weight))
-        first, other = (instantiate(template, seed) for seed in (1, 2))
-        assert torch.equal(first.op_up.weight, weight)
-        assert first.op_up.weight.requires_grad
-        with torch.no_grad():
-            first.op_up.weight.zero_()
-        assert torch.equal(other.op_up.weight, weight)
-        assert torch.equal(template.tensors["op_up.weight"], weight)
+        kernel = shelf.stock(3)
+        cache = KernelCache(shelf)
+        async with cache.using(kernel) as template:
+            assert template.manifest.kernel == kernel
+            assert cache.statistics().pinned == 1
+        assert cache.statistics().pinned == 0
+        missing = Shelf().stock(4)
+        with pytest.raises(KernelError):
+            async with cache.using(missing):
+                raise AssertionError("never entered")
+        with pytest.raises(ValueError, match="allowed: a pinned kernel"):
+            cache.unpin(missing)
+
+    asyncio.run(scenario())
+
+
+def test_what_was_fetched_and_what_failed_is_counted() -> None:
+    async def scenario() -> None:
+        shelf = Shelf()
+        kernel, missing = shelf.stock(3), Shelf().stock(4)
+        cache = KernelCache(shelf)
+        await cache.load(kernel)
+        with pytest.raises(KernelError):
+            await cache.load(missing)
+        found = cache.statistics()
+        assert (found.failures, found.misses, found.entries) == (1, 2, 1)
+        assert found.fetched_bytes == len(shelf.artifacts[kernel])
+        assert found.fetch_seconds > 0
+
+    asyncio.run(scenario())
+
+
+def test_a_prefetch_fills_the_cache_and_keeps_its_failures_to_itself() -> None:
+    async def scenario() -> None:
+        shelf = Shelf()
+        kernels = [shelf.stock(units) for units in (2, 3)]
+        cache = KernelCache(shelf)
+        cache.prefetch([kernels[0], Shelf().stock(9), kernels[1]])
+        assert (await cache.load(kernels[1])).manifest.kernel == kernels[1]
+        await asyncio.gather(*cache._tasks)
+        assert (cache.statistics().entries, cache.statistics().failures) == (2, 1)
+        cache.prefetch(kernels)
+        await asyncio.gather(*cache._tasks)
+        assert [shelf.asked[kernel] for kernel in kernels] == [1, 1]
+        assert (cache.statistics().failures, cache.statistics().hits) == (1, 0)
 
     asyncio.run(scenario())
 
