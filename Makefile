@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help
 help: ## List the commands
 	@grep -hE '^[a-z][a-zA-Z%-]*:.*## ' $(MAKEFILE_LIST) \
-		| awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
+		| awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
 
 .PHONY: setup
 setup: $(READY) ## Make .venv with everything pinned by hash (repeats only when the pins change)
@@ -57,7 +57,7 @@ test: setup ## Run every test; unit coverage of contracts, decisions and gates m
 	@$(BIN)/coverage report --include='esper/contracts/*' --fail-under=90
 	@$(BIN)/coverage report --include='esper/services/tamiyo/*' --fail-under=90
 	@$(BIN)/coverage report --include='esper/services/tolaria/gates.py' --fail-under=90
-	@$(PYTEST) tests/architecture tests/integration
+	@$(PYTEST) tests/architecture tests/integration tests/gpu
 
 .PHONY: verify
 verify: setup ## Check format, lint, types, layers, spelling, generated files and what is committed
@@ -87,6 +87,8 @@ lock: setup ## Write requirements.lock anew from pyproject.toml, with the newest
 
 .PHONY: bench-%
 bench-growth: ## Measure growth against static and random arms into benchmarks/results/growth.json
+bench-execution: ## Measure what sleeping, watched and grafted seeds cost, and the kernel cache
+bench-gpu: ## Measure the same on a GPU; without one it says so and measures nothing
 bench-%: setup
 	@$(BIN)/python -m benchmarks.$* $(ARGUMENTS)
 

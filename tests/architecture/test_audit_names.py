@@ -312,9 +312,7 @@ def test_from_blueprint_to_seed(model, document, images, tmp_path):
     name, layer = next(iter(model.morphology.layers.items()))
     assert isinstance(layer, named("esper.execution.kasmina_layer", "KasminaLayer"))
     before = model(images)
-    model.morphology.germinate(
-        name, 0, instantiate(template, 0), kernel=kernel.kernel
-    )
+    model.morphology.germinate(name, 0, instantiate(template, 0), kernel=kernel.kernel)
     assert torch.equal(model(images), before)
 
 

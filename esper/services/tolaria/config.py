@@ -90,6 +90,7 @@ class ControllerConfig:
     policy: ControllerPolicy
     minimum_confidence: float
     interval_epochs: int
+    probe_interval_steps: int
 
 
 @dataclass(frozen=True, kw_only=True)

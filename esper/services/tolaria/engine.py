@@ -29,7 +29,6 @@ from esper.execution.isolation import (
     writable,
 )
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.probes import Reading
 from esper.execution.state_layout import SeedLifecycleState
 from esper.execution.trials import shadow_gradients
 from esper.services.tolaria import optimization
@@ -81,8 +80,7 @@ class Engine:
         self.book = book
         self.meter = FlopMeter(partial(uncompiled, model))
         self.learning_rate_scale = 1.0
-        self.telemetry = Telemetry(model)
-        self.reading = Reading(layers={}, seeds={})
+        self.telemetry = Telemetry(model, config.growth.controller.probe_interval_steps)
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._stopping = stopping
         self._excluded: Site | None = None
@@ -165,8 +163,7 @@ class Engine:
             total += loss.detach().double() * len(targets)
             seen += len(targets)
             if number % every == 0 or number == len(pieces):
-                if number == len(pieces):
-                    self.telemetry.keep_gradients()
+                self.telemetry.count_step(last=number == len(pieces))
                 self._step(grafting, [record.site for record in learning])
         return float(total) / seen
 
@@ -213,15 +210,12 @@ class Engine:
     # -- measuring --------------------------------------------------------------------------
 
     def evaluate(self, dataset: Any, *, key: str, trial: bool = False) -> Quality:
-        """Mean loss and metric of the model as it stands, in eval mode, on a whole dataset.
-
-        The first batch of a "validation" leaves samples for `probe`.
-        """
+        """Mean loss and metric of the model, in eval mode; a "validation" leaves samples."""
         loss = metric = 0.0
         count = 0
         structure = self.structure_key()
         # Hooks inside compiled blocks would compile them anew.
-        asked = key == "validation" and not self.config.training.compile
+        asked = key == "validation" and self.telemetry.due and not self.config.training.compile
         with evaluating(self.model), torch.no_grad():
             for batch in ordered_batches(dataset, EVALUATION_BATCH):
                 inputs, targets = self._moved(batch)
@@ -265,10 +259,15 @@ class Engine:
         return [float(value) for value in nats.tolist()]
 
     def probe(self, epoch: int) -> tuple[HealthSignal, ...]:
-        """Health signals of every host layer, from the last validation and the last gradients.
+        """Health signals of every host layer, from a validation and the gradients before it.
 
-        What the probe read, also of the active seeds, stays in `reading`.
+        Where no probe is due they are the last ones again; see `Telemetry`.
         """
+        if self.telemetry.due:
+            self._read()
+        return health_signals(self.config.session, epoch, self.telemetry.reading)
+
+    def _read(self) -> None:
         if not self.telemetry.sampled:
             indices = torch.arange(min(EVALUATION_BATCH, len(self.datasets.validation)))
             inputs, _ = self._moved(gathered(self.datasets.validation, indices))
@@ -282,8 +281,7 @@ class Engine:
                 self._forward(inputs)
         seeds = tuple((record.site, record.kernel) for record in self.book.in_state(*ACTIVE))
         with self.meter.counting("probe", self.structure_key(), seeds, trial=True):
-            self.reading = self.telemetry.read()
-        return health_signals(self.config.session, epoch, self.reading)
+            self.telemetry.read()
 
     # -- snapshots --------------------------------------------------------------------------
 
@@ -313,6 +311,7 @@ class Engine:
                 "flopsTrials": self.meter.trials,
                 "flopsMonitoring": self.meter.monitoring,
                 "flopsKnown": dict(self.meter.known),
+                "telemetry": self.telemetry.to_state(),
             },
             randomness=RandomState.capture(),
         )
@@ -323,7 +322,7 @@ class Engine:
         `keep_flops` leaves the meter alone: work undone was work all the same.
         """
         self._restore_model(snapshot)
-        self.telemetry.forget_samples()
+        self.telemetry.restore(snapshot.state["telemetry"])
         self._host_groups = [list(group) for group in snapshot.state["hostGroups"]]
         self.host_optimizer = self._make_optimizer(self._parameters_named(self._host_groups[0]))
         for group in self._host_groups[1:]:

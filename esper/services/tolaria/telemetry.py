@@ -1,9 +1,10 @@
-"""What a session's probes keep from an epoch until its boundary, and the signals made of it."""
+"""When a session's layers are probed, what is kept for it, and the signals made of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from esper.contracts.operational import HealthSignal
 from esper.core.model_wrapper import MorphableModel
@@ -11,12 +12,27 @@ from esper.execution import probes
 
 
 class Telemetry:
-    """Collects an epoch's samples and gradients; both stay on the device until they are read."""
+    """When a session's layers are probed, and what was read.
 
-    def __init__(self, model: MorphableModel) -> None:
+    Every boundary is, while a seed is on trial; else one at most every `interval_steps` optimiser
+    steps, so that the probes of a dormant model cost next to nothing however short its epochs
+    are. Between two probes `reading` is the last one. An epoch's samples and gradients stay on
+    the device until they are read.
+    """
+
+    def __init__(self, model: MorphableModel, interval_steps: int) -> None:
+        self.reading = probes.Reading(layers={}, seeds={})
         self._model = model
+        self._interval_steps = interval_steps
+        self._steps = 0
         self._samples: probes.Samples | None = None
         self._gradients: probes.GradientSums | None = None
+
+    @property
+    def due(self) -> bool:
+        """Whether the next boundary is probed."""
+        active = self._model.morphology.active > 0
+        return active or self._steps >= self._interval_steps or not self.reading.layers
 
     @property
     def sampled(self) -> bool:
@@ -32,18 +48,28 @@ class Telemetry:
         with probes.sampling(self._model.morphology.layers) as self._samples:
             yield
 
-    def keep_gradients(self) -> None:
-        """Take over the gradients of the backward pass just done."""
-        self._gradients = probes.gradient_sums(self._model.morphology.layers)
+    def count_step(self, *, last: bool) -> None:
+        """An optimiser step is about to be taken; the `last` of an epoch has its gradients kept."""
+        self._steps += 1
+        if last and self.due:
+            self._gradients = probes.gradient_sums(self._model.morphology.layers)
 
-    def forget_samples(self) -> None:
-        """The model is another now: what was sampled says nothing about it."""
-        self._samples = None
-
-    def read(self) -> probes.Reading:
-        """What the samples and the last gradients say; the samples are then gone."""
+    def read(self) -> None:
+        """Make `reading` of the samples, which are then gone, and the last gradients."""
         samples, self._samples = self._samples or probes.Samples(), None
-        return probes.read(self._model.morphology.layers, samples, self._gradients)
+        self.reading = probes.read(self._model.morphology.layers, samples, self._gradients)
+        self._steps = 0
+
+    def to_state(self) -> dict[str, Any]:
+        """JSON-ready, for a checkpoint; samples are not kept beyond their boundary."""
+        return {"steps": self._steps, "layers": self.reading.layers}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `to_state` gave."""
+        self._steps = state["steps"]
+        layers = {name: probes.LayerReading(*one) for name, one in state["layers"].items()}
+        self.reading = probes.Reading(layers=layers, seeds={})
+        self._samples = None
 
 
 def health_signals(session: str, epoch: int, reading: probes.Reading) -> tuple[HealthSignal, ...]:

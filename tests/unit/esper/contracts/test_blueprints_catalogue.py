@@ -16,7 +16,6 @@ from esper.contracts.blueprints import (
 from esper.errors import BlueprintError
 from tests.unit.esper.kernel_targets import conv_pair, linear_pair, linear_place
 
-
 ALL = ("Linear", "Conv1d", "Conv2d", "LayerNorm", "BatchNorm2d", "Embedding")
 
 

@@ -79,6 +79,7 @@ DEFAULTS = {
             "dedicated": False,
             "minimumConfidence": 0.8,
             "intervalEpochs": 1,
+            "probeIntervalSteps": 500,
         },
         "gates": {
             "confidenceLevel": 0.95,

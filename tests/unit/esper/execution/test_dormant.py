@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.execution_models import CASES, CLASSES, Case, flag_wrapped, twin
+from benchmarks.execution_timing import collecting_no_garbage
 from esper.core import unwrap, wrap
 from esper.core.model_wrapper import LayerSelection, MorphableModel
 from esper.execution.kasmina_layer import KASMINA_CLASSES
@@ -97,11 +98,12 @@ def python_calls(call: Callable[[], object]) -> Counter[tuple[str, str]]:
             calls[event, argument.__qualname__] += 1
 
     call()  # what torch sets up when first called is nobody's cost
-    sys.setprofile(note)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
+    with collecting_no_garbage():  # others' callbacks at a collection would be counted
+        sys.setprofile(note)
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
     return calls
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.execution_timing import collecting_no_garbage
 from esper.core import wrap
 from esper.errors import BadInput
 from esper.execution.kasmina_layer import KasminaConv2d, KasminaLayer, KasminaLinear
@@ -37,11 +38,13 @@ def python_calls(function) -> Counter:
         if event in {"call", "c_call"}:
             calls[event] += 1
 
-    sys.setprofile(note)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
+    # A collection of garbage makes calls of its own.
+    with collecting_no_garbage():
+        sys.setprofile(note)
+        try:
+            function()
+        finally:
+            sys.setprofile(None)
     return calls
 
 
