@@ -8,10 +8,15 @@ EsperError                  every error that Esper raises on purpose
 │   ├── BlueprintError      an IR graph that is malformed, too large or does not fit its host
 │   ├── ConfigError         a setting from the command line, the environment or esper.yaml
 │   ├── OutputError         an output directory that can't be used, or that is no run
-│   └── WrapError           a model or a layer that can't host seeds as asked
+│   ├── WrapError           a model or a layer that can't host seeds as asked
+│   ├── Unauthorized        a token that is missing, wrong, expired, or allows too little
+│   └── NotFound            what was asked for by its name is not in the hub
+│       ├── BlueprintNotFound   (a BlueprintError too)
+│       └── KernelNotFound      (a KernelError too)
 ├── WorkFailed              permanent · exit 1 · the run is kept
 │   ├── LossNotFinite       the loss stayed non-finite after every configured retry
 │   ├── KernelError         a kernel that failed to compile, or whose bytes do not match its digest
+│   ├── Conflict            the hub's state refuses it: in use, changed meanwhile, a lease lost
 │   └── StorageFull         the disk or the store has no room left
 ├── Unavailable             temporary · exit 1 · a later try may succeed
 │   ├── HubUnavailable      Urza does not answer
@@ -24,6 +29,7 @@ A message is one line: what it is about, what came, what is allowed, and which s
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import ClassVar
 
 
@@ -78,6 +84,18 @@ class WrapError(BadInput):
     """A model, or a layer named by the user, can't host seeds."""
 
 
+class Unauthorized(BadInput):
+    """A bearer token is missing, wrong, expired, or does not allow what was asked."""
+
+
+class NotFound(BadInput):
+    """What was asked for by its name is not there."""
+
+
+class BlueprintNotFound(BlueprintError, NotFound):
+    """No blueprint of that digest was put into the hub."""
+
+
 class WorkFailed(EsperError):
     """The work itself failed; what was reached so far is kept."""
 
@@ -88,6 +106,27 @@ class LossNotFinite(WorkFailed):
 
 class KernelError(WorkFailed):
     """A kernel can't be compiled, verified or built."""
+
+
+class KernelNotFound(KernelError, NotFound):
+    """No kernel of that id was requested from the hub."""
+
+
+class ConflictReason(StrEnum):
+    """Why the hub refuses; the word goes over the wire."""
+
+    IN_USE = "InUse"
+    STALE_VERSION = "StaleVersion"
+    LEASE_LOST = "LeaseLost"
+    REVOKED = "Revoked"
+
+
+class Conflict(WorkFailed):
+    """The hub's state refuses the request; asking again unchanged does not help."""
+
+    def __init__(self, reason: ConflictReason, message: str) -> None:
+        self.reason = reason
+        super().__init__(message)
 
 
 class StorageFull(WorkFailed):

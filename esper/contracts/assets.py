@@ -6,8 +6,9 @@ stored stands in `esper.services.urza.models`, what kubectl applies in `esper.co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Self
-from uuid import UUID, uuid4
+from uuid import UUID, uuid4, uuid5
 
 from pydantic import AwareDatetime, Field, StrictInt, model_validator
 
@@ -19,6 +20,21 @@ from esper.contracts.operational import Count, LayerName, Share
 from esper.contracts.validators import validate_seed_id
 
 SeedId = tuple[StrictInt, StrictInt]
+Namespace = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
+# It stands in stream names and in the patterns of Redis users, so it has no ":" and no "*".
+SessionUid = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,62}$")]
+DEFAULT_NAMESPACE = "default"
+
+_UNNAMED_UIDS = UUID("8f8a8c3e-6a5d-5c0e-9d0f-5b1c1f5e7a11")
+
+
+def session_uid(namespace: str, name: str) -> str:
+    """The uid of a session that no cluster gave one: the same for the same name."""
+    return str(uuid5(_UNNAMED_UIDS, f"{namespace}/{name}"))
+
+
+def _uid_of(fields: Mapping[str, object]) -> str:
+    return session_uid(str(fields["namespace"]), str(fields["name"]))
 
 
 class _Asset(Contract):
@@ -63,11 +79,15 @@ class Seed(_Asset):
 
 
 class Blueprint(_Asset):
-    """A blueprint in the hub. Its identity is its content: equal digests are one blueprint."""
+    """A blueprint in the hub. Its identity is its content: equal digests are one blueprint.
+
+    `error` says why it did not pass validation.
+    """
 
     document: BlueprintDocument
     digest: Digest
     state: BlueprintState = BlueprintState.PROPOSED
+    error: str | None = None
 
     @classmethod
     def proposed(cls, document: BlueprintDocument) -> Self:
@@ -85,7 +105,8 @@ class CompiledKernel(_Asset):
     """A blueprint compiled, or to be compiled, for one kind of host.
 
     `kernel` is its content address. `artifact_digest` is the SHA-256 of the artifact's bytes,
-    there once the state is characterized; `error` says why compilation failed.
+    there once the state is characterized; `error` says why compilation failed. An archived kernel
+    keeps either.
     """
 
     kernel: KernelId
@@ -99,6 +120,8 @@ class CompiledKernel(_Asset):
 
     @model_validator(mode="after")
     def _outcome_matches_state(self) -> Self:
+        if self.state is BlueprintState.ARCHIVED:
+            return self
         compiled = self.state is BlueprintState.CHARACTERIZED
         if compiled != (self.artifact_digest is not None and self.artifact_bytes is not None):
             raise ValueError(
@@ -116,11 +139,16 @@ class CompiledKernel(_Asset):
 class TrainingSession(_Asset):
     """A training session as the hub knows it.
 
+    `uid` tells apart sessions that bear one name in turn; on Kubernetes it is the resource's. A
+    session is live, and what it uses is kept, until the hub sets `ended_at`.
     `num_layers` host layers of `num_slots` seeds each bound the ids of `seeds`, which lists the
     seeds that have left dormancy at least once.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=253)]
+    namespace: Namespace = DEFAULT_NAMESPACE
+    uid: Annotated[SessionUid, Field(default_factory=_uid_of)]
+    ended_at: AwareDatetime | None = None
     outcome: SessionOutcome = SessionOutcome.RUNNING
     epoch: Count = 0
     epochs: Annotated[int, Field(ge=1)]

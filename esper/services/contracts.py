@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, Generic, Self, TypeVar
+
+from pydantic import AwareDatetime, Field
 
 from esper.contracts import assets
+from esper.contracts.assets import Namespace, SessionUid
 from esper.contracts.base import Contract
 from esper.contracts.blueprints import BlueprintDocument, KernelTarget
-from esper.contracts.enums import BlueprintState
+from esper.contracts.enums import BlueprintState, SessionOutcome
 from esper.contracts.ir import LayerKind
 from esper.contracts.kernels import Count, Digest, KernelFigures, KernelId, KernelMetadata
 from esper.errors import KernelError
 
 __all__ = [
+    "DEFAULT_PAGE_ITEMS",
+    "MAX_LEASE_SECONDS",
+    "MAX_PAGE_ITEMS",
+    "BlueprintClaim",
+    "BlueprintFilter",
+    "KernelClaim",
     "KernelFigures",
+    "KernelFilter",
     "KernelMetadata",
     "KernelRequest",
+    "Page",
+    "SessionCredentials",
+    "SessionFilter",
     "SimpleBlueprintContract",
     "SimpleCompiledKernelContract",
+    "Stored",
+    "SweepResult",
 ]
+
+MAX_PAGE_ITEMS = 500
+DEFAULT_PAGE_ITEMS = 100
+MAX_LEASE_SECONDS = 86_400.0
+
+Item = TypeVar("Item")
+LeaseToken = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Name = Annotated[str, Field(min_length=1, max_length=253)]
 
 
 class SimpleBlueprintContract(Contract):
@@ -92,3 +115,86 @@ class KernelRequest(Contract):
 
     blueprint: BlueprintDocument
     target: KernelTarget
+
+
+class KernelClaim(Contract):
+    """A worker may compile `kernel` until `expires_at`, and longer with each heartbeat.
+
+    `lease` is the worker's alone; it stands under each heartbeat and under the result.
+    """
+
+    kernel: KernelId
+    blueprint: BlueprintDocument
+    target: KernelTarget
+    lease: LeaseToken
+    expires_at: AwareDatetime
+
+
+class BlueprintClaim(Contract):
+    """A worker may validate a blueprint until `expires_at`, and longer with each heartbeat."""
+
+    digest: Digest
+    document: BlueprintDocument
+    lease: LeaseToken
+    expires_at: AwareDatetime
+
+
+class Stored(Contract, Generic[Item]):
+    """An asset as it stands in the hub; `version` grows by one with every change."""
+
+    item: Item
+    version: Annotated[int, Field(ge=1)]
+
+
+class Page(Contract, Generic[Item]):
+    """Some of a list, the oldest first; `next_cursor` asks for the rest, None at the end."""
+
+    items: tuple[Item, ...]
+    next_cursor: str | None = None
+
+
+class BlueprintFilter(Contract):
+    """Which blueprints to list; without `states` all but the archived ones."""
+
+    states: tuple[BlueprintState, ...] | None = None
+    name: Name | None = None
+    session: SessionUid | None = None
+
+
+class KernelFilter(Contract):
+    """Which kernels to list; `blueprint` is a digest, `name` the blueprint's name.
+
+    Without `states` all but the archived ones.
+    """
+
+    states: tuple[BlueprintState, ...] | None = None
+    name: Name | None = None
+    blueprint: Digest | None = None
+    session: SessionUid | None = None
+
+
+class SessionFilter(Contract):
+    """Which sessions to list; without `archived` those that are not."""
+
+    name: Name | None = None
+    namespace: Namespace | None = None
+    outcome: SessionOutcome | None = None
+    live: bool | None = None
+    archived: bool = False
+
+
+class SessionCredentials(Contract):
+    """What the hub knows of the credentials that it made for a session; they hold no secret."""
+
+    uid: SessionUid
+    namespace: Namespace
+    created_at: AwareDatetime
+    expires_at: AwareDatetime
+    revoked: bool = False
+
+
+class SweepResult(Contract):
+    """What a sweep found: sessions that it ended, and revoked credentials to be removed."""
+
+    ended: tuple[SessionUid, ...]
+    revoked: tuple[SessionUid, ...]
