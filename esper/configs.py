@@ -71,6 +71,19 @@ SECRETS = frozenset({"hub.token"})
 HIDDEN = "(not shown)"
 
 
+def without_password(url: str) -> str:
+    """`url` with "***" where a password stands, after the user or in the query."""
+    hidden = re.sub(r"(://[^:/?#@]*:).*@", r"\1***@", url, flags=re.DOTALL)
+    return re.sub(r"([?&]password=)[^&]*", r"\1***", hidden, flags=re.IGNORECASE)
+
+
+def _shown(name: str, value: object) -> object:
+    """The value of that setting as people may see it."""
+    if name in SECRETS and value is not None:
+        return HIDDEN
+    return without_password(value) if isinstance(value, str) else value
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -81,12 +94,13 @@ class DatabaseConfig(_Section):
     url: Annotated[
         str,
         Field(
-            pattern=r"^sqlite\+aiosqlite:///.+",
-            description="a URL that begins with sqlite+aiosqlite:///; {run} is the run's directory",
+            pattern=r"^(sqlite\+aiosqlite:///|postgresql\+asyncpg://).+",
+            description="a URL that begins with sqlite+aiosqlite:/// or postgresql+asyncpg://; "
+            "{run} is the run's directory",
         ),
     ] = f"sqlite+aiosqlite:///{RUN_DIRECTORY}/hub/urza.sqlite"
     pool_size: Annotated[
-        int, Number, Field(ge=1, le=100, description="connections kept open, 1 to 100")
+        int, Number, Field(ge=1, le=100, description="connections at most, 1 to 100")
     ] = 5
     pool_timeout_seconds: Annotated[
         float,
@@ -96,6 +110,16 @@ class DatabaseConfig(_Section):
     pre_ping: Annotated[
         bool, Field(description="true or false: test a pooled connection before it is used")
     ] = True
+    pool_recycle_seconds: Annotated[
+        float,
+        Number,
+        Field(gt=0, le=86_400, description="seconds that a connection is kept, up to 86400"),
+    ] = 1800.0
+    statement_timeout_seconds: Annotated[
+        float,
+        Number,
+        Field(gt=0, le=3600, description="seconds for one statement on Postgres, up to 3600"),
+    ] = 30.0
 
 
 class HubConfig(_Section):
@@ -244,9 +268,8 @@ class EsperConfig(_Section):
         except ValidationError as error:
             name = ".".join(str(part) for part in error.errors()[0]["loc"][:2])
             value, origin = given[name]
-            shown = HIDDEN if name in SECRETS else value
             raise ConfigError(
-                f"{name} ({origin})", shown, _FIELDS[name].description or ""
+                f"{name} ({origin})", _shown(name, value), _FIELDS[name].description or ""
             ) from error
         config._origins = MappingProxyType({name: origin for name, (_, origin) in given.items()})
         return config
@@ -254,14 +277,12 @@ class EsperConfig(_Section):
     def settings(self) -> Iterator[Setting]:
         """Each setting with its value and its origin, in the order of this file.
 
-        A secret that is set shows as `HIDDEN`.
+        A secret that is set shows as `HIDDEN`, a URL without its password.
         """
         for name in NAMES:
             section, _, key = name.partition(".")
             value = getattr(getattr(self, section), key)
-            if name in SECRETS and value is not None:
-                value = HIDDEN
-            yield Setting(name, value, self._origins.get(name, "default"))
+            yield Setting(name, _shown(name, value), self._origins.get(name, "default"))
 
     def inside(self, run_directory: Path) -> EsperConfig:
         """These settings with `{run}` replaced by `run_directory`, made absolute.

@@ -14,6 +14,8 @@ DEFAULTS = {
     "database.pool_size": 5,
     "database.pool_timeout_seconds": 30.0,
     "database.pre_ping": True,
+    "database.pool_recycle_seconds": 1800.0,
+    "database.statement_timeout_seconds": 30.0,
     "hub.url": None,
     "hub.token": None,
     "hub.connect_timeout_seconds": 5.0,
@@ -233,3 +235,30 @@ def test_assignments_are_split_at_the_first_sign_and_the_last_wins():
     for wrong in ("a", "=1", " =1"):
         with pytest.raises(ConfigError, match="NAME=VALUE"):
             parse_assignments([wrong])
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql+asyncpg://u:p@h/db", "postgresql+asyncpg://u:***@h/db"),
+        ("postgresql+asyncpg://u:p@s:s/w?@h:5432/db", "postgresql+asyncpg://u:***@h:5432/db"),
+        ("postgresql+asyncpg://:p@h/db", "postgresql+asyncpg://:***@h/db"),
+        (
+            "postgresql+asyncpg:///db?host=/run&password=p&x=1",
+            "postgresql+asyncpg:///db?host=/run&password=***&x=1",
+        ),
+        ("postgresql+asyncpg://u@h:5432/db", "postgresql+asyncpg://u@h:5432/db"),
+        ("sqlite+aiosqlite:////folder/a.sqlite", "sqlite+aiosqlite:////folder/a.sqlite"),
+    ],
+)
+def test_a_database_url_is_shown_without_its_password(url, shown):
+    config = load({"database.url": url})
+    values = {setting.name: setting.value for setting in config.settings()}
+    assert values["database.url"] == shown
+    assert config.database.url == url
+
+
+def test_a_refused_url_is_named_without_its_password():
+    with pytest.raises(ConfigError, match=r"database\.url") as caught:
+        load({"database.url": "mysql://user:hush@host/db"})
+    assert "hush" not in str(caught.value)
