@@ -1,0 +1,1 @@
+"""What people and tests run beside Esper; no part of the distribution."""

@@ -1,0 +1,1 @@
+"""Redis, Postgres and S3 as processes of this machine: no root, no Docker, loopback only."""
