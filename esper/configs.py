@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, cast, get_args
 
 import yaml
 from pydantic import (
@@ -42,6 +42,11 @@ RUN_DIRECTORY = "{run}"
 """Stands for the run's output directory in the settings that name a place."""
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+LOG_NAMES = (
+    *("kasmina", "tolaria", "tamiyo", "urza", "tezzeret", "oona", "operator"),
+    *("uvicorn", "sqlalchemy", "alembic", "botocore", "redis", "kopf"),
+)
+"""Whose level can be set apart from the rest: the parts of Esper and the libraries that log."""
 
 # Kubernetes gives every pod variables for the Services of its namespace; one of a Service called
 # "esper-…" begins like a setting without being one.
@@ -65,7 +70,27 @@ def _header_safe(value: SecretStr | None) -> SecretStr | None:
     return value
 
 
-SECRETS = frozenset({"hub.token"})
+def parse_levels(text: str) -> dict[str, LogLevel]:
+    """``"tamiyo=debug,urza=info"`` as a mapping; the last of a name wins.
+
+    Raises:
+        ValueError: an unknown name or level.
+    """
+    levels: dict[str, LogLevel] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, level = (part.strip() for part in item.partition("="))
+        if name not in LOG_NAMES or level not in get_args(LogLevel):
+            raise ValueError(f"unknown: {item}")
+        levels[name] = cast("LogLevel", level)
+    return levels
+
+
+def _levels(text: str) -> str:
+    parse_levels(text)
+    return text
+
+
+SECRETS = frozenset({"hub.token", "urza.signing_key", "storage.secret_access_key"})
 """The settings whose values are never shown."""
 
 HIDDEN = "(not shown)"
@@ -174,6 +199,47 @@ class HubConfig(_Section):
     ] = 512 * 2**20
 
 
+class UrzaConfig(_Section):
+    """How the hub's own process serves its REST interface."""
+
+    host: Annotated[
+        str, Field(min_length=1, max_length=253, description="an address to listen on")
+    ] = "127.0.0.1"
+    port: Annotated[
+        int, Number, Field(ge=0, le=65535, description="a port, 0 to 65535; 0: any free one")
+    ] = 8000
+    signing_key: Annotated[
+        SecretStr | None,
+        Field(
+            min_length=32,
+            description="the secret that tokens are signed with, at least 32 characters; equal "
+            "in all processes of one hub",
+        ),
+    ] = None
+    max_body_bytes: Annotated[
+        int, Number, Field(ge=2**10, le=2**26, description="bytes of one request, 1024 to 67108864")
+    ] = 2**20
+    max_artifact_bytes: Annotated[
+        int, Number, Field(ge=2**10, le=2**31 - 1, description="bytes of one artifact, from 1024")
+    ] = 512 * 2**20
+    lease_seconds: Annotated[
+        float,
+        Number,
+        Field(ge=1, le=86_400, description="seconds that a claim lasts unheard, 1 to 86400"),
+    ] = 60.0
+    credential_days: Annotated[
+        int, Number, Field(ge=1, le=3650, description="days that a session's credentials last")
+    ] = 90
+    upkeep_seconds: Annotated[
+        float,
+        Number,
+        Field(gt=0, le=3600, description="seconds between looks at Redis and revocations"),
+    ] = 5.0
+    shutdown_seconds: Annotated[
+        int, Number, Field(ge=1, le=600, description="seconds for requests to end, 1 to 600")
+    ] = 10
+
+
 class RedisConfig(_Section):
     """Where Oona's streams are, for processes that do not share one bus in memory."""
 
@@ -187,15 +253,122 @@ class RedisConfig(_Section):
 
 
 class StorageConfig(_Section):
-    """Where kernel artifacts lie."""
+    """Where kernel artifacts lie: in a bucket of an S3 service where one is named, else in a folder.
+
+    A request is tried `attempts` times, with growing random pauses, fewer while the service asks
+    for less.
+    """
 
     folder: Annotated[
         str, Field(min_length=1, description="a folder; {run} is the run's directory")
     ] = f"{RUN_DIRECTORY}/hub/artifacts"
+    bucket: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$",
+            description="a bucket that exists (3 to 63 lower-case letters, digits, dots and "
+            "dashes), or null: artifacts lie in storage.folder",
+        ),
+    ] = None
+    prefix: Annotated[
+        str,
+        Field(
+            pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*)?$",
+            max_length=256,
+            description="what keys in the bucket begin with: a relative path of letters, digits, "
+            "dots, dashes and underscores, or an empty text",
+        ),
+    ] = ""
+    endpoint_url: Annotated[
+        str | None,
+        Field(
+            pattern=r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$",
+            description="an address that begins with http:// or https://, without user or query, "
+            "or null: Amazon's for the region",
+        ),
+    ] = None
+    region: Annotated[
+        str, Field(pattern=r"^[a-z0-9-]{1,40}$", description="a region, as in us-east-1")
+    ] = "us-east-1"
+    access_key_id: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[\x21-\x7e]+$",
+            description="visible ASCII characters, or null: the credentials of the machine or pod",
+        ),
+    ] = None
+    secret_access_key: Annotated[
+        SecretStr | None,
+        AfterValidator(_header_safe),
+        Field(description="visible ASCII characters, given with storage.access_key_id, or null"),
+    ] = None
+    pool_size: Annotated[
+        int, Number, Field(ge=1, le=100, description="connections kept open, 1 to 100")
+    ] = 8
+    connect_timeout_seconds: Annotated[
+        float,
+        Number,
+        Field(gt=0, le=600, description="seconds to wait for a connection, up to 600"),
+    ] = 5.0
+    read_timeout_seconds: Annotated[
+        float, Number, Field(gt=0, le=600, description="seconds to wait for more bytes, up to 600")
+    ] = 15.0
+    attempts: Annotated[
+        int, Number, Field(ge=1, le=20, description="times that a request is tried, 1 to 20")
+    ] = 4
+    checksum: Annotated[
+        Literal["sha256", "none"],
+        Field(
+            description="one of sha256 (the service checks it before it stores), none (for "
+            "services that know no checksums)"
+        ),
+    ] = "sha256"
+
+
+class TezzeretConfig(_Section):
+    """How the forge's workers look for work, and what a compilation may cost."""
+
+    poll_seconds: Annotated[
+        float,
+        Number,
+        Field(gt=0, le=3600, description="seconds between two looks for work, up to 3600"),
+    ] = 2.0
+    lease_seconds: Annotated[
+        float,
+        Number,
+        Field(
+            ge=1,
+            le=3600,
+            description="seconds after which the work of a silent worker is another's, 1 to 3600",
+        ),
+    ] = 30.0
+    compile_seconds: Annotated[
+        float, Number, Field(gt=0, le=86_400, description="seconds, up to 86400")
+    ] = 300.0
+    compile_memory_bytes: Annotated[
+        int,
+        Number,
+        Field(ge=64 * 2**20, description="bytes that a compilation may allocate, from 67108864"),
+    ] = 4 * 2**30
+
+
+class TolariaConfig(_Section):
+    """How a trainer waits for services elsewhere; for how long, its session says."""
+
+    republish_seconds: Annotated[
+        float,
+        Number,
+        Field(gt=0, le=3600, description="seconds until a question is asked again, up to 3600"),
+    ] = 10.0
+    kernel_poll_seconds: Annotated[
+        float,
+        Number,
+        Field(gt=0, le=3600, description="seconds between two looks for a kernel, up to 3600"),
+    ] = 1.0
 
 
 class ComponentConfig(_Section):
-    """What every component shares: its kernel cache and its log."""
+    """What every component shares: its kernel cache, its log and its health endpoints."""
 
     kernel_cache_bytes: Annotated[
         int, Number, Field(ge=2**20, description="bytes, at least 1048576 (1 MiB)")
@@ -203,6 +376,14 @@ class ComponentConfig(_Section):
     log_level: Annotated[LogLevel, Field(description="one of " + ", ".join(get_args(LogLevel)))] = (
         "warning"
     )
+    log_levels: Annotated[
+        str,
+        AfterValidator(_levels),
+        Field(
+            description="NAME=LEVEL, separated by commas, as in tamiyo=debug,sqlalchemy=info; "
+            f"names: {', '.join(LOG_NAMES)}; levels: {', '.join(get_args(LogLevel))}"
+        ),
+    ] = ""
     log_file: Annotated[
         str | None, Field(min_length=1, description="a file, or null: standard error")
     ] = None
@@ -211,6 +392,18 @@ class ComponentConfig(_Section):
         Number,
         Field(ge=1, le=10**7, description="log records that may wait, 1 to 10000000"),
     ] = 10_000
+    health_host: Annotated[
+        str, Field(min_length=1, description="an address of this machine to listen on")
+    ] = "127.0.0.1"
+    health_port: Annotated[
+        int | None,
+        Number,
+        Field(
+            ge=0,
+            le=65_535,
+            description="a port, or null: `esper serve` takes a free one, `esper run` none",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -227,8 +420,11 @@ class EsperConfig(_Section):
 
     database: DatabaseConfig = DatabaseConfig()
     hub: HubConfig = HubConfig()
+    urza: UrzaConfig = UrzaConfig()
     redis: RedisConfig = RedisConfig()
     storage: StorageConfig = StorageConfig()
+    tezzeret: TezzeretConfig = TezzeretConfig()
+    tolaria: TolariaConfig = TolariaConfig()
     component: ComponentConfig = ComponentConfig()
     _origins: Mapping[str, str] = PrivateAttr(default_factory=dict)
 

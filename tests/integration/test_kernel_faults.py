@@ -86,7 +86,11 @@ class Hub:
         kernel, _, part = handler.path.removeprefix("/api/v1/kernels/").partition("/")
         answer: Answer | None = (404, b"", 0)
         if kernel in self.known:
-            body = self.artifacts[kernel] if part else self.known[kernel].model_dump_json().encode()
+            body = (
+                self.artifacts[kernel]
+                if part == "artifact"
+                else self.known[kernel].model_dump_json().encode()
+            )
             answer = (200, body, len(body))
         if self.fault is not None:
             answer = self.fault(part, answer)
@@ -186,7 +190,7 @@ def germinates(place: Place) -> None:
 def test_a_kernel_comes_from_the_hub_with_the_token(place: Place) -> None:
     germinates(place)
     assert place.hub.paths == [
-        f"/api/v1/kernels/{place.kernel}",
+        f"/api/v1/kernels/{place.kernel}/metadata",
         f"/api/v1/kernels/{place.kernel}/artifact",
     ]
     assert place.hub.tokens == {f"Bearer {TOKEN}"}
@@ -216,7 +220,7 @@ def of(part: str, change: Callable[[Answer], Answer | None]) -> Callable[..., An
     return lambda asked, answer: change(answer) if asked == part else answer
 
 
-PARTS = pytest.mark.parametrize("part", ["", "artifact"])
+PARTS = pytest.mark.parametrize("part", ["metadata", "artifact"])
 
 
 @PARTS
@@ -249,9 +253,10 @@ def test_a_fault_that_passes_while_it_is_tried_again_goes_unnoticed(place: Place
     left = [1, 1]
 
     def stumble(asked: str, answer: Answer) -> Answer:
-        if left[bool(asked)]:
-            left[bool(asked)] -= 1
-            return (503, b"", 0) if not asked else (answer[0], answer[1][:9], answer[2])
+        of_bytes = asked == "artifact"
+        if left[of_bytes]:
+            left[of_bytes] -= 1
+            return (answer[0], answer[1][:9], answer[2]) if of_bytes else (503, b"", 0)
         return answer
 
     place.hub.fault = stumble

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from esper.cli.main import main
-from esper.configs import MAXIMUM_FILE_BYTES, NAMES, EsperConfig, parse_assignments
+from esper.configs import MAXIMUM_FILE_BYTES, NAMES, EsperConfig, parse_assignments, parse_levels
 from esper.errors import ConfigError, OutputError
 
 DEFAULTS = {
@@ -27,12 +27,41 @@ DEFAULTS = {
     "hub.breaker_failures": 5,
     "hub.breaker_reset_seconds": 30.0,
     "hub.max_artifact_bytes": 512 * 2**20,
+    "urza.host": "127.0.0.1",
+    "urza.port": 8000,
+    "urza.signing_key": None,
+    "urza.max_body_bytes": 2**20,
+    "urza.max_artifact_bytes": 512 * 2**20,
+    "urza.lease_seconds": 60.0,
+    "urza.credential_days": 90,
+    "urza.upkeep_seconds": 5.0,
+    "urza.shutdown_seconds": 10,
     "redis.url": None,
     "storage.folder": "{run}/hub/artifacts",
+    "storage.bucket": None,
+    "storage.prefix": "",
+    "storage.endpoint_url": None,
+    "storage.region": "us-east-1",
+    "storage.access_key_id": None,
+    "storage.secret_access_key": None,
+    "storage.pool_size": 8,
+    "storage.connect_timeout_seconds": 5.0,
+    "storage.read_timeout_seconds": 15.0,
+    "storage.attempts": 4,
+    "storage.checksum": "sha256",
+    "tezzeret.poll_seconds": 2.0,
+    "tezzeret.lease_seconds": 30.0,
+    "tezzeret.compile_seconds": 300.0,
+    "tezzeret.compile_memory_bytes": 4 * 2**30,
+    "tolaria.republish_seconds": 10.0,
+    "tolaria.kernel_poll_seconds": 1.0,
     "component.kernel_cache_bytes": 512 * 2**20,
     "component.log_level": "warning",
+    "component.log_levels": "",
     "component.log_file": None,
     "component.log_queue_records": 10_000,
+    "component.health_host": "127.0.0.1",
+    "component.health_port": None,
 }
 
 
@@ -111,6 +140,9 @@ def test_null_can_be_typed(text):
         ({}, {"ESPER_HUB__URL": "http://hub?a=b"}, "", ["hub.url", "without user or query"]),
         ({}, {"ESPER_HUB__URL": "http://me@hub"}, "", ["hub.url", "without user or query"]),
         ({}, {}, "hub: {attempts: 0}", ["hub.attempts", "1 to 20"]),
+        ({}, {}, "urza: {port: 65536}", ["urza.port", "0 to 65535"]),
+        ({}, {}, "urza: {lease_seconds: 0}", ["urza.lease_seconds", "1 to 86400"]),
+        ({}, {}, "urza: {signing_key: short}", ["urza.signing_key", "not shown", "32"]),
         ({}, {}, "hub: {timeout_seconds: 0}", ["hub.timeout_seconds", "up to 3600"]),
         ({}, {}, "hub: {breaker_failures: true}", ["hub.breaker_failures", "True"]),
         ({}, {}, "databases: {}", ["file esper.yaml", "databases"]),
@@ -120,6 +152,17 @@ def test_null_can_be_typed(text):
         ({}, {}, "database: {pool_size: [1]}", ["database.pool_size", "[1]"]),
         ({}, {}, "database: {pool_timeout_seconds: .nan}", ["pool_timeout_seconds", "nan"]),
         ({}, {}, "component: {kernel_cache_bytes: 1}", ["kernel_cache_bytes", "1048576"]),
+        ({"storage.bucket": "No"}, {}, "", ["storage.bucket", "No", "3 to 63 lower-case"]),
+        ({"storage.prefix": "/a"}, {}, "", ["storage.prefix", "/a", "a relative path"]),
+        ({"storage.prefix": "a/../b"}, {}, "", ["storage.prefix", "a relative path"]),
+        ({"storage.endpoint_url": "s3://b"}, {}, "", ["storage.endpoint_url", "http:// or"]),
+        ({"storage.endpoint_url": "http://u:p@h"}, {}, "", ["storage.endpoint_url", "user"]),
+        ({"storage.region": "Here!"}, {}, "", ["storage.region", "us-east-1"]),
+        ({"storage.attempts": "0"}, {}, "", ["storage.attempts", "1 to 20"]),
+        ({"storage.checksum": "md5"}, {}, "", ["storage.checksum", "md5", "sha256", "none"]),
+        ({"component.log_levels": "nobody=info"}, {}, "", ["log_levels", "nobody", "tamiyo"]),
+        ({"component.log_levels": "urza=loud"}, {}, "", ["log_levels", "urza=loud", "warning"]),
+        ({"component.log_levels": "urza"}, {}, "", ["component.log_levels", "NAME=LEVEL"]),
         ({}, {}, "- a list", ["esper.yaml", "mapping of sections"]),
         ({}, {}, "database: {", ["esper.yaml", "well-formed YAML"]),
         ({}, {}, "database: !!python/name:os.system {}", ["esper.yaml", "well-formed YAML"]),
@@ -157,6 +200,31 @@ def test_a_token_is_used_and_never_shown():
     shown = f"{config!r} {config} {config.model_dump()} {config.model_dump_json()} {settings}"
     assert "sesame" not in shown
     assert load({"hub.token": ""}).hub.token is None
+
+
+def test_the_key_of_the_store_is_never_shown():
+    config = load(
+        {"storage.secret_access_key": "sesame", "storage.access_key_id": "me"},
+        {"ESPER_STORAGE__BUCKET": "kernels"},
+    )
+    assert config.storage.secret_access_key.get_secret_value() == "sesame"
+    settings = {setting.name: setting.value for setting in config.settings()}
+    assert settings["storage.secret_access_key"] == "(not shown)"
+    assert settings["storage.access_key_id"] == "me"
+    assert "sesame" not in f"{config!r} {config.model_dump_json()} {settings}"
+    with pytest.raises(ConfigError) as caught:
+        load({"storage.secret_access_key": "ses ame"})
+    assert "ses ame" not in f"{caught.value!r} {caught.value.__cause__}"
+
+
+def test_levels_are_read_by_name():
+    assert parse_levels(" tamiyo = debug, urza=info ,,tamiyo=error") == {
+        "tamiyo": "error",
+        "urza": "info",
+    }
+    assert parse_levels("") == {}
+    config = load({}, {"ESPER_COMPONENT__LOG_LEVELS": "oona=debug"})
+    assert parse_levels(config.component.log_levels) == {"oona": "debug"}
 
 
 def test_doctor_does_not_show_the_token(capsys):

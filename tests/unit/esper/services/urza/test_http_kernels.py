@@ -103,7 +103,7 @@ def test_a_kernel_is_asked_for_under_the_configured_address() -> None:
     assert hub.metadata() == METADATA
     assert hub.artifact() == BYTES
     assert [str(request.url) for request in hub.transport.requests] == [
-        f"http://hub.example:8000/esper/api/v1/kernels/{KERNEL}",
+        f"http://hub.example:8000/esper/api/v1/kernels/{KERNEL}/metadata",
         f"http://hub.example:8000/esper/api/v1/kernels/{KERNEL}/artifact",
     ]
     for request in hub.transport.requests:
@@ -412,5 +412,5 @@ def test_no_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) ->
     for name in ("HTTP_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     source = HttpKernelSource(HubConfig(url="http://127.0.0.1:8"))
-    assert not source._client._mounts
-    assert not source._client.trust_env
+    assert not source._requests._client._mounts
+    assert not source._requests._client.trust_env

@@ -1,0 +1,179 @@
+"""Tokens: what they carry, what is refused, and what each role may do."""
+
+from __future__ import annotations
+
+import base64
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import jwt
+import pytest
+from pydantic import SecretStr
+
+from esper.errors import BadInput, ConfigError, Unauthorized
+from esper.services.urza.auth import (
+    LEEWAY_SECONDS,
+    MAX_TOKEN_CHARACTERS,
+    PERMISSIONS,
+    Caller,
+    Permission,
+    Role,
+    Tokens,
+    TooWeak,
+)
+
+KEY = "a key that only these tests are signed with"
+NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
+
+
+def tokens(**keywords: Any) -> Tokens:
+    return Tokens(SecretStr(KEY), clock=lambda: NOW, **keywords)
+
+
+def forged(key: str = KEY, algorithm: str = "HS256", **changes: Any) -> str:
+    """A token as the hub makes them, with changes; a value of None leaves the claim out."""
+    now = int(datetime.now(UTC).timestamp())
+    claims = {"iss": "urza", "sub": "me", "role": "admin", "iat": now, "exp": now + 600}
+    kept = {name: value for name, value in (claims | changes).items() if value is not None}
+    return jwt.encode(kept, key, algorithm=algorithm)
+
+
+def refusal(token: str, **keywords: Any) -> str:
+    with pytest.raises(Unauthorized) as caught:
+        tokens(**keywords).caller(f"Bearer {token}")
+    assert type(caught.value) is Unauthorized
+    assert token not in str(caught.value) + repr(caught.value.__cause__)
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("role", Role)
+def test_a_token_says_who_holds_it(role: Role) -> None:
+    made = Tokens(SecretStr(KEY)).mint(role, "3f2c-uid", namespace="team-a")
+    assert tokens().caller(f"Bearer {made}") == Caller(role, "3f2c-uid", "team-a")
+    assert tokens().caller(f"bearer {made}").role is role
+
+
+def test_equal_arguments_give_the_same_token() -> None:
+    until = NOW + timedelta(days=3)
+    first = tokens().mint(Role.SESSION, "uid", issued_at=NOW, expires_at=until)
+    assert first == tokens().mint(Role.SESSION, "uid", issued_at=NOW, expires_at=until)
+    assert first != tokens().mint(Role.SESSION, "other", issued_at=NOW, expires_at=until)
+    claims = jwt.decode(first, options={"verify_signature": False})
+    assert claims["exp"] - claims["iat"] == 3 * 86400
+    assert "ns" not in claims
+
+
+def test_a_token_lasts_as_long_as_it_says() -> None:
+    now = int(datetime.now(UTC).timestamp())
+    assert tokens().caller("Bearer " + forged(exp=now - LEEWAY_SECONDS + 2)).role is Role.ADMIN
+    assert "expired" in refusal(forged(exp=now - LEEWAY_SECONDS - 2))
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", "Basic bWU6bWU=", "Token abc", "Bearer " + "x" * 3000]
+)
+def test_what_is_no_bearer_token_is_refused(header: str | None) -> None:
+    with pytest.raises(Unauthorized, match=r"token: got .*; allowed: "):
+        tokens().caller(header)
+
+
+def unsigned() -> str:
+    def part(data: dict[str, Any]) -> str:
+        return base64.urlsafe_b64encode(json.dumps(data).encode()).rstrip(b"=").decode()
+
+    claims = {"iss": "urza", "sub": "me", "role": "admin", "iat": 1, "exp": 2**33}
+    return f"{part({'alg': 'none', 'typ': 'JWT'})}.{part(claims)}."
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "abc",
+        "a.b.c",
+        "é.é.é",
+        "..",
+        unsigned(),
+        forged(key="another key, as long as the right one is"),
+        forged(algorithm="HS512"),
+        forged() + "x",
+        forged()[:-3],
+        forged(iss="someone"),
+        forged(iss=None),
+        forged(sub=None),
+        forged(exp=None),
+        forged(iat=None),
+        forged(exp="soon"),
+        forged(role="root"),
+        forged(role=None),
+        forged(role=["admin"]),
+        forged(ns=3),
+    ],
+)
+def test_a_token_that_the_hub_did_not_make_is_refused(token: str) -> None:
+    refusal(token)
+
+
+def test_the_tokens_of_a_revoked_session_are_refused() -> None:
+    revoked = {"gone"}
+    good, gone = forged(sub="here", role="session"), forged(sub="gone", role="session")
+    assert tokens(revoked=revoked).caller(f"Bearer {good}").subject == "here"
+    assert "ended" in refusal(gone, revoked=revoked)
+    # Only sessions are revoked; a person of that name is someone else.
+    assert tokens(revoked=revoked).caller("Bearer " + forged(sub="gone")).role is Role.ADMIN
+    revoked.clear()
+    assert tokens(revoked=revoked).caller(f"Bearer {gone}").subject == "gone"
+
+
+@pytest.mark.parametrize("name", ["", "*", "a:b", "a b", "-a", "a" * 64, "ü", "a\n"])
+@pytest.mark.parametrize("field", ["subject", "namespace"])
+def test_names_that_could_be_patterns_get_no_token(field: str, name: str) -> None:
+    if field == "namespace" and not name:
+        return
+    names = {"subject": "me", "namespace": "here"} | {field: name}
+    with pytest.raises(BadInput, match=field):
+        tokens().mint(Role.READER, names["subject"], namespace=names["namespace"])
+
+
+def test_the_longest_token_is_read() -> None:
+    made = Tokens(SecretStr(KEY)).mint(Role.SESSION, "s" * 63, namespace="n" * 63)
+    assert len(made) < MAX_TOKEN_CHARACTERS
+    assert tokens().caller(f"Bearer {made}").subject == "s" * 63
+
+
+def test_without_a_key_there_are_no_tokens() -> None:
+    with pytest.raises(ConfigError, match=r"urza\.signing_key"):
+        Tokens(None)
+
+
+MAY = {
+    Role.READER: "read",
+    Role.SESSION: "read, propose, keep sessions",
+    Role.WORKER: "read, propose, keep sessions, work",
+    Role.ADMIN: "read, propose, keep sessions, work, administer",
+}
+
+
+@pytest.mark.parametrize("role", Role)
+def test_the_permissions_of_each_role_are_frozen(role: Role) -> None:
+    assert PERMISSIONS[role] == set(MAY[role].split(", "))
+    for permission in Permission:
+        if permission in PERMISSIONS[role]:
+            Caller(role, "me").require(permission)
+        else:
+            with pytest.raises(TooWeak, match=f"got {role}; allowed: .*admin"):
+                Caller(role, "me").require(permission)
+
+
+def test_a_session_reaches_its_own_rows_only() -> None:
+    Caller(Role.SESSION, "mine").require_session("mine")
+    with pytest.raises(TooWeak, match="the token's own") as caught:
+        Caller(Role.SESSION, "mine").require_session("yours")
+    assert "yours" not in str(caught.value)
+    for role in (Role.READER, Role.WORKER, Role.ADMIN):
+        Caller(role, "mine").require_session("yours")
+
+
+def test_the_key_is_shown_nowhere() -> None:
+    assert KEY not in repr(tokens()) + str(vars(Tokens)) + repr(SecretStr(KEY))
