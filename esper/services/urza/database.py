@@ -1,4 +1,4 @@
-"""Urza's database: the engine, its connections, and what goes wrong with them."""
+"""Urza's database, SQLite or Postgres: the engine, its connections, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import contextlib
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from sqlalchemy import URL, event, make_url, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -21,16 +22,26 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 
-from esper.configs import DatabaseConfig
-from esper.errors import ConfigError, EsperError, HubUnavailable, StorageFull, one_line
-from esper.services.urza.models import Base
+from esper.configs import DatabaseConfig, without_password
+from esper.errors import ConfigError, EsperError, HubUnavailable
+from esper.services.urza.database_errors import DRIVER_ERRORS, translated
+from esper.services.urza.migrations import upgrade
 
-__all__ = ["Database", "DatabaseConfig"]
+__all__ = ["Database", "DatabaseConfig", "PoolStatistics"]
+
+
+@dataclass(frozen=True)
+class PoolStatistics:
+    """Connections: how many there may be, and how many are at work now."""
+
+    limit: int
+    in_use: int
 
 
 class Database:
     """Transactions on Urza's tables; `async with Database(config)` opens and closes it.
 
+    There are never more connections than `pool_size`; one that the server ended is replaced.
     SQLite runs with a write-ahead log that is synced at each commit: what was committed is there
     after a kill at any moment, and readers never wait for the writer.
 
@@ -39,11 +50,16 @@ class Database:
     """
 
     def __init__(self, config: DatabaseConfig) -> None:
+        shown = without_password(config.url)
         try:
             self._url = make_url(config.url)
-        except ArgumentError as error:
-            raise ConfigError("database.url", config.url, "a database URL") from error
-        self._engine = _engine(config, self._url)
+            self._engine = _engine(config, self._url)
+        except (ArgumentError, NoSuchModuleError, ValueError) as error:
+            # Not chained: the library's message has the URL in it, and so the password.
+            raise ConfigError("database.url", shown, "a database URL") from (
+                None if shown != config.url else error
+            )
+        self._limit = _num_connections(config, self._url)
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
 
     async def __aenter__(self) -> Self:
@@ -57,46 +73,84 @@ class Database:
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether this is SQLite, where one transaction writes at a time."""
+        return _is_sqlite(self._url)
+
     async def open(self) -> None:
-        """Make the file and its tables where they are missing.
+        """Bring the tables to what this version needs, made where they are missing.
+
+        Processes that open one database at the same time take turns.
 
         Raises:
-            HubUnavailable: the file can't be made or is no database.
+            ConfigError: Postgres refuses the user, the password or the database's name, or the
+                database was brought further by a later version of Esper.
+            HubUnavailable: the file can't be made or is no database, or Postgres does not answer.
             StorageFull: no room is left.
         """
-        if not _in_memory(self._url):
+        if self.is_sqlite and not _in_memory(self._url):
             await asyncio.to_thread(_make_file, Path(str(self._url.database)))
         try:
-            async with self._engine.begin() as connection:
-                await connection.run_sync(Base.metadata.create_all)
-        except SQLAlchemyError as error:
-            raise _translated(error) from error
+            await upgrade(self._engine)
+        except DRIVER_ERRORS as error:
+            raise translated(error, self._url) from error
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[AsyncSession]:
+    async def transaction(self, *, writing: bool = False) -> AsyncIterator[AsyncSession]:
         """A session whose work is committed at the end, or undone by any exception.
+
+        Args:
+            writing: on SQLite, be the one writer from the beginning, so that nothing changes
+                between a look and what follows from it; on Postgres rows are locked instead.
 
         Raises:
             IntegrityError: SQLAlchemy's own, for whoever inserts what may exist.
+            BadInput: a value that the database has no room for.
+            ConfigError: Postgres refuses the user, the password or the database's name.
             HubUnavailable: the database does not answer.
             StorageFull: no room is left.
         """
+        session = self._sessions()
         try:
-            async with self._sessions.begin() as session:
+            async with session.begin():
+                if writing and self.is_sqlite:
+                    await session.execute(text("BEGIN IMMEDIATE"))
                 yield session
         except IntegrityError:
             raise
-        except SQLAlchemyError as error:
-            raise _translated(error) from error
+        except TimeoutError as error:
+            # Its answer may still come; no one else may get this connection and read it.
+            await session.invalidate()
+            raise translated(error, self._url) from error
+        except DRIVER_ERRORS as error:
+            raise translated(error, self._url) from error
+        finally:
+            await session.close()
 
     async def health(self) -> bool:
         """Whether the database answers."""
         try:
-            async with self.transaction() as session:
-                await session.execute(text("SELECT 1"))
+            await self.probe()
         except EsperError:
             return False
         return True
+
+    async def probe(self) -> None:
+        """Ask the database for an answer.
+
+        Raises:
+            ConfigError: Postgres refuses the user, the password or the database's name.
+            HubUnavailable: the database does not answer.
+        """
+        async with self.transaction() as session:
+            await session.execute(text("SELECT 1"))
+
+    def statistics(self) -> PoolStatistics:
+        """How much of the pool is at work."""
+        pool = self._engine.pool
+        assert isinstance(pool, AsyncAdaptedQueuePool)
+        return PoolStatistics(limit=self._limit, in_use=pool.checkedout())
 
     async def close(self) -> None:
         """Close every connection."""
@@ -104,18 +158,43 @@ class Database:
 
 
 def _engine(config: DatabaseConfig, url: URL) -> AsyncEngine:
-    # A database in memory lives and dies with its one connection; its users take turns.
     engine = create_async_engine(
         url,
         poolclass=AsyncAdaptedQueuePool,
-        pool_size=1 if _in_memory(url) else config.pool_size,
+        pool_size=_num_connections(config, url),
         max_overflow=0,
         pool_timeout=config.pool_timeout_seconds,
         pool_pre_ping=config.pre_ping,
-        connect_args={"timeout": config.pool_timeout_seconds},
+        pool_recycle=-1 if _in_memory(url) else int(config.pool_recycle_seconds),
+        connect_args=_connect_arguments(config, url),
+        # Parameters hold manifests and digests: nothing that a log needs.
+        hide_parameters=True,
     )
-    event.listen(engine.sync_engine, "connect", _prepare)
+    if _is_sqlite(url):
+        event.listen(engine.sync_engine, "connect", _prepare)
     return engine
+
+
+def _num_connections(config: DatabaseConfig, url: URL) -> int:
+    # A database in memory lives and dies with its one connection; its users take turns.
+    return 1 if _in_memory(url) else config.pool_size
+
+
+def _connect_arguments(config: DatabaseConfig, url: URL) -> dict[str, object]:
+    if _is_sqlite(url):
+        return {"timeout": config.pool_timeout_seconds}
+    limit = config.statement_timeout_seconds
+    return {
+        "timeout": config.pool_timeout_seconds,
+        # The server ends a statement that takes too long; a server that has stopped answering is
+        # given up on a little later from here.
+        "command_timeout": limit + 1.0,
+        "server_settings": {
+            "application_name": "esper-urza",
+            "statement_timeout": str(max(1, int(limit * 1000))),
+            "idle_in_transaction_session_timeout": str(max(1, int(limit * 2000))),
+        },
+    }
 
 
 def _prepare(connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
@@ -126,8 +205,12 @@ def _prepare(connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
     cursor.close()
 
 
+def _is_sqlite(url: URL) -> bool:
+    return url.get_backend_name() == "sqlite"
+
+
 def _in_memory(url: URL) -> bool:
-    return url.database in {None, "", ":memory:"}
+    return _is_sqlite(url) and url.database in {None, "", ":memory:"}
 
 
 def _make_file(path: Path) -> None:
@@ -141,10 +224,3 @@ def _make_file(path: Path) -> None:
             connection.execute("PRAGMA schema_version")
     except (OSError, sqlite3.Error) as error:
         raise HubUnavailable(f"Urza's database {path} can't be opened: {error}") from error
-
-
-def _translated(error: SQLAlchemyError) -> EsperError:
-    cause = error.orig if isinstance(error, DBAPIError) else None
-    if getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-        return StorageFull("Urza's database: no room left where it writes")
-    return HubUnavailable(f"Urza's database does not answer: {one_line(str(cause or error))}")

@@ -6,12 +6,30 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from uuid import UUID
 
-from sqlalchemy import JSON, DateTime, Dialect, Enum, ForeignKey, String, Text, TypeDecorator
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    DateTime,
+    Dialect,
+    Enum,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    Text,
+    TypeDecorator,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, relationship
 
 from esper.contracts import assets
 from esper.contracts.base import utc_now
 from esper.contracts.enums import BlueprintState, SessionOutcome
+from esper.services.contracts import SessionCredentials, Stored
+
+# SQLite's integers have 64 bits whatever they are called.
+_BigInteger = BigInteger().with_variant(Integer, "sqlite")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -46,17 +64,43 @@ class Base(DeclarativeBase):
     """The tables' registry."""
 
 
-class _Row(Base):
-    """Identity and audit times of every row."""
+class Row(Base):
+    """Identity, audit times and version of every asset's row.
+
+    `version` grows by one with every change. An archived row keeps its state; it is shown as
+    archived, and lists leave it out unless it is asked for.
+    """
 
     __abstract__ = True
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime, onupdate=utc_now)
+    version: Mapped[int] = mapped_column(Integer, default=1, server_default=text("1"))
+    archived_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+    @declared_attr.directive
+    @classmethod
+    def __table_args__(cls) -> tuple[Index, ...]:
+        """The index that pages are read along."""
+        return (Index(f"ix_{cls.__tablename__}_created_at_id", "created_at", "id"),)
 
 
-class Blueprint(_Row):
+class Leased(Row):
+    """A row that one worker at a time works on; all three are None where none does.
+
+    Without `lease_expires_at` the claim ends only when it is given up: that of the worker in the
+    hub's own process. `lease_token` outlasts the work: it says whose result was accepted.
+    """
+
+    __abstract__ = True
+
+    claimed_by: Mapped[str | None] = mapped_column(String(253))
+    lease_token: Mapped[str | None] = mapped_column(String(32))
+    lease_expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class Blueprint(Leased):
     """A blueprint; equal content is one row, however often and under what name it is put."""
 
     __tablename__ = "blueprints"
@@ -64,6 +108,7 @@ class Blueprint(_Row):
     digest: Mapped[str] = mapped_column(String(64), unique=True)
     document: Mapped[dict[str, object]] = mapped_column(JSON)
     state: Mapped[BlueprintState] = mapped_column(_words(BlueprintState))
+    error: Mapped[str | None] = mapped_column(Text)
     kernels: Mapped[list[CompiledKernel]] = relationship(
         back_populates="blueprint", cascade="all, delete-orphan", passive_deletes=True
     )
@@ -78,6 +123,7 @@ class Blueprint(_Row):
             digest=asset.digest,
             document=asset.document.to_wire(),
             state=asset.state,
+            error=asset.error,
         )
 
     def as_asset(self) -> assets.Blueprint:
@@ -89,12 +135,17 @@ class Blueprint(_Row):
                 "updated_at": self.updated_at,
                 "digest": self.digest,
                 "document": self.document,
-                "state": self.state,
+                "state": BlueprintState.ARCHIVED if self.archived_at else self.state,
+                "error": self.error,
             }
         )
 
+    def as_stored(self) -> Stored[assets.Blueprint]:
+        """The row as services exchange it, with its version."""
+        return Stored[assets.Blueprint](item=self.as_asset(), version=self.version)
 
-class CompiledKernel(_Row):
+
+class CompiledKernel(Leased):
     """A kernel that was asked for; it goes when its blueprint goes."""
 
     __tablename__ = "compiled_kernels"
@@ -105,9 +156,8 @@ class CompiledKernel(_Row):
     )
     target: Mapped[dict[str, object]] = mapped_column(JSON)
     state: Mapped[BlueprintState] = mapped_column(_words(BlueprintState), index=True)
-    claimed_by: Mapped[str | None] = mapped_column(String(253))
     artifact_digest: Mapped[str | None] = mapped_column(String(64))
-    artifact_bytes: Mapped[int | None]
+    artifact_bytes: Mapped[int | None] = mapped_column(_BigInteger)
     figures: Mapped[dict[str, object] | None] = mapped_column(JSON)
     error: Mapped[str | None] = mapped_column(Text)
     blueprint: Mapped[Blueprint] = relationship(back_populates="kernels", lazy="joined")
@@ -139,20 +189,27 @@ class CompiledKernel(_Row):
                 "blueprint_digest": self.blueprint.digest,
                 "blueprint": self.blueprint.document["name"],
                 "target": self.target,
-                "state": self.state,
+                "state": BlueprintState.ARCHIVED if self.archived_at else self.state,
                 "artifact_digest": self.artifact_digest,
                 "artifact_bytes": self.artifact_bytes,
                 "error": self.error,
             }
         )
 
+    def as_stored(self) -> Stored[assets.CompiledKernel]:
+        """The row as services exchange it, with its version."""
+        return Stored[assets.CompiledKernel](item=self.as_asset(), version=self.version)
 
-class TrainingSession(_Row):
-    """A training session; its name is its own within a hub."""
+
+class TrainingSession(Row):
+    """A training session; its uid is its own within a hub, its name may be borne again."""
 
     __tablename__ = "training_sessions"
 
-    name: Mapped[str] = mapped_column(String(253), unique=True)
+    name: Mapped[str] = mapped_column(String(253), index=True)
+    namespace: Mapped[str] = mapped_column(String(63))
+    uid: Mapped[str] = mapped_column(String(63), unique=True)
+    ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     outcome: Mapped[SessionOutcome] = mapped_column(_words(SessionOutcome))
     epoch: Mapped[int]
     epochs: Mapped[int]
@@ -168,6 +225,9 @@ class TrainingSession(_Row):
             created_at=asset.created_at,
             updated_at=asset.updated_at,
             name=asset.name,
+            namespace=asset.namespace,
+            uid=asset.uid,
+            ended_at=asset.ended_at,
             outcome=asset.outcome,
             epoch=asset.epoch,
             epochs=asset.epochs,
@@ -184,6 +244,9 @@ class TrainingSession(_Row):
                 "created_at": self.created_at,
                 "updated_at": self.updated_at,
                 "name": self.name,
+                "namespace": self.namespace,
+                "uid": self.uid,
+                "ended_at": self.ended_at,
                 "outcome": self.outcome,
                 "epoch": self.epoch,
                 "epochs": self.epochs,
@@ -191,4 +254,60 @@ class TrainingSession(_Row):
                 "num_slots": self.num_slots,
                 "seeds": self.seeds,
             }
+        )
+
+    def as_stored(self) -> Stored[assets.TrainingSession]:
+        """The row as services exchange it, with its version."""
+        return Stored[assets.TrainingSession](item=self.as_asset(), version=self.version)
+
+
+class SessionBlueprint(Base):
+    """A session uses a blueprint; it goes with either."""
+
+    __tablename__ = "session_blueprints"
+
+    session_id: Mapped[UUID] = mapped_column(
+        ForeignKey("training_sessions.id", ondelete="CASCADE"), primary_key=True
+    )
+    blueprint_id: Mapped[UUID] = mapped_column(
+        ForeignKey("blueprints.id", ondelete="CASCADE"), primary_key=True, index=True
+    )
+
+
+class SessionKernel(Base):
+    """A session uses a kernel; it goes with either."""
+
+    __tablename__ = "session_kernels"
+
+    session_id: Mapped[UUID] = mapped_column(
+        ForeignKey("training_sessions.id", ondelete="CASCADE"), primary_key=True
+    )
+    kernel_id: Mapped[UUID] = mapped_column(
+        ForeignKey("compiled_kernels.id", ondelete="CASCADE"), primary_key=True, index=True
+    )
+
+
+class SessionCredential(Base):
+    """That the hub made credentials for a session; the secrets themselves are kept nowhere.
+
+    No foreign key: they are made before the session registers, and outlast its row until what
+    lives in Redis is gone.
+    """
+
+    __tablename__ = "session_credentials"
+
+    uid: Mapped[str] = mapped_column(String(63), primary_key=True)
+    namespace: Mapped[str] = mapped_column(String(63), index=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    revoked: Mapped[bool] = mapped_column(Boolean, default=False)
+
+    def as_contract(self) -> SessionCredentials:
+        """The row as services exchange it."""
+        return SessionCredentials(
+            uid=self.uid,
+            namespace=self.namespace,
+            created_at=self.created_at,
+            expires_at=self.expires_at,
+            revoked=self.revoked,
         )
