@@ -1,0 +1,151 @@
+"""Compilations in processes of their own, which hang, eat memory, crash and are killed."""
+
+import asyncio
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from esper.contracts.blueprints import BlueprintDocument, KernelTarget, LayerGeometry, builtin
+from esper.errors import HubUnavailable, KernelError
+from esper.services.tezzeret.compiler import compile_kernel
+from esper.services.tezzeret.sandbox import InPlaceCompiler, SubprocessCompiler
+from tests.unit.esper.services.tezzeret import misbehaving
+
+LOW_RANK = builtin("low-rank", {"rank": 2})
+TARGET = KernelTarget(
+    layer=LayerGeometry(kind="Linear", inputs=6, outputs=4), input_shape=(6,), output_shape=(4,)
+)
+LOUD = BlueprintDocument.model_validate(
+    {
+        "name": "loud",
+        "hosts": ["Linear"],
+        "graph": {
+            "nodes": [
+                {"op": "input", "id": "x"},
+                {"op": "linear", "id": "y", "input": "x", "features": "out"},
+            ],
+            "output": "y",
+        },
+    }
+)
+MEMORY = 256 * 2**20
+
+
+def compiler(compile=compile_kernel, seconds=60.0, memory_bytes=MEMORY):
+    return SubprocessCompiler(seconds=seconds, memory_bytes=memory_bytes, compile=compile)
+
+
+def compiled(by, document=LOW_RANK):
+    return asyncio.run(by.compile(document, TARGET))
+
+
+def compilations():
+    """The processes that compile at this moment: those that the fork server has forked."""
+    return [
+        process
+        for server in psutil.Process().children()
+        for process in server.children(recursive=True)
+        if process.status() != psutil.STATUS_ZOMBIE
+    ]
+
+
+def test_the_bytes_are_those_of_a_compilation_in_place():
+    apart, here = compiled(compiler()), compiled(InPlaceCompiler())
+    assert apart.data == here.data == compile_kernel(LOW_RANK, TARGET).data
+    assert apart.metadata.artifact_digest == here.metadata.artifact_digest
+    assert apart.metadata.figures is not None
+
+
+def test_a_refusal_comes_over_word_for_word():
+    with pytest.raises(KernelError) as here:
+        compiled(InPlaceCompiler(), LOUD)
+    with pytest.raises(KernelError) as apart:
+        compiled(compiler(), LOUD)
+    assert str(apart.value) == str(here.value)
+
+
+@pytest.mark.parametrize("hanging", [misbehaving.hang, misbehaving.hang_deaf])
+def test_one_that_hangs_is_killed_when_its_time_is_over(hanging):
+    started = time.monotonic()
+    with pytest.raises(KernelError, match=r"no kernel in 0.6 s .* tezzeret.compile_seconds"):
+        compiled(compiler(hanging, seconds=0.6))
+    assert time.monotonic() - started < 20
+    assert compilations() == []
+
+
+@pytest.mark.parametrize("eating", [misbehaving.eat_python_memory, misbehaving.eat_torch_memory])
+def test_one_that_eats_memory_is_refused_it(eating):
+    with pytest.raises(KernelError, match=r"bytes of memory; .* tezzeret.compile_memory_bytes"):
+        compiled(compiler(eating))
+
+
+@pytest.mark.parametrize(
+    ("ending", "reason"),
+    [
+        (misbehaving.crash, "ended with SIGSEGV"),
+        (misbehaving.abort, "ended with SIGABRT"),
+        (misbehaving.exit_at_once, "ended with status 3"),
+        (misbehaving.raise_something, "LookupError: nobody foresaw this in two lines"),
+    ],
+)
+def test_one_that_breaks_fails_the_kernel_with_a_reason(ending, reason):
+    with pytest.raises(KernelError, match=reason):
+        compiled(compiler(ending))
+
+
+def test_one_that_is_killed_from_outside_is_not_the_kernels_fault():
+    with pytest.raises(HubUnavailable, match="was killed by signal 9"):
+        compiled(compiler(misbehaving.be_killed))
+
+
+def test_the_next_compilation_after_every_fault_goes_well():
+    for ending in (misbehaving.crash, misbehaving.be_killed):
+        with pytest.raises((KernelError, HubUnavailable)):
+            compiled(compiler(ending))
+    assert compiled(compiler()).data
+
+
+def test_the_event_loop_goes_round_while_it_compiles():
+    async def life() -> int:
+        turns = 0
+        work = asyncio.create_task(compiler(misbehaving.compile_slowly).compile(LOW_RANK, TARGET))
+        while not work.done():
+            await asyncio.sleep(0.01)
+            turns += 1
+        assert (await work).data
+        return turns
+
+    assert asyncio.run(life()) > 10
+
+
+def test_cancelling_kills_the_process():
+    async def life() -> None:
+        work = asyncio.create_task(compiler(misbehaving.hang).compile(LOW_RANK, TARGET))
+        for _ in range(1000):
+            if compilations():
+                break
+            await asyncio.sleep(0.01)
+        assert compilations()
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+
+    asyncio.run(life())
+    assert compilations() == []
+
+
+def test_a_process_killed_at_work_is_reported_while_the_worker_lives():
+    async def life() -> None:
+        work = asyncio.create_task(compiler(misbehaving.hang).compile(LOW_RANK, TARGET))
+        for _ in range(1000):
+            if running := compilations():
+                break
+            await asyncio.sleep(0.01)
+        os.kill(running[0].pid, signal.SIGKILL)
+        with pytest.raises(HubUnavailable):
+            await work
+
+    asyncio.run(life())
