@@ -253,7 +253,7 @@ class RedisConfig(_Section):
 
 
 class StorageConfig(_Section):
-    """Where kernel artifacts lie: in a bucket of an S3 service where one is named, else in a folder.
+    """Where kernel artifacts lie: in a bucket where one is named, else in a folder.
 
     A request is tried `attempts` times, with growing random pauses, fewer while the service asks
     for less.

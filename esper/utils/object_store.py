@@ -11,11 +11,15 @@ import contextlib
 import errno
 import os
 import re
+import stat
 import tempfile
+from collections.abc import AsyncIterable, AsyncIterator, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
-from esper.errors import BadInput, EsperError, StorageFull, StoreUnavailable
+from esper.configs import StorageConfig
+from esper.errors import BadInput, ConfigError, StorageFull, StoreUnavailable
+from esper.utils.transfers import CHUNK_BYTES, Reading, Receipt, gathered, verified
 
 MAX_KEY_CHARACTERS = 512
 
@@ -24,27 +28,65 @@ MAX_KEY_CHARACTERS = 512
 _SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _KEY = re.compile(rf"{_SEGMENT}(/{_SEGMENT})*")
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS})
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 class ObjectStore(Protocol):
     """Bytes under keys.
 
     Every method raises BadInput for a key that is no relative path of letters, digits, dots,
-    dashes and underscores, and StoreUnavailable when the store does not answer.
+    dashes and underscores, StoreUnavailable when the store does not answer, and ConfigError when
+    it refuses what the settings say. A `sha256` is 64 lower-case hexadecimal digits.
     """
 
     async def put(self, key: str, data: bytes) -> bool:
         """Store `data` unless the key exists; whether this call stored it.
 
-        Readers see all of the bytes or none of them.
+        Readers see all of the bytes or none of them. Of several writers at once one is told
+        that it stored them.
 
         Raises:
             StorageFull: no room is left.
         """
         ...
 
-    async def get(self, key: str) -> bytes | None:
-        """The bytes under `key`, None where there are none."""
+    async def put_stream(
+        self, key: str, chunks: AsyncIterable[bytes], *, sha256: str, max_bytes: int
+    ) -> bool:
+        """Store what `chunks` gives, as `put` does, if it has that digest.
+
+        What is held in memory meanwhile is bounded, whatever comes. Whatever ends the call early,
+        an error of `chunks` too, leaves nothing under `key`.
+
+        Raises:
+            BadInput: another digest, or more than `max_bytes` bytes.
+            StorageFull: no room is left.
+        """
+        ...
+
+    async def get(self, key: str, *, sha256: str | None = None) -> bytes | None:
+        """The bytes under `key`, None where there are none.
+
+        Raises:
+            KernelError: they have another digest than `sha256`.
+        """
+        ...
+
+    async def open_read(
+        self, key: str, *, sha256: str | None = None
+    ) -> AsyncIterator[bytes] | None:
+        """The bytes under `key`, None where there are none; at most CHUNK_BYTES at a time.
+
+        An iterator that is not read to its end is closed by `aclose`, as `aclosing` does.
+
+        Raises:
+            KernelError: by the iterator, before its last chunk: another digest than `sha256`.
+        """
+        ...
+
+    async def size(self, key: str) -> int | None:
+        """How many bytes the object has, None where there is none."""
         ...
 
     async def exists(self, key: str) -> bool:
@@ -55,12 +97,60 @@ class ObjectStore(Protocol):
         """Remove the object under `key`; whether there was one."""
         ...
 
+    async def presigned(self, key: str, seconds: int) -> str | None:
+        """An address from which anyone can read the object for so long; None: the store has none.
+
+        Whether the object exists is not looked at.
+        """
+        ...
+
+    async def check(self) -> None:
+        """Return if the store can be used as the settings say; raise the reason if not."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections and threads; nothing may be asked afterwards."""
+        ...
+
+
+def open_store(config: StorageConfig) -> ObjectStore:
+    """The store of the settings: a bucket where one is named, else a folder.
+
+    Raises:
+        ConfigError: the settings contradict each other, or boto3 is not installed.
+    """
+    if config.bucket is None:
+        return FolderStore(Path(config.folder))
+    # Who keeps artifacts in a folder needs no boto3.
+    try:
+        from esper.utils.s3_client import OptimizedS3Client
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "storage.bucket", config.bucket, "null, or pip install 'esper[s3]'"
+        ) from error
+    return OptimizedS3Client(config)
+
+
+def require_key(key: str) -> None:
+    """Refuse what is no key.
+
+    Raises:
+        BadInput: it is none.
+    """
+    if len(key) > MAX_KEY_CHARACTERS or not _KEY.fullmatch(key):
+        raise BadInput(
+            "object key",
+            key,
+            "a relative path of letters, digits, dots, dashes and underscores, "
+            f"at most {MAX_KEY_CHARACTERS} characters",
+        )
+
 
 class FolderStore:
     """An `ObjectStore` in a folder: one file an object, its path the key.
 
-    A put writes to a hidden file beside the target, syncs it, renames it and syncs the folders:
-    after a crash at any moment an object is there whole or not at all.
+    A put writes to a hidden file beside the target, syncs it, gives it its name and syncs the
+    folders: after a crash at any moment an object is there whole or not at all.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,81 +160,190 @@ class FolderStore:
         """Store `data` under `key` unless it exists; see `ObjectStore.put`."""
         return await asyncio.to_thread(self._put, key, data)
 
-    async def get(self, key: str) -> bytes | None:
-        """The bytes under `key`, None where there are none."""
-        return await asyncio.to_thread(self._get, key)
+    async def put_stream(
+        self, key: str, chunks: AsyncIterable[bytes], *, sha256: str, max_bytes: int
+    ) -> bool:
+        """Store what `chunks` gives, if it has that digest; see `ObjectStore.put_stream`."""
+        receipt = Receipt(key, sha256, max_bytes)
+        target = self._locate(key)
+        with _translating(key):
+            file = await asyncio.to_thread(_begin, target)
+        try:
+            async for block in gathered(chunks, CHUNK_BYTES, receipt):
+                with _translating(key):
+                    await asyncio.to_thread(_append, file, block, receipt)
+            receipt.close()
+            with _translating(key):
+                return await asyncio.to_thread(self._finish, file, target)
+        finally:
+            _forget(file)
+
+    async def get(self, key: str, *, sha256: str | None = None) -> bytes | None:
+        """The bytes under `key`, None where there are none; see `ObjectStore.get`."""
+        return await asyncio.to_thread(self._get, key, sha256)
+
+    async def open_read(
+        self, key: str, *, sha256: str | None = None
+    ) -> AsyncIterator[bytes] | None:
+        """The bytes under `key`, None where there are none; see `ObjectStore.open_read`."""
+        file = await asyncio.to_thread(self._open, key)
+        return None if file is None else _chunks(file, key, sha256)
+
+    async def size(self, key: str) -> int | None:
+        """How many bytes the object has, None where there is none."""
+        return await asyncio.to_thread(self._size, key)
 
     async def exists(self, key: str) -> bool:
         """Whether there is an object under `key`."""
-        return await asyncio.to_thread(self._exists, key)
+        return await self.size(key) is not None
 
     async def delete(self, key: str) -> bool:
         """Remove the object under `key`; whether there was one."""
         return await asyncio.to_thread(self._delete, key)
 
+    async def presigned(self, key: str, seconds: int) -> str | None:
+        """None: a folder has no address for others."""
+        self._locate(key)
+        return None
+
+    async def check(self) -> None:
+        """Return if the folder, or the nearest one above it that exists, can be written.
+
+        Raises:
+            ConfigError: it can't.
+        """
+        await asyncio.to_thread(self._check)
+
+    async def close(self) -> None:
+        """Nothing is held open."""
+
     def _put(self, key: str, data: bytes) -> bool:
-        try:
+        with _translating(key):
             target = self._locate(key)
             if target.is_file():
                 return False
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _write_atomically(target, data)
-            for folder in target.relative_to(self._root).parents:
-                _sync_folder(self._root / folder)
-        except OSError as error:
-            raise _translated(error, key) from error
-        return True
+            stored = _write_atomically(target, data)
+            self._sync_folders(target)
+        return stored
 
-    def _get(self, key: str) -> bytes | None:
-        try:
-            return self._locate(key).read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            return None
-        except OSError as error:
-            raise _translated(error, key) from error
+    def _finish(self, file: IO[bytes], target: Path) -> bool:
+        stored = _name(file, target)
+        self._sync_folders(target)
+        return stored
 
-    def _exists(self, key: str) -> bool:
-        try:
-            return self._locate(key).is_file()
-        except OSError as error:
-            raise _translated(error, key) from error
+    def _sync_folders(self, target: Path) -> None:
+        for folder in target.relative_to(self._root).parents:
+            _sync_folder(self._root / folder)
+
+    def _open(self, key: str) -> IO[bytes] | None:
+        with _translating(key):
+            try:
+                return self._locate(key).open("rb", buffering=0)
+            except _ABSENT:
+                return None
+
+    def _get(self, key: str, sha256: str | None) -> bytes | None:
+        with _translating(key):
+            try:
+                data = self._locate(key).read_bytes()
+            except _ABSENT:
+                return None
+        return verified(key, data, sha256)
+
+    def _size(self, key: str) -> int | None:
+        with _translating(key):
+            try:
+                found = self._locate(key).stat()
+            except _ABSENT:
+                return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def _delete(self, key: str) -> bool:
-        try:
-            self._locate(key).unlink()
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        except OSError as error:
-            raise _translated(error, key) from error
+        with _translating(key):
+            try:
+                self._locate(key).unlink()
+            except (FileNotFoundError, NotADirectoryError):
+                return False
         return True
+
+    def _check(self) -> None:
+        places = (self._root, *self._root.absolute().parents)
+        existing = next(place for place in places if place.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise ConfigError(
+                "storage.folder", str(self._root), f"a folder that can be written; see {existing}"
+            )
 
     def _locate(self, key: str) -> Path:
         """The file of `key`, also where links in the folder would lead elsewhere refused."""
-        if len(key) > MAX_KEY_CHARACTERS or not _KEY.fullmatch(key):
-            raise BadInput(
-                "object key",
-                key,
-                "a relative path of letters, digits, dots, dashes and underscores, "
-                f"at most {MAX_KEY_CHARACTERS} characters",
-            )
+        require_key(key)
         target = self._root / key
         if not Path(os.path.realpath(target)).is_relative_to(os.path.realpath(self._root)):
             raise BadInput("object key", key, "a path that stays in the store's folder")
         return target
 
 
-def _write_atomically(target: Path, data: bytes) -> None:
-    descriptor, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=target.parent)
+async def _chunks(file: IO[bytes], key: str, sha256: str | None) -> AsyncIterator[bytes]:
+    reading = Reading(key, file.read, sha256)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
+        with _translating(key):
+            while chunk := await asyncio.to_thread(reading.next_chunk):
+                yield chunk
+    finally:
+        file.close()
+
+
+def _write_atomically(target: Path, data: bytes) -> bool:
+    """Write the file unless there is one; whether there was none."""
+    file = _begin(target)
+    try:
+        _write(file, data)
+        return _name(file, target)
+    finally:
+        _forget(file)
+
+
+def _begin(target: Path) -> IO[bytes]:
+    """A hidden file beside the target, whose folder is made where there is none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.NamedTemporaryFile(
+        prefix=".", suffix=".part", dir=target.parent, buffering=0, delete=False
+    )
+
+
+def _append(file: IO[bytes], block: bytearray, receipt: Receipt) -> None:
+    receipt.digest(block)
+    _write(file, block)
+
+
+def _write(file: IO[bytes], data: bytes | bytearray) -> None:
+    """All of `data`: one call of a file without a buffer may write less."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _name(file: IO[bytes], target: Path) -> bool:
+    """Give a file its name unless another has it; whether none had."""
+    os.fsync(file.fileno())
+    try:
+        os.link(file.name, target)
+    except FileExistsError:
+        if target.is_file():
+            return False
         raise
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        # Where two write at once here, both are told that they stored it; the bytes are equal.
+        os.replace(file.name, target)
+    return True
+
+
+def _forget(file: IO[bytes]) -> None:
+    file.close()
+    with contextlib.suppress(OSError):
+        os.unlink(file.name)
 
 
 def _sync_folder(path: Path) -> None:
@@ -156,7 +355,16 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _translated(error: OSError, key: str) -> EsperError:
-    if error.errno in _NO_ROOM:
-        return StorageFull(f"object {key}: no room left where the store writes ({error.strerror})")
-    return StoreUnavailable(f"object {key}: the store's folder can't be used: {error}")
+@contextlib.contextmanager
+def _translating(key: str) -> Iterator[None]:
+    """What the operating system says, as one of Esper's errors."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise StorageFull(
+                f"object {key}: no room left where the store writes ({error.strerror})"
+            ) from error
+        raise StoreUnavailable(
+            f"object {key}: the store's folder can't be used: {error}"
+        ) from error

@@ -25,7 +25,6 @@ from esper.zoo.data import digits
 LATER = {
     "esper.services.oona_client.OonaClient": "the bus over Redis Streams",
     "esper.services.urza.main": "Urza's REST interface",
-    "esper.utils.s3_client.OptimizedS3Client": "the object store over S3",
     "esper.services.tamiyo.policy.TamiyoPolicyGNN": "the learned policy",
     "esper.services.tamiyo.policy.PolicyConfig": "the learned policy",
     "esper.services.tamiyo.training.TamiyoTrainer": "the learned policy",
@@ -64,6 +63,7 @@ USED = {
     "esper.services.tolaria.trainer": ("TolariaTrainer",),
     "esper.services.tolaria.main": ("TolariaService",),
     "esper.utils.logging": ("AsyncEsperLogger", "OptimizedStructuredFormatter"),
+    "esper.utils.s3_client": ("OptimizedS3Client",),
 }
 
 MODULES = (*USED, "esper.services.tezzeret.main", "esper.services.tolaria.config")
@@ -189,8 +189,8 @@ async def compiled(model, document, directory):
         await hub.put_blueprint(document)
         bus = InProcessOona()
         worker = named("esper.services.tezzeret.worker", "TezzeretWorker")(bus, hub)
-        answers = bus.subscribe({topics.KERNEL_READY}, "test")
-        work = asyncio.create_task(worker.run(worker.subscribe()))
+        answers = await bus.subscribe({topics.KERNEL_READY}, "test")
+        work = asyncio.create_task(worker.run(await worker.subscribe()))
         request = KernelRequested(
             session="digits",
             kernel=name,
@@ -356,7 +356,7 @@ def test_tamiyo(model):
     async def answered():
         bus = InProcessOona()
         service = named("esper.services.tamiyo.main", "TamiyoService")(bus)
-        decisions = bus.subscribe({topics.DECISIONS}, "test")
+        decisions = await bus.subscribe({topics.DECISIONS}, "test")
         await service.start()
         await bus.publish(message)
         answer = await decisions.receive()
@@ -438,3 +438,28 @@ def test_logging(tmp_path):
     formatter = named("esper.utils.logging", "OptimizedStructuredFormatter")("tolaria")
     written, formatted = json.loads(path.read_text()), json.loads(formatter.format(record))
     assert written["message"] == formatted["message"] == f"run {trace}"
+
+
+def test_s3_client(s3_bucket, model, document):
+    from esper.services.tezzeret.compiler import compile_kernel
+
+    settings = named("esper.configs", "StorageConfig")(
+        bucket=s3_bucket.name,
+        endpoint_url=s3_bucket.endpoint_url,
+        region=s3_bucket.region,
+        access_key_id=s3_bucket.access_key_id,
+        secret_access_key=s3_bucket.secret_access_key,
+    )
+    target = model.morphology.target(next(iter(model.morphology.layers)))
+    artifact = compile_kernel(document, target)
+    digest = artifact.metadata.artifact_digest
+
+    async def there_and_back():
+        store = named("esper.utils.s3_client", "OptimizedS3Client")(settings)
+        assert await store.put(f"kernels/{digest}", artifact.data)
+        assert not await store.put(f"kernels/{digest}", artifact.data)
+        came = await store.get(f"kernels/{digest}", sha256=digest)
+        await store.close()
+        return came
+
+    assert asyncio.run(there_and_back()) == artifact.data

@@ -146,12 +146,12 @@ class Crash(BaseException):
     """The process ends here."""
 
 
-def test_a_crash_between_write_and_rename_leaves_no_object(tmp_path, monkeypatch):
+def test_a_crash_between_write_and_name_leaves_no_object(tmp_path, monkeypatch):
     def crash(*_: object) -> None:
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", crash)
+        patch.setattr(os, "link", crash)
         with pytest.raises(Crash):
             FolderStore(tmp_path)._put(KEY, b"half")
 
@@ -161,11 +161,11 @@ def test_a_crash_between_write_and_rename_leaves_no_object(tmp_path, monkeypatch
     assert get(tmp_path, KEY) == b"whole"
 
 
-def test_a_process_killed_before_the_rename_leaves_nothing_to_be_read(tmp_path):
+def test_a_process_killed_before_the_name_is_given_leaves_nothing_to_be_read(tmp_path):
     process = os.fork()
     if process == 0:
         # As kill -9 would: no handler and no cleaning up runs.
-        os.replace = lambda *_: os._exit(9)
+        os.link = lambda *_: os._exit(9)
         FolderStore(tmp_path)._put(KEY, b"half")
         os._exit(0)
     _, status = os.waitpid(process, 0)
@@ -178,13 +178,13 @@ def test_a_process_killed_before_the_rename_leaves_nothing_to_be_read(tmp_path):
 
 def test_bytes_are_on_disk_before_they_get_their_name(tmp_path, monkeypatch):
     order: list[str] = []
-    sync, rename = os.fsync, os.replace
+    sync, name = os.fsync, os.link
     monkeypatch.setattr(os, "fsync", lambda fd: (order.append("sync"), sync(fd))[1])
-    monkeypatch.setattr(os, "replace", lambda *at: (order.append("rename"), rename(*at))[1])
+    monkeypatch.setattr(os, "link", lambda *at: (order.append("name"), name(*at))[1])
 
     put(tmp_path, KEY, b"bytes")
 
-    assert order[:2] == ["sync", "rename"]
+    assert order[:2] == ["sync", "name"]
     assert set(order[2:]) == {"sync"}
 
 
