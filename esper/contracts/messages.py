@@ -22,6 +22,9 @@ from esper.contracts.operational import (
 SCHEMA_VERSION = 1
 
 
+Scope = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,127})?$")]
+
+
 class BlueprintSubmitted(Contract):
     """A blueprint is in the hub and waits for validation."""
 
@@ -72,7 +75,10 @@ PAYLOADS: dict[TopicNames, type[Contract]] = {
 
 
 class OonaMessage(Contract):
-    """The envelope. `trace_id` stays the same along a chain of messages caused by one another."""
+    """The envelope. `trace_id` stays the same along a chain of messages caused by one another.
+
+    `scope` is the uid of the session that the message belongs to; empty, it belongs to none.
+    """
 
     id: Annotated[str, Field(default_factory=lambda: uuid4().hex)]
     topic: TopicNames
@@ -81,6 +87,7 @@ class OonaMessage(Contract):
     trace_id: Annotated[str, Field(default_factory=lambda: uuid4().hex)]
     created_at: Annotated[datetime, Field(default_factory=utc_now)]
     schema_version: int = SCHEMA_VERSION
+    scope: Scope = ""
     payload: dict[str, JsonValue]
 
     @classmethod
@@ -90,6 +97,7 @@ class OonaMessage(Contract):
         payload: Contract,
         sender: ComponentType,
         trace_id: str | None = None,
+        scope: str = "",
     ) -> OonaMessage:
         """An envelope around `payload`.
 
@@ -104,6 +112,7 @@ class OonaMessage(Contract):
             "topic": topic,
             "type": type(payload).__name__,
             "sender": sender,
+            "scope": scope,
             "payload": payload.to_wire(),
         }
         if trace_id is not None:

@@ -60,7 +60,7 @@ class TamiyoService:
         """
         if self.running:
             return
-        subscription = self._bus.subscribe({TopicNames.PACKETS}, group=CONSUMER_GROUP)
+        subscription = await self._bus.subscribe({TopicNames.PACKETS}, group=CONSUMER_GROUP)
         self._task = asyncio.create_task(self._run(subscription), name="tamiyo")
 
     async def stop(self) -> None:
@@ -107,6 +107,7 @@ class TamiyoService:
                             decision,
                             ComponentType.TAMIYO,
                             trace_id=message.trace_id,
+                            scope=message.scope,
                         )
                     )
                 await subscription.acknowledge(message)

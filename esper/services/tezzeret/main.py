@@ -25,11 +25,11 @@ class TezzeretService:
         """Answer every request published from now on; a second call while running does nothing.
 
         Raises:
-            BusUnavailable: the bus is closed.
+            BusUnavailable: the bus is closed, or does not answer.
         """
         if self.running:
             return
-        subscription = self._worker.subscribe()
+        subscription = await self._worker.subscribe()
         self._task = asyncio.create_task(self._worker.run(subscription), name="tezzeret")
 
     async def stop(self) -> None:

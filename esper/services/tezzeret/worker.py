@@ -38,13 +38,13 @@ class TezzeretWorker:
         self._hub = hub
         self._name = name
 
-    def subscribe(self) -> Subscription:
+    async def subscribe(self) -> Subscription:
         """The worker's place in the queue of requests, for `run`.
 
         Raises:
-            BusUnavailable: the bus is closed.
+            BusUnavailable: the bus is closed, or does not answer.
         """
-        return self._bus.subscribe({TopicNames.KERNEL_REQUESTED}, CONSUMER_GROUP)
+        return await self._bus.subscribe({TopicNames.KERNEL_REQUESTED}, CONSUMER_GROUP)
 
     async def run(self, subscription: Subscription) -> None:
         """Answer requests until cancelled or until the bus closes."""
@@ -68,7 +68,11 @@ class TezzeretWorker:
         if answer is not None:
             await self._bus.publish(
                 OonaMessage.carrying(
-                    TopicNames.KERNEL_READY, answer, ComponentType.TEZZERET, message.trace_id
+                    TopicNames.KERNEL_READY,
+                    answer,
+                    ComponentType.TEZZERET,
+                    trace_id=message.trace_id,
+                    scope=message.scope,
                 )
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 from esper.contracts.assets import CompiledKernel
 from esper.contracts.blueprints import BlueprintDocument, KernelTarget, lower
@@ -18,10 +18,11 @@ from esper.contracts.operational import (
 )
 from esper.errors import HubUnavailable, KernelError
 from esper.execution.kernel_cache import KernelCache, instantiate
-from esper.services.oona_client import Oona
+from esper.services.oona_client import Oona, Subscription
 from esper.services.tolaria.engine import stable_seed
 from esper.services.tolaria.growth import BuiltSeed
 
+CONSUMER_GROUP = "tolaria"
 OPEN_STATES = (BlueprintState.PROPOSED, BlueprintState.COMPILING, BlueprintState.VALIDATING)
 
 
@@ -31,10 +32,20 @@ class BusController:
     In one process patience is endless: the rendezvous is what makes a run repeatable.
     """
 
-    def __init__(self, bus: Oona) -> None:
+    def __init__(self, bus: Oona, decisions: Subscription) -> None:
+        """`over` makes it, with its place in the queue of decisions."""
         self._bus = bus
         self._trace: str | None = None
-        self._decisions = bus.subscribe({TopicNames.DECISIONS}, group="tolaria")
+        self._decisions = decisions
+
+    @classmethod
+    async def over(cls, bus: Oona) -> Self:
+        """The controller at the other end of `bus`.
+
+        Raises:
+            BusUnavailable: the bus is closed, or does not answer.
+        """
+        return cls(bus, await bus.subscribe({TopicNames.DECISIONS}, group=CONSUMER_GROUP))
 
     async def decide(self, packet: SystemStatePacket) -> AdaptationDecision:
         """The decision about `packet`; answers to other packets are passed over.
@@ -77,15 +88,36 @@ class HubKernels:
     """Kernels from the hub: asked for, awaited, verified by the cache, cloned into a module."""
 
     def __init__(
-        self, session: str, seed: int, bus: Oona, hub: KernelRequests, cache: KernelCache
+        self,
+        session: str,
+        seed: int,
+        bus: Oona,
+        hub: KernelRequests,
+        cache: KernelCache,
+        ready: Subscription,
     ) -> None:
-        """`seed` is the session's: with the slot and the IR it fixes a module's first weights."""
+        """`seed` is the session's: with the slot and the IR it fixes a module's first weights.
+
+        `over` makes it, with its place in the queue of answers.
+        """
         self._session = session
         self._seed = seed
         self._bus = bus
         self._hub = hub
         self._cache = cache
-        self._ready = bus.subscribe({TopicNames.KERNEL_READY}, group="tolaria")
+        self._ready = ready
+
+    @classmethod
+    async def over(
+        cls, session: str, seed: int, bus: Oona, hub: KernelRequests, cache: KernelCache
+    ) -> Self:
+        """The kernels that `hub` has and that the forge at the other end of `bus` makes.
+
+        Raises:
+            BusUnavailable: the bus is closed, or does not answer.
+        """
+        ready = await bus.subscribe({TopicNames.KERNEL_READY}, group=CONSUMER_GROUP)
+        return cls(session, seed, bus, hub, cache, ready)
 
     async def build(
         self, document: BlueprintDocument, target: KernelTarget, layer: str, slot: int

@@ -53,10 +53,9 @@ async def is_idle(subscription: Subscription) -> bool:
 
 
 def test_the_in_process_bus_is_a_bus():
-    bus: Oona = InProcessOona()
-    subscription: Subscription = bus.subscribe({READY}, "g")
-
     async def life() -> None:
+        bus: Oona = InProcessOona()
+        subscription: Subscription = await bus.subscribe({READY}, "g")
         message = ready(1)
         await bus.publish(message)
         assert await subscription.receive() == message
@@ -70,7 +69,7 @@ def test_the_in_process_bus_is_a_bus():
 def test_a_group_gets_messages_of_all_its_topics_in_the_order_published(kinds):
     async def life() -> None:
         bus = InProcessOona()
-        subscription = bus.subscribe({READY, EVENTS}, "g")
+        subscription = await bus.subscribe({READY, EVENTS}, "g")
         sent = [ready(i) if kind else event(i) for i, kind in enumerate(kinds)]
         for message in sent:
             await bus.publish(message)
@@ -85,7 +84,7 @@ def test_a_group_gets_messages_of_all_its_topics_in_the_order_published(kinds):
 def test_every_group_gets_every_message_once(groups, count):
     async def life() -> None:
         bus = InProcessOona()
-        subscriptions = [bus.subscribe({READY}, f"g{i}") for i in range(groups)]
+        subscriptions = [await bus.subscribe({READY}, f"g{i}") for i in range(groups)]
         sent = [ready(i) for i in range(count)]
         for message in sent:
             await bus.publish(message)
@@ -101,7 +100,7 @@ def test_every_group_gets_every_message_once(groups, count):
 def test_the_receivers_of_one_group_share_its_messages(turns):
     async def life() -> None:
         bus = InProcessOona()
-        subscriptions = [bus.subscribe({READY}, "g") for _ in range(3)]
+        subscriptions = [await bus.subscribe({READY}, "g") for _ in range(3)]
         sent = [ready(i) for i in range(len(turns))]
         for message in sent:
             await bus.publish(message)
@@ -116,7 +115,7 @@ def test_the_receivers_of_one_group_share_its_messages(turns):
 def test_no_message_is_lost_and_none_acknowledged_comes_again(steps):
     async def life() -> None:
         bus = InProcessOona()
-        subscription = bus.subscribe({READY}, "g")
+        subscription = await bus.subscribe({READY}, "g")
         waiting = [ready(i) for i in range(6)]
         held: list[OonaMessage] = []
         for message in waiting:
@@ -129,7 +128,7 @@ def test_no_message_is_lost_and_none_acknowledged_comes_again(steps):
                 await subscription.acknowledge(held.pop())
             elif step == "restart":
                 await subscription.close()
-                subscription = bus.subscribe({READY}, "g")
+                subscription = await bus.subscribe({READY}, "g")
                 waiting = sorted(held + waiting, key=lambda m: int(str(m.payload["kernel"])))
                 held = []
             assert subscription.pending() == len(held)
@@ -142,10 +141,10 @@ def test_messages_wait_for_a_group_that_has_subscribed_once():
     async def life() -> None:
         bus = InProcessOona()
         await bus.publish(ready(0))
-        first = bus.subscribe({READY}, "g")
+        first = await bus.subscribe({READY}, "g")
         await first.close()
         await bus.publish(ready(1))
-        second = bus.subscribe({READY}, "g")
+        second = await bus.subscribe({READY}, "g")
         message = await second.receive()
         assert message.payload["kernel"] == "1"
         assert await is_idle(second)
@@ -156,7 +155,7 @@ def test_messages_wait_for_a_group_that_has_subscribed_once():
 def test_a_receiver_gets_its_topics_only():
     async def life() -> None:
         bus = InProcessOona()
-        events, readies = bus.subscribe({EVENTS}, "g"), bus.subscribe({READY}, "g")
+        events, readies = await bus.subscribe({EVENTS}, "g"), await bus.subscribe({READY}, "g")
         await bus.publish(ready(1))
         await bus.publish(event(2))
         assert (await events.receive()).topic is EVENTS
@@ -169,8 +168,8 @@ def test_a_receiver_gets_its_topics_only():
 def test_publishing_wakes_one_receiver_of_each_group():
     async def life() -> None:
         bus = InProcessOona()
-        here = [bus.subscribe({READY}, "here") for _ in range(2)]
-        there = bus.subscribe({READY}, "there")
+        here = [await bus.subscribe({READY}, "here") for _ in range(2)]
+        there = await bus.subscribe({READY}, "there")
         waiting = [asyncio.ensure_future(s.receive()) for s in (*here, there)]
         await asyncio.sleep(0)
         message = ready(1)
@@ -189,7 +188,7 @@ def test_publishing_wakes_one_receiver_of_each_group():
 def test_a_cancelled_receive_takes_no_message_along():
     async def life() -> None:
         bus = InProcessOona()
-        subscription = bus.subscribe({READY}, "g")
+        subscription = await bus.subscribe({READY}, "g")
         receiving = asyncio.ensure_future(subscription.receive())
         await asyncio.sleep(0)
         await bus.publish(ready(1))
@@ -205,7 +204,7 @@ def test_a_cancelled_receive_takes_no_message_along():
 def test_closing_a_receiver_hands_its_message_to_one_that_waits():
     async def life() -> None:
         bus = InProcessOona()
-        first, second = (bus.subscribe({READY}, "g") for _ in range(2))
+        first, second = [await bus.subscribe({READY}, "g") for _ in range(2)]
         await bus.publish(ready(1))
         message = await first.receive()
         receiving = asyncio.ensure_future(second.receive())
@@ -220,7 +219,7 @@ def test_closing_a_receiver_hands_its_message_to_one_that_waits():
 def test_closing_wakes_whoever_waits(what):
     async def life() -> None:
         bus = InProcessOona()
-        subscription = bus.subscribe({READY}, "g")
+        subscription = await bus.subscribe({READY}, "g")
         receiving = asyncio.ensure_future(subscription.receive())
         await asyncio.sleep(0)
         await (bus if what == "bus" else subscription).close()
@@ -233,7 +232,7 @@ def test_closing_wakes_whoever_waits(what):
 def test_a_closed_bus_refuses_work_and_says_so():
     async def life() -> None:
         bus = InProcessOona()
-        subscription = bus.subscribe({READY}, "g")
+        subscription = await bus.subscribe({READY}, "g")
         await bus.publish(ready(1))
         message = await subscription.receive()
         await bus.close()
@@ -242,7 +241,7 @@ def test_a_closed_bus_refuses_work_and_says_so():
         with pytest.raises(BusUnavailable):
             await bus.publish(ready(2))
         with pytest.raises(BusUnavailable):
-            bus.subscribe({READY}, "g")
+            await bus.subscribe({READY}, "g")
         with pytest.raises(BusUnavailable):
             await subscription.acknowledge(message)
         await subscription.close()
@@ -253,7 +252,7 @@ def test_a_closed_bus_refuses_work_and_says_so():
 def test_a_closed_receiver_refuses_work():
     async def life() -> None:
         bus = InProcessOona()
-        subscription = bus.subscribe({READY}, "g")
+        subscription = await bus.subscribe({READY}, "g")
         await subscription.close()
         with pytest.raises(BusUnavailable):
             await subscription.receive()
@@ -267,7 +266,7 @@ def test_a_closed_receiver_refuses_work():
 def test_a_message_published_twice_is_delivered_and_acknowledged_twice():
     async def life() -> None:
         bus = InProcessOona()
-        subscription = bus.subscribe({READY}, "g")
+        subscription = await bus.subscribe({READY}, "g")
         message = ready(1)
         await bus.publish(message)
         await bus.publish(message)
@@ -284,7 +283,7 @@ def test_a_message_published_twice_is_delivered_and_acknowledged_twice():
 def test_receivers_do_not_share_a_message_object():
     async def life() -> None:
         bus = InProcessOona()
-        first, second = bus.subscribe({READY}, "a"), bus.subscribe({READY}, "b")
+        first, second = await bus.subscribe({READY}, "a"), await bus.subscribe({READY}, "b")
         await bus.publish(ready(1))
         (await first.receive()).payload["kernel"] = "another"
         assert (await second.receive()).payload["kernel"] == "1"
@@ -307,7 +306,7 @@ def test_what_is_not_finite_arrives():
 
     async def life() -> OonaMessage:
         bus = InProcessOona()
-        subscription = bus.subscribe({EVENTS}, "g")
+        subscription = await bus.subscribe({EVENTS}, "g")
         await bus.publish(message)
         return await subscription.receive()
 

@@ -31,10 +31,10 @@ class Trainer:
 
     def __init__(self, **options):
         self.bus = InProcessOona()
-        self.decisions = self.bus.subscribe({TopicNames.DECISIONS}, group="tolaria")
         self.service = TamiyoService(self.bus, **options)
 
     async def __aenter__(self):
+        self.decisions = await self.bus.subscribe({TopicNames.DECISIONS}, group="tolaria")
         await self.service.start()
         return self
 
@@ -51,7 +51,7 @@ class Trainer:
     async def unanswered(self):
         """The packets that nobody has acknowledged, once the service has stopped."""
         await self.service.stop()
-        left = self.bus.subscribe({TopicNames.PACKETS}, group=CONSUMER_GROUP)
+        left = await self.bus.subscribe({TopicNames.PACKETS}, group=CONSUMER_GROUP)
         await self.bus.publish(marker := carrying(self.last))
         found = []
         while (message := await left.receive()).id != marker.id:
@@ -172,7 +172,7 @@ def test_replayed_packets_rebuild_the_averages(build):
 def test_starting_and_stopping_may_be_repeated(build):
     async def conversation():
         service = TamiyoService(bus := InProcessOona())
-        decisions = bus.subscribe({TopicNames.DECISIONS}, group="tolaria")
+        decisions = await bus.subscribe({TopicNames.DECISIONS}, group="tolaria")
         await service.stop()
         assert not service.running
         await service.start()
@@ -218,7 +218,7 @@ class ClosingSubscription:
 
 
 class ForeignBus(InProcessOona):
-    def subscribe(self, topics, group):
+    async def subscribe(self, topics, group):
         return ClosingSubscription()
 
 

@@ -79,7 +79,7 @@ async def hub_in(folder: Path) -> AsyncIterator[UrzaClient]:
 async def forge_in(folder: Path) -> AsyncIterator[tuple[InProcessOona, UrzaClient, Subscription]]:
     """A bus and a hub with a service between them, and a trainer's place for its answers."""
     bus = InProcessOona()
-    answers = bus.subscribe({TopicNames.KERNEL_READY}, "tolaria")
+    answers = await bus.subscribe({TopicNames.KERNEL_READY}, "tolaria")
     async with hub_in(folder) as hub:
         service = TezzeretService(bus, hub)
         await service.start()
@@ -225,7 +225,7 @@ def test_a_kernel_that_another_worker_compiles_is_left_to_it(tmp_path):
 def test_two_workers_share_the_requests_and_answer_each_once(tmp_path):
     async def life() -> None:
         bus = InProcessOona()
-        answers = bus.subscribe({TopicNames.KERNEL_READY}, "tolaria")
+        answers = await bus.subscribe({TopicNames.KERNEL_READY}, "tolaria")
         async with hub_in(tmp_path) as hub:
             services = [TezzeretService(bus, hub, name=f"forge-{n}") for n in range(2)]
             for service in services:
@@ -273,7 +273,7 @@ def test_a_fault_that_nobody_foresaw_is_answered(tmp_path, caplog):
 def test_a_request_that_was_not_answered_goes_back_to_the_bus(tmp_path):
     async def life() -> None:
         bus = InProcessOona()
-        answers = bus.subscribe({TopicNames.KERNEL_READY}, "tolaria")
+        answers = await bus.subscribe({TopicNames.KERNEL_READY}, "tolaria")
         async with hub_in(tmp_path) as hub:
             service = TezzeretService(bus, hub)
             await service.start()
@@ -281,7 +281,7 @@ def test_a_request_that_was_not_answered_goes_back_to_the_bus(tmp_path):
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             await service.stop()
-            left = bus.subscribe({TopicNames.KERNEL_REQUESTED}, CONSUMER_GROUP)
+            left = await bus.subscribe({TopicNames.KERNEL_REQUESTED}, CONSUMER_GROUP)
             assert (await left.receive()).payload["kernel"] == request().kernel
             await left.close()
             await service.start()
@@ -294,7 +294,7 @@ def test_a_request_that_was_not_answered_goes_back_to_the_bus(tmp_path):
 def test_the_service_starts_and_stops_any_number_of_times(tmp_path):
     async def life() -> None:
         bus = InProcessOona()
-        answers = bus.subscribe({TopicNames.KERNEL_READY}, "tolaria")
+        answers = await bus.subscribe({TopicNames.KERNEL_READY}, "tolaria")
         async with hub_in(tmp_path) as hub:
             service = TezzeretService(bus, hub)
             await service.stop()
