@@ -1,77 +1,31 @@
-"""The hub over real SQLite files and real folders."""
+"""The hub over real databases and real folders."""
 
 import asyncio
-import hashlib
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 
 from esper.contracts.assets import Seed, TrainingSession
-from esper.contracts.blueprints import (
-    BlueprintDocument,
-    KernelTarget,
-    LayerGeometry,
-    builtin,
-    kernel_id,
-)
+from esper.contracts.blueprints import kernel_id
 from esper.contracts.enums import BlueprintState, SeedState, SessionOutcome
-from esper.contracts.kernels import KernelFigures, KernelMetadata
-from esper.errors import BadInput, BlueprintError, KernelError, StoreUnavailable
-from esper.services.urza.database import Database, DatabaseConfig
-from esper.services.urza.store import MAX_ERROR_CHARACTERS, UrzaHub, artifact_key
+from esper.errors import BadInput, BlueprintError, KernelError, NotFound, StoreUnavailable
+from esper.services.urza.store import MAX_ERROR_CHARACTERS, artifact_key
 from esper.utils.object_store import FolderStore
-
-DOCUMENT = builtin("low-rank", {"rank": 2})
-OTHER = builtin("low-rank", {"rank": 3})
-DATA = b"the artifact's bytes"
-DIGEST = hashlib.sha256(DATA).hexdigest()
-UNKNOWN = "f" * 40
-
-
-def target(inputs: int = 4) -> KernelTarget:
-    layer = LayerGeometry(kind="Linear", inputs=inputs, outputs=3)
-    return KernelTarget(layer=layer, input_shape=(inputs,), output_shape=(3,))
-
-
-def described(kernel: str, **fields: object) -> KernelMetadata:
-    figures = KernelFigures(
-        parameters=14,
-        flops=84,
-        parameter_bytes=56,
-        latency_microseconds=1.5,
-        latency_batch=2,
-        device="cpu",
-        threads=1,
-    )
-    return KernelMetadata.model_validate(
-        {
-            "kernel": kernel,
-            "blueprint_digest": DOCUMENT.digest,
-            "artifact_digest": DIGEST,
-            "artifact_bytes": len(DATA),
-            "figures": figures,
-            **fields,
-        }
-    )
+from tests.unit.esper.services.urza.hubs import (
+    DATA,
+    DIGEST,
+    DOCUMENT,
+    OTHER,
+    UNKNOWN,
+    described,
+    opened,
+    requested,
+    target,
+)
 
 
-@asynccontextmanager
-async def opened(folder: Path) -> AsyncIterator[UrzaHub]:
-    settings = DatabaseConfig(url=f"sqlite+aiosqlite:///{folder}/urza.sqlite")
-    async with Database(settings) as database:
-        yield UrzaHub(database, FolderStore(folder / "artifacts"))
-
-
-async def requested(hub: UrzaHub, document: BlueprintDocument = DOCUMENT, inputs: int = 4) -> str:
-    await hub.put_blueprint(document)
-    return (await hub.request_kernel(document.digest, target(inputs))).kernel
-
-
-def test_a_blueprint_is_put_once(tmp_path):
+def test_a_blueprint_is_put_once(place):
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             first = await hub.put_blueprint(DOCUMENT)
             again = await hub.put_blueprint(DOCUMENT)
             renamed = await hub.put_blueprint(DOCUMENT.model_copy(update={"name": "another"}))
@@ -84,9 +38,9 @@ def test_a_blueprint_is_put_once(tmp_path):
     asyncio.run(life())
 
 
-def test_blueprints_put_at_the_same_time_are_one(tmp_path):
+def test_blueprints_put_at_the_same_time_are_one(place):
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             came = await asyncio.gather(*(hub.put_blueprint(DOCUMENT) for _ in range(10)))
             assert len({blueprint.id for blueprint in came}) == 1
             assert len(await hub.blueprints()) == 1
@@ -94,9 +48,9 @@ def test_blueprints_put_at_the_same_time_are_one(tmp_path):
     asyncio.run(life())
 
 
-def test_a_kernel_is_requested_once(tmp_path):
+def test_a_kernel_is_requested_once(place):
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             await hub.put_blueprint(DOCUMENT)
             first = await hub.request_kernel(DOCUMENT.digest, target())
             assert await hub.request_kernel(DOCUMENT.digest, target()) == first
@@ -111,9 +65,9 @@ def test_a_kernel_is_requested_once(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [2, 16])
-def test_concurrent_claims_have_one_winner(tmp_path, workers):
+def test_concurrent_claims_have_one_winner(place, workers):
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             kernel = await requested(hub)
             won = await asyncio.gather(
                 *(hub.claim_kernel(kernel, f"worker-{n}") for n in range(workers))
@@ -125,9 +79,9 @@ def test_concurrent_claims_have_one_winner(tmp_path, workers):
     asyncio.run(life())
 
 
-def test_claims_from_two_hubs_of_one_file_have_one_winner(tmp_path):
+def test_claims_from_two_hubs_of_one_file_have_one_winner(place):
     async def life() -> None:
-        async with opened(tmp_path) as here, opened(tmp_path) as there:
+        async with opened(place) as here, opened(place) as there:
             for inputs in range(1, 11):
                 kernel = await requested(here, inputs=inputs)
                 won = await asyncio.gather(
@@ -138,21 +92,21 @@ def test_claims_from_two_hubs_of_one_file_have_one_winner(tmp_path):
     asyncio.run(life())
 
 
-def test_a_worker_finds_its_own_claim_again(tmp_path):
+def test_a_worker_finds_its_own_claim_again(place):
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             kernel = await requested(hub)
             assert await hub.claim_kernel(kernel, "one")
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             assert not await hub.claim_kernel(kernel, "two")
             assert await hub.claim_kernel(kernel, "one")
 
     asyncio.run(life())
 
 
-def test_a_claim_is_given_up_by_its_owner_only(tmp_path):
+def test_a_claim_is_given_up_by_its_owner_only(place):
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             kernel = await requested(hub)
             assert await hub.claim_kernel(kernel, "one")
             await hub.release_kernel(kernel, "two")
@@ -167,9 +121,9 @@ def test_a_claim_is_given_up_by_its_owner_only(tmp_path):
     asyncio.run(life())
 
 
-def test_a_completed_kernel_is_there_for_good(tmp_path):
+def test_a_completed_kernel_is_there_for_good(place):
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             kernel = await requested(hub)
             await hub.claim_kernel(kernel, "one")
             done = await hub.complete_kernel(described(kernel), DATA)
@@ -179,7 +133,7 @@ def test_a_completed_kernel_is_there_for_good(tmp_path):
             assert await hub.fail_kernel(kernel, "too late") == done
             assert not await hub.claim_kernel(kernel, "one")
             assert (await hub.blueprint(DOCUMENT.digest)).state is BlueprintState.CHARACTERIZED
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             assert await hub.request_kernel(DOCUMENT.digest, target()) == done
             assert await hub.metadata(kernel) == described(kernel)
             assert await hub.artifact(kernel) == DATA
@@ -187,9 +141,9 @@ def test_a_completed_kernel_is_there_for_good(tmp_path):
     asyncio.run(life())
 
 
-def test_a_kernel_without_figures_is_complete(tmp_path):
+def test_a_kernel_without_figures_is_complete(place):
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             kernel = await requested(hub)
             await hub.complete_kernel(described(kernel, figures=None), DATA)
             assert await hub.metadata(kernel) == described(kernel, figures=None)
@@ -197,9 +151,9 @@ def test_a_kernel_without_figures_is_complete(tmp_path):
     asyncio.run(life())
 
 
-def test_a_failed_kernel_keeps_its_reason(tmp_path):
+def test_a_failed_kernel_keeps_its_reason(place):
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             kernel = await requested(hub)
             await hub.claim_kernel(kernel, "one")
             failed = await hub.fail_kernel(kernel, "the shapes do not fit")
@@ -217,9 +171,9 @@ def test_a_failed_kernel_keeps_its_reason(tmp_path):
 
 
 @pytest.mark.parametrize("first", ["complete", "fail"])
-def test_one_kernel_that_compiles_shows_that_the_blueprint_is_sound(tmp_path, first):
+def test_one_kernel_that_compiles_shows_that_the_blueprint_is_sound(place, first):
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             good, bad = await requested(hub), await requested(hub, inputs=5)
             if first == "complete":
                 await hub.complete_kernel(described(good), DATA)
@@ -232,9 +186,9 @@ def test_one_kernel_that_compiles_shows_that_the_blueprint_is_sound(tmp_path, fi
 
 
 @pytest.mark.parametrize(("error", "kept"), [("", 1), ("x" * 5000, MAX_ERROR_CHARACTERS)])
-def test_a_reason_is_never_empty_nor_endless(tmp_path, error, kept):
+def test_a_reason_is_never_empty_nor_endless(place, error, kept):
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             failed = await hub.fail_kernel(await requested(hub), error)
             assert failed.error is not None
             assert kept <= len(failed.error) <= MAX_ERROR_CHARACTERS
@@ -246,48 +200,48 @@ def test_a_reason_is_never_empty_nor_endless(tmp_path, error, kept):
     "wrong",
     [{"artifact_digest": "0" * 64}, {"artifact_bytes": 1}, {"blueprint_digest": OTHER.digest}],
 )
-def test_an_artifact_that_is_not_as_described_is_refused(tmp_path, wrong):
+def test_an_artifact_that_is_not_as_described_is_refused(place, wrong):
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             kernel = await requested(hub)
             with pytest.raises(KernelError, match=r"got .*; allowed: "):
                 await hub.complete_kernel(described(kernel, **wrong), DATA)
             assert (await hub.kernel(kernel)).state is BlueprintState.PROPOSED
-        assert not (tmp_path / "artifacts").exists()
+        assert not place.artifacts.exists()
 
     asyncio.run(life())
 
 
 @pytest.mark.parametrize("data", [b"", DATA[:-1], DATA + b"!", DATA.swapcase()])
-def test_a_changed_artifact_is_refused(tmp_path, data):
+def test_a_changed_artifact_is_refused(place, data):
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             kernel = await requested(hub)
             await hub.complete_kernel(described(kernel), DATA)
-            (tmp_path / "artifacts" / artifact_key(DIGEST)).write_bytes(data)
+            (place.artifacts / artifact_key(DIGEST)).write_bytes(data)
             with pytest.raises(KernelError, match=f"allowed: {DIGEST}"):
                 await hub.artifact(kernel)
 
     asyncio.run(life())
 
 
-def test_a_lost_artifact_is_named(tmp_path):
+def test_a_lost_artifact_is_named(place):
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             kernel = await requested(hub)
             await hub.complete_kernel(described(kernel), DATA)
-            (tmp_path / "artifacts" / artifact_key(DIGEST)).unlink()
+            (place.artifacts / artifact_key(DIGEST)).unlink()
             with pytest.raises(KernelError, match=f"{DIGEST} is not in the store"):
                 await hub.artifact(kernel)
 
     asyncio.run(life())
 
 
-def test_bytes_stored_before_a_crash_are_taken_up_again(tmp_path):
+def test_bytes_stored_before_a_crash_are_taken_up_again(place):
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             kernel = await requested(hub)
-            await FolderStore(tmp_path / "artifacts").put(artifact_key(DIGEST), DATA)
+            await FolderStore(place.artifacts).put(artifact_key(DIGEST), DATA)
             done = await hub.complete_kernel(described(kernel), DATA)
             assert done.state is BlueprintState.CHARACTERIZED
             assert await hub.artifact(kernel) == DATA
@@ -295,11 +249,11 @@ def test_bytes_stored_before_a_crash_are_taken_up_again(tmp_path):
     asyncio.run(life())
 
 
-def test_a_store_that_fails_leaves_the_kernel_open(tmp_path):
-    (tmp_path / "artifacts").write_bytes(b"a file where a folder should be")
+def test_a_store_that_fails_leaves_the_kernel_open(place):
+    place.artifacts.write_bytes(b"a file where a folder should be")
 
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             kernel = await requested(hub)
             with pytest.raises(StoreUnavailable):
                 await hub.complete_kernel(described(kernel), DATA)
@@ -308,9 +262,9 @@ def test_a_store_that_fails_leaves_the_kernel_open(tmp_path):
     asyncio.run(life())
 
 
-def test_a_deleted_blueprint_takes_its_kernels_and_artifacts_along(tmp_path):
+def test_a_deleted_blueprint_takes_its_kernels_and_artifacts_along(place):
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             kernel, other = await requested(hub), await requested(hub, OTHER)
             await requested(hub, inputs=5)
             await hub.complete_kernel(described(kernel), DATA)
@@ -319,7 +273,7 @@ def test_a_deleted_blueprint_takes_its_kernels_and_artifacts_along(tmp_path):
             assert [k.kernel for k in await hub.kernels()] == [other]
             with pytest.raises(KernelError):
                 await hub.metadata(kernel)
-        assert not (tmp_path / "artifacts" / artifact_key(DIGEST)).exists()
+        assert not (place.artifacts / artifact_key(DIGEST)).exists()
 
     asyncio.run(life())
 
@@ -337,9 +291,9 @@ def test_a_deleted_blueprint_takes_its_kernels_and_artifacts_along(tmp_path):
         lambda hub: hub.kernel("x' OR '1'='1"),
     ],
 )
-def test_a_kernel_that_nobody_asked_for_is_an_error(tmp_path, call):
+def test_a_kernel_that_nobody_asked_for_is_an_error(place, call):
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             await requested(hub)
             with pytest.raises(KernelError, match="does not know it"):
                 await call(hub)
@@ -347,9 +301,9 @@ def test_a_kernel_that_nobody_asked_for_is_an_error(tmp_path, call):
     asyncio.run(life())
 
 
-def test_a_blueprint_that_is_not_there_is_an_error(tmp_path):
+def test_a_blueprint_that_is_not_there_is_an_error(place):
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             for call in (hub.blueprint("0" * 64), hub.request_kernel("0" * 64, target())):
                 with pytest.raises(BlueprintError, match="blueprint digest: got 000"):
                     await call
@@ -357,34 +311,41 @@ def test_a_blueprint_that_is_not_there_is_an_error(tmp_path):
     asyncio.run(life())
 
 
-def test_a_session_is_registered_once_and_updated(tmp_path):
+def test_a_session_is_registered_once_and_updated(place):
     session = TrainingSession(name="s", epochs=10, num_layers=2, num_slots=1)
     seed = Seed(
         seed_id=(1, 0), layer="fc2", state=SeedState.TRAINING, blueprint="noop", kernel=UNKNOWN
     )
 
     async def life() -> None:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             assert await hub.register_session(session) == session
             later = session.changed(epoch=3, seeds=(seed,))
             assert await hub.update_session(later) == later
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             again = TrainingSession(name="s", epochs=10, num_layers=2, num_slots=1)
             assert await hub.register_session(again) == later
             done = later.changed(outcome=SessionOutcome.SUCCEEDED, epoch=10)
             await hub.update_session(done)
-            assert await hub.sessions() == (done,)
+            (ended,) = await hub.sessions()
+            assert ended == done.model_copy(update={"ended_at": ended.ended_at})
+            assert await hub.session("s") == ended
             with pytest.raises(BadInput, match=r"session\.id"):
                 await hub.update_session(again)
-            with pytest.raises(BadInput, match="session name: got t"):
-                await hub.update_session(again.changed(name="t"))
+            with pytest.raises(BadInput, match=r"session\.name: got t; allowed: s"):
+                await hub.update_session(later.changed(name="t"))
+            unknown = TrainingSession(name="t", epochs=10, num_layers=2, num_slots=1)
+            with pytest.raises(NotFound, match=f"session uid: got {unknown.uid}"):
+                await hub.update_session(unknown)
+            with pytest.raises(NotFound, match="session name: got t"):
+                await hub.session("t")
 
     asyncio.run(life())
 
 
-def test_the_hub_says_whether_it_answers(tmp_path):
+def test_the_hub_says_whether_it_answers(place):
     async def life() -> bool:
-        async with opened(tmp_path) as hub:
+        async with opened(place) as hub:
             return await hub.health()
 
     assert asyncio.run(life())

@@ -1,0 +1,216 @@
+"""The hub's kernels: asked for, read, archived, deleted. `store_leases` has them worked on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.exc import IntegrityError
+
+from esper.contracts.assets import CompiledKernel
+from esper.contracts.blueprints import KernelTarget, kernel_id
+from esper.contracts.enums import BlueprintState
+from esper.contracts.kernels import KernelFigures, KernelMetadata
+from esper.errors import BlueprintNotFound, Conflict, ConflictReason, KernelError, KernelNotFound
+from esper.services.contracts import (
+    DEFAULT_PAGE_ITEMS,
+    KernelFilter,
+    Page,
+    SimpleCompiledKernelContract,
+    Stored,
+)
+from esper.services.urza import models
+from esper.services.urza.store_rows import (
+    HubRows,
+    artifact_key,
+    blueprint_row,
+    change,
+    check_version,
+    in_states,
+    insert_unless_there,
+    kernel_row,
+    mark_used,
+    of_session,
+    page_of,
+)
+
+
+class HubKernels(HubRows):
+    """Kernels, one for each blueprint and target that were asked for."""
+
+    async def request_kernel(
+        self, blueprint_digest: str, target: KernelTarget, *, session: str | None = None
+    ) -> CompiledKernel:
+        """The kernel of that blueprint for that target, made in state proposed unless it is there.
+
+        An archived one comes out of the archive. `session` is the uid of the session that uses
+        the kernel from now on.
+
+        Raises:
+            BlueprintNotFound: no blueprint has that digest.
+            NotFound: no session of that uid is registered.
+        """
+        row, key = models.CompiledKernel, kernel_id(blueprint_digest, target)
+        try:
+            async with self._database.transaction() as transaction:
+                found = await transaction.scalar(select(row).where(row.kernel == key))
+                if found is None:
+                    blueprint = await blueprint_row(transaction, blueprint_digest)
+                    kernel = CompiledKernel(
+                        kernel=key,
+                        blueprint_digest=blueprint_digest,
+                        blueprint=str(blueprint.document["name"]),
+                        target=target,
+                    )
+                    await insert_unless_there(transaction, row.of(kernel, blueprint.id))
+                    found = await kernel_row(transaction, key)
+                if found.archived_at is not None:
+                    await transaction.execute(
+                        update(row)
+                        .where(row.id == found.id, row.archived_at.is_not(None))
+                        .values(archived_at=None, version=row.version + 1)
+                    )
+                    await transaction.refresh(found)
+                if session is not None:
+                    await mark_used(transaction, session, kernels=[key])
+                return found.as_asset()
+        except IntegrityError as error:
+            raise BlueprintNotFound(
+                "blueprint digest", blueprint_digest, "a blueprint that is not being deleted"
+            ) from error
+
+    async def kernel(self, kernel: str) -> CompiledKernel:
+        """The kernel of that id, in whatever state.
+
+        Raises:
+            KernelNotFound: there is none.
+        """
+        return (await self.read_kernel(kernel)).item
+
+    async def read_kernel(self, kernel: str) -> Stored[CompiledKernel]:
+        """The kernel of that id, with its version.
+
+        Raises:
+            KernelNotFound: there is none.
+        """
+        async with self._database.transaction() as session:
+            return (await kernel_row(session, kernel)).as_stored()
+
+    async def kernels(
+        self, states: Sequence[BlueprintState] = tuple(BlueprintState)
+    ) -> tuple[CompiledKernel, ...]:
+        """The kernels in one of `states`, the oldest first."""
+        row = models.CompiledKernel
+        async with self._database.transaction() as session:
+            query = select(row).where(in_states(row, states)).order_by(row.created_at, row.id)
+            return tuple(found.as_asset() for found in await session.scalars(query))
+
+    async def list_kernels(
+        self,
+        where: KernelFilter | None = None,
+        *,
+        limit: int = DEFAULT_PAGE_ITEMS,
+        cursor: str | None = None,
+    ) -> Page[Stored[CompiledKernel]]:
+        """Some of the kernels that pass the filter, the oldest first.
+
+        Raises:
+            BadInput: `limit` is out of bounds, or `cursor` is none that a page gave.
+        """
+        asked = where or KernelFilter()
+        row, blueprint = models.CompiledKernel, models.Blueprint
+        query = select(row).where(in_states(row, asked.states))
+        if asked.name is not None:
+            name = blueprint.document["name"].as_string()
+            query = query.where(row.blueprint.has(name == asked.name))
+        if asked.blueprint is not None:
+            query = query.where(row.blueprint.has(blueprint.digest == asked.blueprint))
+        if asked.session is not None:
+            query = query.where(
+                row.id.in_(of_session(asked.session, models.SessionKernel.kernel_id))
+            )
+        async with self._database.transaction() as session:
+            rows, after = await page_of(session, row, query, limit, cursor)
+            items = tuple(found.as_stored() for found in rows)
+        return Page[Stored[CompiledKernel]](items=items, next_cursor=after)
+
+    async def archive_kernel(
+        self, kernel: str, *, version: int | None = None
+    ) -> Stored[CompiledKernel]:
+        """Take a kernel out of lists and of work; its artifact can still be read.
+
+        Whoever requests it again brings it back.
+
+        Raises:
+            KernelNotFound: there is none.
+            Conflict: it is not at `version` any more.
+        """
+        async with self._database.transaction(writing=True) as session:
+            row = await kernel_row(session, kernel, lock=True)
+            check_version(f"kernel {kernel}", row, version)
+            if row.archived_at is None:
+                row.archived_at = self._clock()
+                change(row, row.archived_at)
+            return row.as_stored()
+
+    async def delete_kernel(self, kernel: str, *, version: int | None = None) -> bool:
+        """Remove a kernel and its artifact; whether there was one.
+
+        Raises:
+            Conflict: it is not at `version` any more, or a live session uses it.
+        """
+        user, uses = models.TrainingSession, models.SessionKernel
+        async with self._database.transaction(writing=True) as session:
+            try:
+                row = await kernel_row(session, kernel, lock=True)
+            except KernelNotFound:
+                return False
+            check_version(f"kernel {kernel}", row, version)
+            name = await session.scalar(
+                select(user.name)
+                .join(uses, uses.session_id == user.id)
+                .where(uses.kernel_id == row.id, user.ended_at.is_(None))
+                .limit(1)
+            )
+            if name is not None:
+                raise Conflict(
+                    ConflictReason.IN_USE, f"kernel {kernel}: the live session {name} uses it"
+                )
+            artifact = row.artifact_digest
+            await session.execute(
+                delete(models.CompiledKernel).where(models.CompiledKernel.id == row.id)
+            )
+        # Rows first: an artifact without a row is only wasted room, the reverse is an error.
+        await self._remove_artifacts([artifact])
+        return True
+
+    async def metadata(self, kernel: str) -> KernelMetadata:
+        """What is known of a compiled kernel.
+
+        Raises:
+            KernelNotFound: there is no such kernel.
+            KernelError: it is not compiled.
+        """
+        async with self._database.transaction() as session:
+            row = await kernel_row(session, kernel)
+        figures = None if row.figures is None else KernelFigures.model_validate(row.figures)
+        return SimpleCompiledKernelContract.of(row.as_asset(), figures).metadata()
+
+    async def artifact(self, kernel: str) -> bytes:
+        """The bytes of a compiled kernel.
+
+        Raises:
+            KernelNotFound: there is no such kernel.
+            KernelError: it is not compiled, or the store has lost or changed its artifact.
+        """
+        expected = (await self.metadata(kernel)).artifact_digest
+        data = await self._store.get(artifact_key(expected))
+        if data is None:
+            raise KernelError(f"kernel {kernel}: its artifact {expected} is not in the store")
+        came = hashlib.sha256(data).hexdigest()
+        if came != expected:
+            raise KernelError(
+                f"kernel {kernel}: got an artifact with digest {came}; allowed: {expected}"
+            )
+        return data
