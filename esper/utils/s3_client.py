@@ -196,11 +196,13 @@ class OptimizedS3Client:
         body = self._open(key)
         if body is None:
             return None
+        chunks = []
         try:
-            data = body.read(body.num_bytes)
+            while chunk := body.read(body.num_bytes):  # all of them, unless the connection broke
+                chunks.append(chunk)
         finally:
             body.close()
-        return verified(key, data, sha256)
+        return verified(key, b"".join(chunks), sha256)
 
     def stat(self, key: str) -> int | None:
         """As `size`.

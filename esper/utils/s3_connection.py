@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import zlib
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import boto3
 from botocore.config import Config
@@ -40,6 +41,7 @@ _MENDING = {
     "NoSuchBucket": ("bucket", "a bucket that exists"),
     "InvalidBucketName": ("bucket", "a bucket that exists"),
     "InvalidAccessKeyId": ("access_key_id", _CREDENTIALS),
+    "XAdminUserNotFound": ("access_key_id", _CREDENTIALS),  # versitygw's
     "ExpiredToken": ("access_key_id", _CREDENTIALS),
     "InvalidToken": ("access_key_id", _CREDENTIALS),
     "SignatureDoesNotMatch": ("secret_access_key", "the secret of storage.access_key_id"),
@@ -83,6 +85,7 @@ def connect(config: StorageConfig) -> S3Client:
         s3=s3,  # type: ignore[arg-type]
     )
     try:
+        _ = urlsplit(config.endpoint_url or "").port  # boto3 finds a wrong one only when it asks
         client: S3Client = boto3.session.Session().client(
             "s3",
             region_name=config.region,
