@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from esper.contracts.assets import Blueprint, CompiledKernel, TrainingSession
 from esper.contracts.blueprints import BlueprintDocument, KernelTarget
 from esper.contracts.enums import BlueprintState
 from esper.contracts.kernels import KernelMetadata
+from esper.services.contracts import BlueprintClaim, KernelClaim
 
 
 class UrzaClient(Protocol):
@@ -21,8 +23,13 @@ class UrzaClient(Protocol):
     does not answer; `UrzaHub` has the same methods and says what else each of them raises.
     """
 
-    async def put_blueprint(self, document: BlueprintDocument) -> Blueprint:
-        """The blueprint of that content, made unless it is there; its first name stays."""
+    async def put_blueprint(
+        self, document: BlueprintDocument, *, session: str | None = None
+    ) -> Blueprint:
+        """The blueprint of that content, made unless it is there; its first name stays.
+
+        `session` is the uid of a registered session that uses it: while it lives, it is kept.
+        """
         ...
 
     async def blueprint(self, digest: str) -> Blueprint:
@@ -33,8 +40,13 @@ class UrzaClient(Protocol):
         """All blueprints, the oldest first."""
         ...
 
-    async def request_kernel(self, blueprint_digest: str, target: KernelTarget) -> CompiledKernel:
-        """The kernel for that target, made in state proposed unless it is there."""
+    async def request_kernel(
+        self, blueprint_digest: str, target: KernelTarget, *, session: str | None = None
+    ) -> CompiledKernel:
+        """The kernel for that target, made in state proposed unless it is there.
+
+        `session` is the uid of a registered session that uses it: while it lives, it is kept.
+        """
         ...
 
     async def kernel(self, kernel: str) -> CompiledKernel:
@@ -49,16 +61,56 @@ class UrzaClient(Protocol):
         """Whether `worker` may now compile the kernel."""
         ...
 
-    async def release_kernel(self, kernel: str, worker: str) -> None:
+    async def claim_next_kernel(self, worker: str, lease_seconds: float) -> KernelClaim | None:
+        """Lease the oldest kernel that nobody compiles; None where there is none."""
+        ...
+
+    async def lease_kernel(
+        self, kernel: str, worker: str, lease_seconds: float
+    ) -> KernelClaim | None:
+        """Lease that kernel; None where it is settled or another worker has it."""
+        ...
+
+    async def heartbeat_kernel(self, kernel: str, token: str, lease_seconds: float) -> datetime:
+        """Keep a lease for that long from now; Conflict where it is lost."""
+        ...
+
+    async def release_kernel(self, kernel: str, worker: str, *, token: str | None = None) -> None:
         """Give up `worker`'s claim."""
         ...
 
-    async def complete_kernel(self, metadata: KernelMetadata, data: bytes) -> CompiledKernel:
-        """Keep a compiled kernel's artifact."""
+    async def complete_kernel(
+        self, metadata: KernelMetadata, data: bytes, *, token: str | None = None
+    ) -> CompiledKernel:
+        """Keep a compiled kernel's artifact; Conflict where the lease is lost."""
         ...
 
-    async def fail_kernel(self, kernel: str, error: str) -> CompiledKernel:
-        """Record why a kernel can't be compiled."""
+    async def fail_kernel(
+        self, kernel: str, error: str, *, token: str | None = None
+    ) -> CompiledKernel:
+        """Record why a kernel can't be compiled; Conflict where the lease is lost."""
+        ...
+
+    async def claim_next_blueprint(
+        self, worker: str, lease_seconds: float
+    ) -> BlueprintClaim | None:
+        """Lease the oldest blueprint that nobody has validated; None where there is none."""
+        ...
+
+    async def heartbeat_blueprint(self, digest: str, token: str, lease_seconds: float) -> datetime:
+        """Keep a lease for that long from now; Conflict where it is lost."""
+        ...
+
+    async def complete_blueprint(self, digest: str, token: str) -> Blueprint:
+        """Record that a blueprint is valid; Conflict where the lease is lost."""
+        ...
+
+    async def fail_blueprint(self, digest: str, token: str, error: str) -> Blueprint:
+        """Record why a blueprint is not valid; Conflict where the lease is lost."""
+        ...
+
+    async def release_blueprint(self, digest: str, token: str) -> None:
+        """Give up a lease."""
         ...
 
     async def metadata(self, kernel: str) -> KernelMetadata:
@@ -70,7 +122,7 @@ class UrzaClient(Protocol):
         ...
 
     async def register_session(self, session: TrainingSession) -> TrainingSession:
-        """The session of that name: `session` itself the first time, as stored from then on."""
+        """The session of that uid: `session` itself the first time, as stored from then on."""
         ...
 
     async def update_session(self, session: TrainingSession) -> TrainingSession:
