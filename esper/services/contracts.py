@@ -21,6 +21,7 @@ __all__ = [
     "MAX_PAGE_ITEMS",
     "BlueprintClaim",
     "BlueprintFilter",
+    "IssuedCredentials",
     "KernelClaim",
     "KernelFigures",
     "KernelFilter",
@@ -191,6 +192,20 @@ class SessionCredentials(Contract):
     created_at: AwareDatetime
     expires_at: AwareDatetime
     revoked: bool = False
+
+
+class IssuedCredentials(Contract):
+    """What opens a session's rows and streams, or those of a namespace (then `uid` is None).
+
+    Asking again gives the same. Without a Redis behind the hub there is no user.
+    """
+
+    uid: SessionUid | None = None
+    namespace: Namespace
+    hub_token: Annotated[str, Field(repr=False)]
+    redis_username: str | None = None
+    redis_password: Annotated[str | None, Field(repr=False)] = None
+    expires_at: AwareDatetime
 
 
 class SweepResult(Contract):

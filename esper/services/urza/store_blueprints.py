@@ -37,11 +37,17 @@ class HubBlueprints(HubRows):
         Raises:
             NotFound: no session of that uid is registered.
         """
-        row = models.Blueprint
+        return (await self.add_blueprint(document, session=session))[0].item
+
+    async def add_blueprint(
+        self, document: BlueprintDocument, *, session: str | None = None
+    ) -> tuple[Stored[Blueprint], bool]:
+        """As `put_blueprint`, with its version, and whether this call made it."""
+        row, made = models.Blueprint, False
         async with self._database.transaction() as transaction:
             found = await transaction.scalar(select(row).where(row.digest == document.digest))
             if found is None:
-                await insert_unless_there(transaction, row.of(Blueprint.proposed(document)))
+                made = await insert_unless_there(transaction, row.of(Blueprint.proposed(document)))
                 found = await blueprint_row(transaction, document.digest)
             if found.archived_at is not None:
                 await transaction.execute(
@@ -52,7 +58,7 @@ class HubBlueprints(HubRows):
                 await transaction.refresh(found)
             if session is not None:
                 await mark_used(transaction, session, digest=document.digest)
-            return found.as_asset()
+            return found.as_stored(), made
 
     async def blueprint(self, digest: str) -> Blueprint:
         """The blueprint of that digest.

@@ -51,7 +51,13 @@ class HubKernels(HubRows):
             BlueprintNotFound: no blueprint has that digest.
             NotFound: no session of that uid is registered.
         """
-        row, key = models.CompiledKernel, kernel_id(blueprint_digest, target)
+        return (await self.add_kernel(blueprint_digest, target, session=session))[0].item
+
+    async def add_kernel(
+        self, blueprint_digest: str, target: KernelTarget, *, session: str | None = None
+    ) -> tuple[Stored[CompiledKernel], bool]:
+        """As `request_kernel`, with its version, and whether this call made it."""
+        row, key, made = models.CompiledKernel, kernel_id(blueprint_digest, target), False
         try:
             async with self._database.transaction() as transaction:
                 found = await transaction.scalar(select(row).where(row.kernel == key))
@@ -63,7 +69,7 @@ class HubKernels(HubRows):
                         blueprint=str(blueprint.document["name"]),
                         target=target,
                     )
-                    await insert_unless_there(transaction, row.of(kernel, blueprint.id))
+                    made = await insert_unless_there(transaction, row.of(kernel, blueprint.id))
                     found = await kernel_row(transaction, key)
                 if found.archived_at is not None:
                     await transaction.execute(
@@ -74,7 +80,7 @@ class HubKernels(HubRows):
                     await transaction.refresh(found)
                 if session is not None:
                     await mark_used(transaction, session, kernels=[key])
-                return found.as_asset()
+                return found.as_stored(), made
         except IntegrityError as error:
             raise BlueprintNotFound(
                 "blueprint digest", blueprint_digest, "a blueprint that is not being deleted"

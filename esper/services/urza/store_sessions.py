@@ -42,10 +42,14 @@ class HubSessions(HubRows):
         Raises:
             BadInput: its id is that of another session.
         """
+        return (await self.add_session(session))[0].item
+
+    async def add_session(self, session: TrainingSession) -> tuple[Stored[TrainingSession], bool]:
+        """As `register_session`, with its version, and whether this call made it."""
         async with self._database.transaction() as transaction:
-            await insert_unless_there(transaction, models.TrainingSession.of(session))
+            made = await insert_unless_there(transaction, models.TrainingSession.of(session))
             try:
-                return (await session_row(transaction, session.uid)).as_asset()
+                return (await session_row(transaction, session.uid)).as_stored(), made
             except NotFound:
                 raise BadInput("session.id", str(session.id), "an id of its own") from None
 
@@ -62,6 +66,12 @@ class HubSessions(HubRows):
             BadInput: it is registered under another id, name or namespace.
             Conflict: it is not at `version` any more.
         """
+        return (await self.replace_session(session, version=version)).item
+
+    async def replace_session(
+        self, session: TrainingSession, *, version: int | None = None
+    ) -> Stored[TrainingSession]:
+        """As `update_session`, with its version."""
         async with self._database.transaction(writing=True) as transaction:
             row = await session_row(transaction, session.uid, lock=True)
             for field in ("id", "name", "namespace"):
@@ -78,7 +88,7 @@ class HubSessions(HubRows):
             row.ended_at = (row.ended_at or self._clock()) if ended else None
             kernels = sorted({seed.kernel for seed in session.seeds if seed.kernel is not None})
             await mark_used(transaction, session.uid, kernels=kernels)
-            return row.as_asset()
+            return row.as_stored()
 
     async def session(self, name: str) -> TrainingSession:
         """The newest session of that name.

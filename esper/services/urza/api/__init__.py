@@ -1,0 +1,1 @@
+"""Urza's endpoints, one file for each kind of resource."""

@@ -1,0 +1,110 @@
+"""`/api/v1/sessions/`: training sessions. A session's own token reaches its own alone."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Path, Query, Request, Response
+
+from esper.contracts.assets import SessionUid, TrainingSession
+from esper.errors import BadInput, NotFound
+from esper.services.contracts import Page, SessionFilter
+from esper.services.urza.api.conditions import IfMatch, tagged, unless_known, version_of
+from esper.services.urza.api.lists import SessionQuery, filter_of, page
+from esper.services.urza.api.routes import (
+    JSON,
+    allowed,
+    answer,
+    caller_of,
+    documented,
+    router,
+    urza_of,
+)
+from esper.services.urza.auth import Permission
+
+ROOT = "/api/v1/sessions"
+sessions = router(ROOT, "sessions")
+
+Uid = Annotated[SessionUid, Path(description="The session's uid.")]
+
+
+@sessions.get("/", **allowed(Permission.READ, documented({200: Page[TrainingSession]})))
+async def list_sessions(request: Request, query: Annotated[SessionQuery, Query()]) -> Response:
+    """Sessions that pass the filter, the oldest first; a session's token sees its own alone."""
+    hub, own = urza_of(request).hub, caller_of(request).own_session
+    if own is not None:
+        try:
+            items: tuple[TrainingSession, ...] = ((await hub.read_session(own)).item,)
+        except NotFound:
+            items = ()
+        return answer(Page[TrainingSession](items=items))
+    found = await hub.list_sessions(
+        filter_of(query, SessionFilter), limit=query.limit, cursor=query.cursor
+    )
+    return page(found, Page[TrainingSession], lambda item: item)
+
+
+@sessions.post(
+    "/",
+    **allowed(
+        Permission.KEEP_SESSIONS,
+        documented({200: TrainingSession, 201: TrainingSession}, etag=True),
+        takes=JSON,
+    ),
+)
+async def register_session(request: Request, session: TrainingSession) -> Response:
+    """Register a session: 201 the first time, 200 with what is stored from then on."""
+    caller_of(request).require_session(session.uid)
+    stored, made = await urza_of(request).hub.add_session(session)
+    return tagged(stored, status=201 if made else 200, location=f"{ROOT}/{stored.item.uid}")
+
+
+@sessions.get(
+    "/{uid}",
+    **allowed(Permission.READ, documented({200: TrainingSession, 304: None}, 404, etag=True)),
+)
+async def read_session(request: Request, uid: Uid) -> Response:
+    """One session and its seeds."""
+    caller_of(request).require_session(uid)
+    return unless_known(request, await urza_of(request).hub.read_session(uid))
+
+
+@sessions.put(
+    "/{uid}",
+    **allowed(
+        Permission.KEEP_SESSIONS,
+        documented({200: TrainingSession}, 404, 412, etag=True),
+        takes=JSON,
+    ),
+)
+async def update_session(
+    request: Request, uid: Uid, session: TrainingSession, if_match: IfMatch = None
+) -> Response:
+    """Replace what is known of a session; the kernels of its seeds are in use while it lives."""
+    caller_of(request).require_session(uid)
+    if session.uid != uid:
+        raise BadInput("session.uid", session.uid, uid)
+    hub = urza_of(request).hub
+    return tagged(await hub.replace_session(session, version=version_of(if_match)))
+
+
+@sessions.post(
+    "/{uid}/archive",
+    **allowed(Permission.ADMINISTER, documented({200: TrainingSession}, 404, 409, 412, etag=True)),
+)
+async def archive_session(request: Request, uid: Uid, if_match: IfMatch = None) -> Response:
+    """Take an ended session out of lists."""
+    hub = urza_of(request).hub
+    return tagged(await hub.archive_session(uid, version=version_of(if_match)))
+
+
+@sessions.delete(
+    "/{uid}",
+    status_code=204,
+    **allowed(Permission.ADMINISTER, documented({204: None}, 404, 409, 412)),
+)
+async def delete_session(request: Request, uid: Uid, if_match: IfMatch = None) -> Response:
+    """Delete an ended session."""
+    if not await urza_of(request).hub.delete_session(uid, version=version_of(if_match)):
+        raise NotFound("session uid", uid, "a session that was registered")
+    return Response(status_code=204)

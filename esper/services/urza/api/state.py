@@ -1,0 +1,173 @@
+"""What the endpoints work with, and what keeps it in order while they do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+
+from esper.configs import EsperConfig
+from esper.errors import BusUnavailable, ConfigError, EsperError, HubUnavailable, Unavailable
+from esper.services.urza.auth import Tokens
+from esper.services.urza.credentials import Secrets
+from esper.services.urza.database import Database
+from esper.services.urza.metrics import Metrics
+from esper.services.urza.redis_users import RedisUser, RedisUsers
+from esper.services.urza.store import UrzaHub
+from esper.utils.object_store import open_store
+
+CHECK_TIMEOUT_SECONDS = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+class Revoked:
+    """The uids of sessions whose credentials were revoked, as of the last look."""
+
+    def __init__(self) -> None:
+        self._uids: frozenset[str] = frozenset()
+
+    def __contains__(self, uid: object) -> bool:
+        return uid in self._uids
+
+    def replace(self, uids: frozenset[str]) -> None:
+        """These, and no others."""
+        self._uids = uids
+
+
+class Urza:
+    """One hub process: its database, its store, its keys and its connection to Redis.
+
+    Raises:
+        ConfigError: `urza.signing_key` is not set, or an address can't be read.
+    """
+
+    def __init__(self, config: EsperConfig) -> None:
+        self.config = config.urza
+        self.revoked = Revoked()
+        self.tokens = Tokens(config.urza.signing_key, revoked=self.revoked)
+        self.database = Database(config.database)
+        self.store = open_store(config.storage)
+        self.hub = UrzaHub(self.database, self.store)
+        self.users = None if config.redis.url is None else RedisUsers(config.redis.url)
+        assert config.urza.signing_key is not None  # Tokens would have refused
+        self.secrets = Secrets(
+            config.urza.signing_key, self.tokens, has_redis=self.users is not None
+        )
+        self.metrics = Metrics(self.database.statistics)
+        self.opened = False
+        self._storage = "storage.folder" if config.storage.bucket is None else "storage.bucket"
+        self._redis_run: str | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Open everything, look after it, and close it at the end.
+
+        A database that does not answer yet is waited for, in the background.
+
+        Raises:
+            ConfigError: the database refuses what the settings say.
+            StorageFull: no room is left.
+        """
+        try:
+            with contextlib.suppress(Unavailable):
+                await self._open()
+            upkeep = asyncio.create_task(self._upkeep(), name="urza-upkeep")
+            try:
+                yield
+            finally:
+                upkeep.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await upkeep
+        finally:
+            if self.users is not None:
+                await self.users.close()
+            await self.store.close()
+            await self.database.close()
+
+    def require_open(self) -> None:
+        """Refuse to work before the database was opened.
+
+        Raises:
+            HubUnavailable: it was not.
+        """
+        if not self.opened:
+            raise HubUnavailable("Urza is starting: its database does not answer (database.url)")
+
+    async def problems(self) -> dict[str, str]:
+        """What does not answer as it must, by the setting that it depends on."""
+        checks: dict[str, Callable[[], Awaitable[object]]] = {
+            "database.url": self.database.probe,
+            self._storage: self.store.check,
+        }
+        if self.users is not None:
+            checks["redis.url"] = self.users.run
+        found = await asyncio.gather(*(_problem(check) for check in checks.values()))
+        problems = {name: problem for name, problem in zip(checks, found, strict=True) if problem}
+        if not self.opened:
+            problems.setdefault("database.url", "Urza's tables are not ready yet")
+        return problems
+
+    async def apply_users(self, users: list[RedisUser]) -> None:
+        """Set these users in Redis, where there is one."""
+        if self.users is not None:
+            await self.users.apply(users)
+
+    async def remove_sessions(self, namespace: str, uids: Iterable[str]) -> None:
+        """Remove these sessions' users and streams from Redis, where there is one."""
+        if self.users is not None:
+            await self.users.remove_sessions(namespace, frozenset(uids))
+
+    async def refresh_revoked(self) -> None:
+        """Learn which sessions were revoked, by this process or another."""
+        rows = await self.hub.list_credentials(revoked=True)
+        self.revoked.replace(frozenset(row.uid for row in rows))
+
+    async def _open(self) -> None:
+        await self.database.open()
+        await self.refresh_revoked()
+        self.opened = True
+
+    async def _upkeep(self) -> None:
+        while True:
+            try:
+                if self.opened:
+                    await self.refresh_revoked()
+                    await self._reapply_users()
+                else:
+                    await self._open()
+            except EsperError as error:
+                _log.warning("urza's upkeep will be tried again: %s", error)
+            except Exception:
+                _log.exception("urza's upkeep")
+            await asyncio.sleep(self.config.upkeep_seconds)
+
+    async def _reapply_users(self) -> None:
+        """Set every user again once Redis was started anew, or was away."""
+        if self.users is None:
+            return
+        try:
+            run = await self.users.run()
+            if run != self._redis_run:
+                rows = await self.hub.list_credentials(revoked=False)
+                users = [self.secrets.session_user(row) for row in rows]
+                names = sorted({row.namespace for row in rows})
+                await self.users.apply([*map(self.secrets.namespace_user, names), *users])
+                _log.info("%d users set in Redis", len(users) + len(names))
+            self._redis_run = run
+        except (BusUnavailable, ConfigError):
+            self._redis_run = None
+            raise
+
+
+async def _problem(check: Callable[[], Awaitable[object]]) -> str | None:
+    try:
+        async with asyncio.timeout(CHECK_TIMEOUT_SECONDS):
+            await check()
+    except TimeoutError:
+        return f"no answer within {CHECK_TIMEOUT_SECONDS:g} s"
+    except EsperError as error:
+        return str(error)
+    return None

@@ -1,0 +1,90 @@
+"""What opens a session's rows and streams: made from the hub's key, kept nowhere.
+
+The hub's token and the Redis password of a session follow from `urza.signing_key`, the session's
+uid and the time that the hub first made them for it. So asking again, or asking another process of
+the same hub, gives the same ones, and the database holds no secret.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from datetime import datetime, timedelta
+
+from pydantic import SecretStr
+
+from esper.services.contracts import IssuedCredentials, SessionCredentials
+from esper.services.urza.auth import Role, Tokens
+from esper.services.urza.redis_users import RedisUser, session_user
+
+TAMIYO = "tamiyo"
+
+
+class Secrets:
+    """Derives tokens, Redis users and their passwords.
+
+    Args:
+        key: `urza.signing_key`.
+        tokens: signs with the same key.
+        has_redis: whether there is a Redis to have users in.
+    """
+
+    def __init__(self, key: SecretStr, tokens: Tokens, *, has_redis: bool) -> None:
+        self._key = key.get_secret_value().encode()
+        self._tokens = tokens
+        self._has_redis = has_redis
+
+    def session_user(self, row: SessionCredentials) -> RedisUser:
+        """The Redis user of a session; it reaches that session's streams."""
+        made = row.created_at.isoformat()
+        return RedisUser(
+            name=session_user(row.namespace, row.uid),
+            password=self._derived("session", row.namespace, row.uid, made),
+            keys=f"esper:{row.namespace}:{row.uid}:*",
+        )
+
+    def namespace_user(self, namespace: str) -> RedisUser:
+        """The Redis user of a namespace's Tamiyo; it reaches the streams of all its sessions."""
+        return RedisUser(
+            name=f"esper-namespace:{namespace}",
+            password=self._derived("namespace", namespace),
+            keys=f"esper:{namespace}:*",
+            scans=True,
+        )
+
+    def of_session(self, row: SessionCredentials) -> IssuedCredentials:
+        """What the session with that row is given."""
+        token = self._tokens.mint(
+            Role.SESSION,
+            row.uid,
+            namespace=row.namespace,
+            issued_at=row.created_at,
+            expires_at=row.expires_at,
+        )
+        return self._issued(row.namespace, token, row.expires_at, self.session_user(row), row.uid)
+
+    def of_namespace(self, namespace: str, now: datetime, days: int) -> IssuedCredentials:
+        """What the namespace's Tamiyo is given; its token is the same for all of a UTC day."""
+        since = now.replace(hour=0, minute=0, second=0, microsecond=0)
+        until = since + timedelta(days=days + 1)
+        token = self._tokens.mint(
+            Role.READER, TAMIYO, namespace=namespace, issued_at=since, expires_at=until
+        )
+        return self._issued(namespace, token, until, self.namespace_user(namespace), None)
+
+    def _issued(
+        self, namespace: str, token: str, until: datetime, user: RedisUser, uid: str | None
+    ) -> IssuedCredentials:
+        return IssuedCredentials(
+            uid=uid,
+            namespace=namespace,
+            hub_token=token,
+            redis_username=user.name if self._has_redis else None,
+            redis_password=user.password if self._has_redis else None,
+            expires_at=until,
+        )
+
+    def _derived(self, *parts: str) -> str:
+        # Parts are names and times: none holds the separator.
+        text = "\n".join(("redis", *parts)).encode()
+        return hmac.new(self._key, text, hashlib.sha256).hexdigest()

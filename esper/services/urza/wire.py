@@ -1,0 +1,98 @@
+"""The bodies of requests to Urza that are no contract of their own; both ends build on them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import AwareDatetime, Field, model_validator
+
+from esper.contracts.assets import Namespace, SessionUid
+from esper.contracts.base import Contract, utc_now
+from esper.contracts.blueprints import KernelTarget
+from esper.contracts.kernels import Count, Digest, KernelMetadata
+from esper.services.contracts import MAX_LEASE_SECONDS, LeaseToken
+
+MAX_SWEPT = 10_000
+
+Worker = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,253}$", examples=["tezzeret-0"])]
+LeaseSeconds = Annotated[float, Field(ge=1, le=MAX_LEASE_SECONDS, allow_inf_nan=False)]
+Reason = Annotated[str, Field(min_length=1, max_length=10_000)]
+
+
+class KernelCreation(Contract):
+    """Asks for the kernel of a blueprint for a target."""
+
+    blueprint_digest: Digest
+    target: KernelTarget
+
+
+class ClaimRequest(Contract):
+    """`worker` asks for work; without `lease_seconds` the hub's own setting holds."""
+
+    worker: Worker
+    lease_seconds: LeaseSeconds | None = None
+
+
+class LeaseRequest(Contract):
+    """Whoever holds `lease` goes on with its work, or gives up a blueprint's."""
+
+    lease: LeaseToken
+    lease_seconds: LeaseSeconds | None = None
+
+
+class ReleaseRequest(Contract):
+    """`worker` gives up its `lease`."""
+
+    worker: Worker
+    lease: LeaseToken
+
+
+class KernelResult(Contract):
+    """What became of a kernel: the metadata of an artifact that was uploaded, or an error."""
+
+    lease: LeaseToken
+    metadata: KernelMetadata | None = None
+    error: Reason | None = None
+
+    @model_validator(mode="after")
+    def _one_outcome(self) -> Self:
+        if (self.metadata is None) == (self.error is None):
+            raise ValueError("metadata: got both or neither; allowed: metadata or error")
+        return self
+
+
+class BlueprintResult(Contract):
+    """What became of a blueprint: it is sound, or `error` says why not."""
+
+    lease: LeaseToken
+    error: Reason | None = None
+
+
+class CredentialsRequest(Contract):
+    """Asks for what opens a session of `namespace`."""
+
+    namespace: Namespace
+
+
+class SweepRequest(Contract):
+    """The uids of all sessions of `namespace` that there are; the others are ended.
+
+    What was made after `gathered_at`, when the uids were gathered, is left alone.
+    """
+
+    namespace: Namespace
+    live_uids: Annotated[tuple[SessionUid, ...], Field(max_length=MAX_SWEPT)]
+    gathered_at: Annotated[AwareDatetime, Field(default_factory=utc_now)]
+
+
+class LeaseExtension(Contract):
+    """Until when a lease lasts now."""
+
+    expires_at: AwareDatetime
+
+
+class UploadedArtifact(Contract):
+    """An artifact that the store has, whole and with that SHA-256."""
+
+    artifact_digest: Digest
+    artifact_bytes: Count
