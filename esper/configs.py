@@ -241,7 +241,12 @@ class UrzaConfig(_Section):
 
 
 class RedisConfig(_Section):
-    """Where Oona's streams are, for processes that do not share one bus in memory."""
+    """Where Oona's streams are, for processes that do not share one bus in memory.
+
+    What can't be sent waits up to `backoff_seconds` after the first failure, twice that after the
+    second, and so on up to `max_backoff_seconds`, each time a random part of it. After `attempts`
+    failures in a row messages wait in this process, `buffer_messages` of them.
+    """
 
     url: Annotated[
         str | None,
@@ -250,6 +255,73 @@ class RedisConfig(_Section):
             description="a URL that begins with redis:// or rediss://, or null: in-process bus",
         ),
     ] = None
+    namespace: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,62}$",
+            description="letters, digits and dashes, at most 63: streams of one are apart from "
+            "another's",
+        ),
+    ] = "default"
+    pool_size: Annotated[
+        int, Number, Field(ge=1, le=100, description="connections kept open, 1 to 100")
+    ] = 8
+    connect_timeout_seconds: Annotated[
+        float,
+        Number,
+        Field(gt=0, le=600, description="seconds to wait for a connection, up to 600"),
+    ] = 5.0
+    read_timeout_seconds: Annotated[
+        float, Number, Field(gt=0, le=600, description="seconds to wait for an answer, up to 600")
+    ] = 5.0
+    attempts: Annotated[
+        int, Number, Field(ge=1, le=20, description="times that a request is tried, 1 to 20")
+    ] = 4
+    backoff_seconds: Annotated[
+        float, Number, Field(ge=0, le=60, description="seconds, up to 60")
+    ] = 0.1
+    max_backoff_seconds: Annotated[
+        float, Number, Field(ge=0, le=600, description="seconds, up to 600")
+    ] = 5.0
+    buffer_messages: Annotated[
+        int,
+        Number,
+        Field(ge=1, le=10**6, description="messages that may wait to be sent, 1 to 1000000"),
+    ] = 1000
+    prefetch_messages: Annotated[
+        int,
+        Number,
+        Field(ge=1, le=10**4, description="messages read from Redis at once, 1 to 10000"),
+    ] = 100
+    stream_length: Annotated[
+        int,
+        Number,
+        Field(ge=10, le=10**7, description="messages kept of each stream, about; 10 to 10000000"),
+    ] = 10_000
+    claim_idle_seconds: Annotated[
+        float,
+        Number,
+        Field(
+            gt=0,
+            le=86_400,
+            description="seconds until the messages of a silent receiver go to another, up to "
+            "86400",
+        ),
+    ] = 30.0
+    max_deliveries: Annotated[
+        int,
+        Number,
+        Field(ge=1, le=1000, description="deliveries before a message is set aside, 1 to 1000"),
+    ] = 8
+    discovery_seconds: Annotated[
+        float,
+        Number,
+        Field(
+            gt=0,
+            le=600,
+            description="seconds between looks for new streams and left messages, up to 600",
+        ),
+    ] = 1.0
 
 
 class StorageConfig(_Section):
