@@ -14,7 +14,8 @@ import torch
 import yaml
 from torch import nn
 
-from esper.cli.embedded import embedded_trainer, prepare
+from esper.cli.preparing import prepare
+from esper.cli.trainers import Attention, embedded_trainer
 from esper.configs import EsperConfig
 from esper.contracts.enums import SeedState
 from esper.contracts.manifests import parse_manifest
@@ -124,7 +125,8 @@ def grown(document: Document, blueprints: Sequence[Document]) -> Outcome:
     async def train() -> Outcome:
         with tempfile.TemporaryDirectory() as folder:
             config = EsperConfig().inside(Path(folder))
-            async with embedded_trainer(prepared, config, observers=[watch]) as trainer:
+            attention = Attention(observers=[watch])
+            async with embedded_trainer(prepared, config, attention=attention) as trainer:
                 result = await trainer.run()
         return Outcome(
             accuracy=result.test.metric,

@@ -10,87 +10,32 @@ import errno
 import math
 import shlex
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from esper.cli.live import make_view
 from esper.cli.output import write_json
+from esper.cli.preparing import SOURCE_ANNOTATION, Prepared, own_manifest, prepare
 from esper.cli.report_page import write_report
+from esper.cli.trainers import Attention, Progress, embedded_trainer
 from esper.cli.view_observer import ViewObserver
 from esper.configs import EsperConfig
-from esper.contracts import assets
-from esper.contracts.blueprints import CATALOGUE, BlueprintDocument, Graph
 from esper.contracts.enums import SessionOutcome
-from esper.contracts.manifests import (
-    Manifest,
-    load_manifest,
-    parse_manifest,
-    select_blueprints,
-    session_document,
-)
-from esper.contracts.operational import AdaptationDecision
-from esper.core.compilation import compile_blocks
+from esper.contracts.manifests import load_manifest, parse_manifest
 from esper.core.export import export_grown
-from esper.core.model_wrapper import LayerSelection, MorphableModel, wrap
-from esper.errors import (
-    BadInput,
-    ConfigError,
-    EsperError,
-    Interrupted,
-    ManifestError,
-    StorageFull,
-    one_line,
-)
-from esper.execution.builders import build
-from esper.execution.kernel_cache import KernelCache
-from esper.services.oona_client import InProcessOona
-from esper.services.tamiyo.main import TamiyoService
-from esper.services.tezzeret.main import TezzeretService
-from esper.services.tolaria.boundary import BusController, HubKernels
-from esper.services.tolaria.config import TolariaConfig
-from esper.services.tolaria.data import Datasets
+from esper.errors import BadInput, EsperError, Interrupted, StorageFull, one_line
 from esper.services.tolaria.engine import layer_kind
-from esper.services.tolaria.entrypoints import (
-    build_datasets,
-    build_model,
-    build_objective,
-    check_fit,
-    make_importable,
-)
-from esper.services.tolaria.growth import refuse_misfit
 from esper.services.tolaria.main import TolariaService
-from esper.services.tolaria.objective import Objective
 from esper.services.tolaria.run_directory import RunDirectory, RunLog, refuse_unusable
 from esper.services.tolaria.seeds import SeedBook
 from esper.services.tolaria.snapshots import Snapshot
 from esper.services.tolaria.status import StatusFile
-from esper.services.tolaria.trainer import Observer, TolariaTrainer, TrainingResult
-from esper.services.urza.client import UrzaClient, in_process_urza
-
-SOURCE_ANNOTATION = "esper.dev/source"
-"""On a run's own manifest: the folder of the manifest it was started with."""
+from esper.services.tolaria.trainer import Observer, TrainingResult
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A session that was checked and built, with nothing written yet."""
-
-    manifest: Manifest
-    config: TolariaConfig
-    documents: tuple[BlueprintDocument, ...]
-    datasets: Datasets
-    objective: Objective
-    model: MorphableModel
-    folder: Path
 
 
 def run_file(
@@ -104,12 +49,11 @@ def run_file(
     config: EsperConfig,
 ) -> int:
     """`esper run FILE`: everything is checked before anything is written."""
-    _refuse_other_services(config)
     manifest = load_manifest(path)
     directory = output_dir or Path("runs") / manifest.session.metadata.name
     refuse_unusable(directory, overwrite=overwrite)
     prepared = prepare(manifest, path.parent)
-    run = RunDirectory.create(directory, _own_manifest(prepared), overwrite=overwrite)
+    run = RunDirectory.create(directory, own_manifest(prepared), overwrite=overwrite)
     try:
         return _carry_out(prepared, run, None, config, _Shown(json_output, live, quiet))
     finally:
@@ -120,7 +64,6 @@ def resume(
     directory: Path, *, json_output: bool, live: bool, quiet: bool, config: EsperConfig
 ) -> int:
     """`esper run --resume D`: on from the newest checkpoint, or from the start without one."""
-    _refuse_other_services(config)
     run = RunDirectory.open(directory)
     try:
         manifest = parse_manifest(run.manifest, str(directory / "manifest.yaml"))
@@ -135,69 +78,6 @@ def resume(
         return _carry_out(prepared, run, snapshot, config, _Shown(json_output, live, quiet))
     finally:
         run.close()
-
-
-def validate_file(path: Path, config: EsperConfig) -> dict[str, Any]:
-    """`esper validate FILE`: what `run` would check, and what it would train."""
-    del config  # every setting was checked when it was read
-    prepared = prepare(load_manifest(path), path.parent)
-    morphology = prepared.model.morphology
-    return {
-        "session": prepared.config.session,
-        "parametersBase": sum(p.numel() for p in prepared.model.parameters()),
-        "samples": {
-            name: len(getattr(prepared.datasets, name)) for name in ("train", "validation", "test")
-        },
-        "layers": list(morphology.layers),
-        "refused": dict(morphology.refused),
-        "blueprints": [document.name for document in prepared.documents],
-    }
-
-
-def prepare(manifest: Manifest, folder: Path) -> Prepared:
-    """Check and build everything a session needs; modules beside the manifest are found.
-
-    Raises:
-        BadInput: anything a person wrote can't be used.
-    """
-    _refuse_unserved(manifest)
-    selector = manifest.session.spec.growth.blueprints
-    documents = tuple(select_blueprints(selector, CATALOGUE, manifest.blueprints))
-    config = TolariaConfig.from_resource(manifest.session)
-    torch.set_num_threads(config.training.threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    make_importable(folder)
-    datasets = build_datasets(config)
-    model = build_model(config)
-    objective = build_objective(config, datasets)
-    inputs, _ = check_fit(model, datasets, objective)
-    wrapped = wrap(
-        model,
-        tuple(inputs) if isinstance(inputs, list) else inputs,
-        layers=LayerSelection(
-            types=config.growth.layers.types,
-            include=config.growth.layers.include or ("*",),
-            exclude=config.growth.layers.exclude,
-        ),
-        seeds_per_layer=config.growth.seeds_per_layer,
-    )
-    if config.training.compile:
-        compile_blocks(wrapped)
-    selected = {document.name: document for document in documents}
-    for blueprint in manifest.blueprints:
-        document = selected.get(blueprint.metadata.name)
-        if document is not None:
-            builtin = blueprint.spec.builtin is not None
-            refuse_misfit(document, wrapped.morphology, builtin=builtin)
-    return Prepared(
-        manifest=manifest,
-        config=config,
-        documents=documents,
-        datasets=datasets,
-        objective=objective,
-        model=wrapped,
-        folder=folder,
-    )
 
 
 @dataclass(frozen=True)
@@ -252,54 +132,6 @@ def _carry_out(
     return 0
 
 
-@asynccontextmanager
-async def embedded_trainer(
-    prepared: Prepared,
-    config: EsperConfig,
-    *,
-    observers: Sequence[Observer] = (),
-    recorded: Sequence[AdaptationDecision] = (),
-    snapshot: Snapshot | None = None,
-    stopping: Callable[[], bool] = lambda: False,
-) -> AsyncIterator[TolariaTrainer]:
-    """A trainer with every service it talks to, all on the running loop; closed at the end.
-
-    `config` names real places (see `EsperConfig.inside`); `snapshot` is where to go on from.
-    """
-    seed = prepared.config.training.seed
-    name = prepared.config.session
-    bus = InProcessOona()
-    async with in_process_urza(config.database, Path(config.storage.folder)) as hub:
-        cache = KernelCache(hub, max_bytes=config.component.kernel_cache_bytes)
-        services = (TezzeretService(bus, hub), TamiyoService(bus))
-        trainer = TolariaTrainer(
-            prepared.config,
-            prepared.model,
-            prepared.datasets,
-            prepared.objective,
-            prepared.documents,
-            controller=await BusController.over(bus),
-            kernels=await HubKernels.over(name, seed, bus, hub, cache),
-            observers=observers,
-            recorded=recorded,
-            stopping=stopping,
-        )
-        for document in prepared.documents:
-            await hub.put_blueprint(document)
-        await _register(hub, prepared)
-        if snapshot is not None:
-            prepared.model.morphology.restore(snapshot.structure, partial(_rebuilt, prepared.model))
-            trainer.restore(snapshot)
-        try:
-            for service in services:
-                await service.start()
-            yield trainer
-        finally:
-            for service in reversed(services):
-                await service.stop()
-            await bus.close()
-
-
 async def _session(
     prepared: Prepared,
     run: RunDirectory,
@@ -312,6 +144,8 @@ async def _session(
     training = prepared.config.training
     log = RunLog(run, training.checkpoint.keep)
     recorded = log.rewind(snapshot)
+    told = log.told(prepared.config.session) if snapshot else ()
+    progress = Progress(snapshot=snapshot, told=told, recorded=recorded)
     tolaria = TolariaService()
     observers: list[Observer] = [log, status]
     with ExitStack() as stack:
@@ -328,23 +162,13 @@ async def _session(
                 metric=prepared.objective.metric_name,
             )
             observers.append(ViewObserver(stack.enter_context(view)))
+        attention = Attention(observers=observers, stopping=tolaria.stopping, positions=log.lengths)
         async with embedded_trainer(
-            prepared,
-            config,
-            observers=observers,
-            recorded=recorded,
-            snapshot=snapshot,
-            stopping=tolaria.stopping,
+            prepared, config, progress=progress, attention=attention
         ) as trainer:
             status.write()
             result = await tolaria.run(trainer)
             return _finished(prepared, run, status, result)
-
-
-def _rebuilt(model: MorphableModel, entry: Mapping[str, Any]) -> nn.Module:
-    """The module of a seed in a checkpoint; its weights are loaded afterwards."""
-    target = model.morphology.target(entry["layer"])
-    return build(Graph.model_validate(entry["graph"]), target, generator_seed=0)
 
 
 def _finished(
@@ -448,50 +272,3 @@ def _disk_is_full(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
-
-
-def _refuse_unserved(manifest: Manifest) -> None:
-    """Refuse what this version can't do, rather than train something else than was asked for."""
-    training = manifest.session.spec.training
-    if training.logical_shards is not None:
-        raise ManifestError(
-            "spec.training.logicalShards",
-            training.logical_shards,
-            "nothing; this version computes a batch in one piece",
-        )
-    if training.checkpoint.resume_from is not None:
-        raise ManifestError(
-            "spec.training.checkpoint.resumeFrom",
-            training.checkpoint.resume_from,
-            "nothing; this version resumes a run with: esper run --resume D",
-        )
-
-
-def _refuse_other_services(config: EsperConfig) -> None:
-    """An embedded run has bus and hub in itself; a setting that it would pass over is refused."""
-    for name, url in (("redis.url", config.redis.url), ("hub.url", config.hub.url)):
-        if url is not None:
-            raise ConfigError(name, "a URL", "null: this version runs in one process")
-
-
-def _own_manifest(prepared: Prepared) -> str:
-    """The manifest as the run keeps it: every default written out, and where it came from."""
-    session = prepared.manifest.session
-    annotations = dict(session.metadata.annotations) | {
-        SOURCE_ANNOTATION: str(prepared.folder.resolve())
-    }
-    metadata = session.metadata.model_copy(update={"annotations": annotations})
-    own = session.model_copy(update={"metadata": metadata})
-    return "---\n".join(map(session_document, (own, *prepared.manifest.blueprints)))
-
-
-async def _register(hub: UrzaClient, prepared: Prepared) -> None:
-    growth = prepared.config.growth
-    await hub.register_session(
-        assets.TrainingSession(
-            name=prepared.config.session,
-            epochs=prepared.config.training.epochs,
-            num_layers=len(prepared.model.morphology.layers),
-            num_slots=growth.seeds_per_layer,
-        )
-    )

@@ -28,9 +28,9 @@ def execute(arguments: argparse.Namespace, config: EsperConfig) -> int:
     Raises:
         BadInput: it can't; the message names the field, what came and what is allowed.
     """
-    from esper.cli import embedded
+    from esper.cli import preparing
 
-    found = embedded.validate_file(arguments.file, config)
+    found = preparing.validate_file(arguments.file, config)
     if arguments.json:
         write_json(found)
     else:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import yaml
 
-from esper.cli.embedded import Prepared, embedded_trainer, prepare
+from esper.cli.preparing import Prepared, prepare
+from esper.cli.trainers import Attention, embedded_trainer
 from esper.configs import EsperConfig
 from esper.contracts.manifests import parse_manifest
 from esper.contracts.operational import AdaptationDecision, SeedTransition
@@ -96,7 +97,8 @@ def trained(changes: Mapping[str, Any], folder: Path) -> tuple[TrainingResult, W
 
     async def train() -> TrainingResult:
         config = EsperConfig().inside(folder)
-        async with embedded_trainer(prepared, config, observers=[watching]) as trainer:
+        attention = Attention(observers=[watching])
+        async with embedded_trainer(prepared, config, attention=attention) as trainer:
             return await trainer.run()
 
     return asyncio.run(train()), watching, prepared

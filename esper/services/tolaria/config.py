@@ -85,12 +85,16 @@ class LayersConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ControllerConfig:
-    """Who decides, how often, and how sure it must be."""
+    """Who decides, how often, and how sure it must be.
+
+    `patience_seconds` is how long services elsewhere are waited for; None is for ever.
+    """
 
     policy: ControllerPolicy
     minimum_confidence: float
     interval_epochs: int
     probe_interval_steps: int
+    patience_seconds: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +31,7 @@ from esper.services.tolaria.births import give_birth
 from esper.services.tolaria.config import TolariaConfig
 from esper.services.tolaria.engine import Engine, layer_kind, lifecycle
 from esper.services.tolaria.seeds import SeedBook, SeedRecord
+from esper.utils.logging import current_trace_id, tracing
 
 Tell = Callable[[SeedTransition], None]
 TellEvent = Callable[[str, str], None]
@@ -238,6 +240,7 @@ class Growth:
             parameters=candidate.parameters,
             flops=candidate.flops,
             rent=rules.rent_of(candidate.parameters, candidate.flops, self._gates),
+            trace_id=current_trace_id() or "",
         )
         morphology = self._engine.model.morphology
         record.faults = morphology.record(layer, slot).fallbacks
@@ -440,18 +443,19 @@ class Growth:
 
     def _told(self, record: SeedRecord, previous: SeedState, epoch: int, reason: str) -> None:
         record.reason = reason
-        self._tell(
-            SeedTransition(
-                session=self._config.session,
-                epoch=epoch,
-                layer=record.layer,
-                slot=record.slot,
-                cycle=record.cycle,
-                previous=previous,
-                current=record.state,
-                blueprint=record.blueprint or None,
-                kernel=record.kernel or None,
-                reason=reason,
-                measurement=record.measurement,
-            )
+        transition = SeedTransition(
+            session=self._config.session,
+            epoch=epoch,
+            layer=record.layer,
+            slot=record.slot,
+            cycle=record.cycle,
+            previous=previous,
+            current=record.state,
+            blueprint=record.blueprint or None,
+            kernel=record.kernel or None,
+            reason=reason,
+            measurement=record.measurement,
         )
+        # A seed's whole life is told under the trace of the health signals it began with.
+        with tracing(record.trace_id) if record.trace_id else nullcontext():
+            self._tell(transition)

@@ -13,11 +13,12 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 from esper.contracts.base import utc_now
-from esper.contracts.operational import AdaptationDecision, SeedTransition
+from esper.contracts.operational import AdaptationDecision, SeedTransition, SessionEvent
 from esper.errors import OutputError
 from esper.services.tolaria.snapshots import (
     Snapshot,
@@ -193,22 +194,25 @@ class RunLog:
         line = {"time": utc_now().isoformat(), "type": "event", "epoch": epoch}
         self._append("events.jsonl", line | {"reason": reason, "message": message})
 
+    def lengths(self) -> dict[str, int]:
+        """How long each file is now, in bytes; a trainer keeps it with each boundary."""
+        return {name: file.tell() for name, file in self._files.items()}
+
+    def told(self, session: str) -> list[SeedTransition | SessionEvent]:
+        """The transitions and events in events.jsonl, in order; after `rewind`."""
+        path = self._path / "events.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        return [_news(json.loads(line), session) for line in lines]
+
     def checkpoint(self, snapshot: Snapshot) -> None:
-        """Write a checkpoint that knows how long each file is now."""
-        lengths = {}
-        for name, file in self._files.items():
+        """Write a checkpoint that knows how long each file was at its boundary, by default now."""
+        for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-            lengths[name] = file.tell()
+        lengths = snapshot.state.get("lengths") or self.lengths()
         write_checkpoint(
             self._path / "checkpoints",
-            Snapshot(
-                epoch=snapshot.epoch,
-                tensors=snapshot.tensors,
-                structure=snapshot.structure,
-                state=snapshot.state | {"lengths": lengths},
-                randomness=snapshot.randomness,
-            ),
+            replace(snapshot, state=snapshot.state | {"lengths": lengths}),
             self._keep,
         )
 
@@ -281,6 +285,13 @@ def _decisions(data: bytes) -> list[AdaptationDecision]:
             fields.pop(extra, None)
         found.append(AdaptationDecision.model_validate(fields))
     return found
+
+
+def _news(line: dict[str, Any], session: str) -> SeedTransition | SessionEvent:
+    fields = {name: value for name, value in line.items() if name not in ("time", "type")}
+    if line["type"] == "transition":
+        return SeedTransition.model_validate(fields)
+    return SessionEvent.model_validate(fields | {"session": session})
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:

@@ -16,7 +16,8 @@ class SeedRecord:
     """What Tolaria knows of one slot.
 
     `age_epochs` counts epochs in the present state, `faults` those the host has answered so far;
-    `reason` says what last happened to the seed.
+    `reason` says what last happened to the seed, and `trace_id` is that of the health signals on
+    which it was germinated.
     """
 
     layer: str
@@ -38,6 +39,7 @@ class SeedRecord:
     fossilized_epoch: int | None = None
     faults: int = 0
     reason: str = ""
+    trace_id: str = ""
 
     @property
     def site(self) -> tuple[str, int]:

@@ -9,6 +9,7 @@ trained twice on the same batches, with and without the seed, and the better mod
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,12 +34,16 @@ from esper.services.tolaria.data import Datasets
 from esper.services.tolaria.engine import Engine, Quality
 from esper.services.tolaria.gates import Verdict
 from esper.services.tolaria.growth import Growth, KernelSupply
+from esper.services.tolaria.news import News, packet_trace
 from esper.services.tolaria.objective import Objective
 from esper.services.tolaria.optimization import learning_rate_share
 from esper.services.tolaria.seeds import SeedBook, SeedRecord
 from esper.services.tolaria.snapshots import Snapshot
+from esper.utils.logging import current_trace_id, tracing
 
 Row = dict[str, Any]
+
+_log = logging.getLogger(__name__)
 
 
 class Controller(Protocol):
@@ -47,7 +52,7 @@ class Controller(Protocol):
     async def decide(self, packet: SystemStatePacket) -> AdaptationDecision:
         """The decision about `packet`."""
 
-    async def tell(self, news: Sequence[SeedTransition | SessionEvent]) -> None:
+    async def tell(self, news: Sequence[News]) -> None:
         """Publish what happened since the last boundary, in order."""
 
 
@@ -105,12 +110,17 @@ class TolariaTrainer:
         observers: Sequence[Observer] = (),
         recorded: Sequence[AdaptationDecision] = (),
         stopping: Callable[[], bool] = lambda: False,
+        positions: Callable[[], Mapping[str, int]] = dict,
+        scope: str = "",
     ) -> None:
         """`recorded` are decisions made before an interruption: replayed rather than asked again.
 
-        `model` has been wrapped and probed.
+        `model` has been wrapped and probed. `positions` says how long each file of the run is,
+        for checkpoints; `scope` is the session's uid, empty where it has none.
         """
         self.config = config
+        self._positions = positions
+        self._scope = scope
         self.epoch = 0
         self._observers = tuple(observers)
         self._controller = controller
@@ -127,7 +137,8 @@ class TolariaTrainer:
         self._seconds_before = 0.0
         self._started = time.monotonic()
         self._last: Snapshot | None = None
-        self._news: list[SeedTransition | SessionEvent] = []
+        self._news: list[News] = []
+        self._told = 0
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -141,29 +152,37 @@ class TolariaTrainer:
         epochs = self.config.training.epochs
         interval = self.config.growth.controller.interval_epochs
         self._last = self._last or self._capture()
-        while self.epoch < epochs:
-            try:
+        try:
+            await self._publish_news()  # what an interrupted run may not have got out
+            while self.epoch < epochs:
+                before = self.epoch
                 rows = self._interval(min(interval, epochs - self.epoch))
-            except Interrupted:
-                self._each(lambda observer: observer.checkpoint(self._boundary_snapshot()))
-                raise
-            if rows is None:
-                self._roll_back()
-                continue
-            self._failures = 0
-            before, self.epoch = self.epoch, self.epoch + len(rows)
-            await self._boundary(rows)
-            await self._publish_news()
-            self._last = self._capture()
-            every = self.config.training.checkpoint.every_epochs
-            if self.epoch // every > before // every or self.epoch == epochs:
-                self._each(lambda observer: observer.checkpoint(self._boundary_snapshot()))
+                if rows is None:
+                    self._roll_back()
+                    continue
+                self._failures = 0
+                self.epoch += len(rows)
+                await self._boundary(rows)
+                await self._publish_news()
+                self._last = self._capture()
+                every = self.config.training.checkpoint.every_epochs
+                if self.epoch // every > before // every or self.epoch == epochs:
+                    self._each(lambda observer: observer.checkpoint(self._boundary_snapshot()))
+        except Interrupted:
+            self._each(lambda observer: observer.checkpoint(self._boundary_snapshot()))
+            raise
         result = self._finish()
         await self._publish_news()
         return result
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Continue from `snapshot`; the model's structure has been rebuilt from it."""
+    def restore(
+        self, snapshot: Snapshot, told: Sequence[SeedTransition | SessionEvent] = ()
+    ) -> None:
+        """Continue from `snapshot`; the model's structure has been rebuilt from it.
+
+        `told` is all that was told before it, in order. It is published once more, under the same
+        ids: what an interrupted run had not got out is not lost.
+        """
         state = snapshot.state
         self.engine.book = SeedBook.from_state(state["book"])
         self.engine.restore(snapshot)
@@ -172,6 +191,8 @@ class TolariaTrainer:
         self._failures = state["failures"]
         self._applied = list(state["applied"])
         self._seconds_before = state["seconds"]
+        for item in told:
+            self._add_news(item, self._trace_of(item))
         self._last = self._capture()
 
     def _interval(self, epochs: int) -> list[Row] | None:
@@ -288,16 +309,25 @@ class TolariaTrainer:
         most = 2 * sum(layer.slots for layer in layers) + 1
         for _ in range(most):
             packet = self._packet(row, signals, health)
-            decision = recorded.pop(0) if recorded else await self._controller.decide(packet)
-            if decision.id in self._applied:
-                return
-            applied, outcome = await self.growth.apply(decision, self.epoch)
+            with tracing(packet_trace(self._scope, packet.session, packet.sequence)):
+                decision = recorded.pop(0) if recorded else await self._asked(packet)
+                if decision.id in self._applied:
+                    return
+                applied, outcome = await self.growth.apply(decision, self.epoch)
+                _log.info("decision %s, %s: %s", decision.id, decision.action.value, outcome)
             self._applied.append(decision.id)
             self._each(
                 lambda observer, d=decision, a=applied, o=outcome: observer.decision(d, a, o)  # type: ignore[misc]
             )
             if decision.action is DecisionAction.WAIT or not applied:
                 return
+
+    async def _asked(self, packet: SystemStatePacket) -> AdaptationDecision:
+        _log.info(
+            "packet %d of epoch %d: health signals of %d layers, %s",
+            *(packet.sequence, packet.epoch, len(packet.signals), packet.health.value),
+        )
+        return await self._controller.decide(packet)
 
     def _packet(
         self, row: Row, signals: tuple[HealthSignal, ...], health: SystemHealth
@@ -398,6 +428,7 @@ class TolariaTrainer:
                 "failures": self._failures,
                 "applied": self._applied[-64:],
                 "seconds": self.seconds,
+                "lengths": dict(self._positions()),
             },
         )
 
@@ -410,16 +441,32 @@ class TolariaTrainer:
         await self._controller.tell(news)
 
     def _tell_event(self, reason: str, message: str) -> None:
-        self._news.append(
-            SessionEvent(
-                session=self.config.session, epoch=self.epoch, reason=reason, message=message
-            )
+        event = SessionEvent(
+            session=self.config.session, epoch=self.epoch, reason=reason, message=message
         )
+        self._add_news(event, current_trace_id())
+        _log.info("event %s: %s", reason, message)
         self._each(lambda observer: observer.event(self.epoch, reason, message))
 
     def _tell_transition(self, transition: SeedTransition) -> None:
-        self._news.append(transition)
+        self._add_news(transition, current_trace_id())
+        _log.info(
+            "seed %s[%d] %s → %s: %s",
+            *(transition.layer, transition.slot, transition.previous.value),
+            *(transition.current.value, transition.reason),
+        )
         self._each(lambda observer: observer.transition(transition))
+
+    def _add_news(self, item: SeedTransition | SessionEvent, trace_id: str | None) -> None:
+        self._news.append(News(item=item, number=self._told, trace_id=trace_id))
+        self._told += 1
+
+    def _trace_of(self, item: SeedTransition | SessionEvent) -> str | None:
+        """The trace of what was told in an earlier process, where the book still knows it."""
+        if not isinstance(item, SeedTransition):
+            return None
+        record = self.growth.book.records.get((item.layer, item.slot))
+        return record.trace_id or None if record and record.cycle == item.cycle else None
 
     def _each(self, tell: Callable[[Observer], None]) -> None:
         for observer in self._observers:

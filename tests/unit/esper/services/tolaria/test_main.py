@@ -12,11 +12,11 @@ from esper.contracts.enums import DecisionAction
 from esper.contracts.operational import (
     AdaptationDecision,
     SeedTransition,
-    SessionEvent,
     SystemStatePacket,
 )
 from esper.errors import Interrupted
 from esper.services.tolaria.main import SIGNALS, TolariaService
+from esper.services.tolaria.news import News
 from esper.services.tolaria.objective import Classification
 from esper.services.tolaria.snapshots import Snapshot
 from esper.services.tolaria.trainer import TolariaTrainer
@@ -32,7 +32,7 @@ from tests.unit.esper.services.tolaria.sessions import (
 class Waiting:
     """A controller that waits."""
 
-    async def tell(self, news: Sequence[SeedTransition | SessionEvent]) -> None:
+    async def tell(self, news: Sequence[News]) -> None:
         """Nobody listens."""
 
     async def decide(self, packet: SystemStatePacket) -> AdaptationDecision:

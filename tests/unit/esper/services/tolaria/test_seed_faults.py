@@ -15,11 +15,11 @@ from esper.contracts.enums import DecisionAction, SeedState
 from esper.contracts.operational import (
     AdaptationDecision,
     SeedTransition,
-    SessionEvent,
     SystemStatePacket,
 )
 from esper.errors import HubUnavailable
 from esper.services.tolaria.growth import BuiltSeed
+from esper.services.tolaria.news import News
 from esper.services.tolaria.objective import Classification
 from esper.services.tolaria.snapshots import Snapshot
 from esper.services.tolaria.trainer import TolariaTrainer
@@ -59,7 +59,7 @@ class Germinates:
         self.events: list[tuple[str, str]] = []
         self.transitions: list[SeedTransition] = []
 
-    async def tell(self, news: Sequence[SeedTransition | SessionEvent]) -> None:
+    async def tell(self, news: Sequence[News]) -> None:
         """Nothing to learn from."""
 
     async def decide(self, packet: SystemStatePacket) -> AdaptationDecision:

@@ -14,6 +14,7 @@ from esper.contracts.operational import (
     SessionEvent,
     SystemStatePacket,
 )
+from esper.services.tolaria.news import News
 from esper.services.tolaria.objective import Classification
 from esper.services.tolaria.snapshots import Snapshot
 from esper.services.tolaria.trainer import TolariaTrainer, TrainingResult
@@ -50,8 +51,8 @@ class GraftsOnce:
         self.events: list[str] = []
         self.published: list[SeedTransition | SessionEvent] = []
 
-    async def tell(self, news: Sequence[SeedTransition | SessionEvent]) -> None:
-        self.published.extend(news)
+    async def tell(self, news: Sequence[News]) -> None:
+        self.published.extend(one.item for one in news)
 
     async def decide(self, packet: SystemStatePacket) -> AdaptationDecision:
         assert self.trainer is not None

@@ -1,0 +1,137 @@
+"""A trainer and what it talks to: every service in this process, or services elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from esper.cli.preparing import Prepared
+from esper.configs import EsperConfig
+from esper.contracts.blueprints import Graph
+from esper.contracts.operational import AdaptationDecision, SeedTransition, SessionEvent
+from esper.core.model_wrapper import MorphableModel
+from esper.execution.builders import build
+from esper.execution.kernel_cache import KernelCache, KernelSource
+from esper.services.oona_client import InProcessOona, Oona
+from esper.services.tamiyo.main import TamiyoService
+from esper.services.tezzeret.main import TezzeretService
+from esper.services.tolaria.boundary import BusController, HubKernels
+from esper.services.tolaria.patience import IN_PROCESS, Patience
+from esper.services.tolaria.snapshots import Snapshot
+from esper.services.tolaria.trainer import Observer, TolariaTrainer
+from esper.services.urza.client import UrzaClient, in_process_urza
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where an interrupted run stood: nowhere, by default.
+
+    `snapshot` is its newest checkpoint, `told` what it had told by then, and `recorded` the
+    decisions that were made afterwards.
+    """
+
+    snapshot: Snapshot | None = None
+    told: Sequence[SeedTransition | SessionEvent] = ()
+    recorded: Sequence[AdaptationDecision] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Who watches a trainer, who may stop it, and how long the run's files are."""
+
+    observers: Sequence[Observer] = ()
+    stopping: Callable[[], bool] = lambda: False
+    positions: Callable[[], Mapping[str, int]] = dict
+
+
+@asynccontextmanager
+async def embedded_trainer(
+    prepared: Prepared,
+    config: EsperConfig,
+    *,
+    progress: Progress = Progress(),
+    attention: Attention = Attention(),
+) -> AsyncIterator[TolariaTrainer]:
+    """A trainer with every service it talks to, all on the running loop; closed at the end.
+
+    `config` names real places (see `EsperConfig.inside`).
+    """
+    bus = InProcessOona()
+    async with in_process_urza(config.database, Path(config.storage.folder)) as hub:
+        services = (TezzeretService(bus, hub), TamiyoService(bus))
+        try:
+            for service in services:
+                await service.start()
+            async with _trainer(
+                prepared, config, bus, hub, hub, IN_PROCESS, progress, attention
+            ) as trainer:
+                yield trainer
+        finally:
+            for service in reversed(services):
+                await service.stop()
+            await bus.close()
+
+
+@asynccontextmanager
+async def _trainer(
+    prepared: Prepared,
+    config: EsperConfig,
+    bus: Oona,
+    hub: UrzaClient,
+    source: KernelSource,
+    patience: Patience,
+    progress: Progress,
+    attention: Attention,
+) -> AsyncIterator[TolariaTrainer]:
+    """A trainer between `bus` and `hub`, which knows the session and its blueprints."""
+    scope, wait = prepared.uid, patience.begin()
+    cache = KernelCache(source, max_bytes=config.component.kernel_cache_bytes)
+    controller = await BusController.over(bus, scope=scope, patience=patience)
+    kernels = await HubKernels.over(
+        prepared.config.session,
+        prepared.config.training.seed,
+        bus,
+        hub,
+        cache,
+        scope=scope,
+        patience=patience,
+    )
+    try:
+        for document in prepared.documents:
+            await wait.outlast(partial(hub.put_blueprint, document))
+        await wait.outlast(partial(hub.register_session, prepared.asset()))
+        trainer = TolariaTrainer(
+            prepared.config,
+            prepared.model,
+            prepared.datasets,
+            prepared.objective,
+            prepared.documents,
+            controller=controller,
+            kernels=kernels,
+            observers=attention.observers,
+            recorded=progress.recorded,
+            stopping=attention.stopping,
+            positions=attention.positions,
+            scope=scope,
+        )
+        if progress.snapshot is not None:
+            structure = progress.snapshot.structure
+            prepared.model.morphology.restore(structure, partial(_rebuilt, prepared.model))
+            trainer.restore(progress.snapshot, progress.told)
+        yield trainer
+        await controller.finish()
+    finally:
+        await controller.close()
+        await kernels.close()
+
+
+def _rebuilt(model: MorphableModel, entry: Mapping[str, Any]) -> nn.Module:
+    """The module of a seed in a checkpoint; its weights are loaded afterwards."""
+    target = model.morphology.target(entry["layer"])
+    return build(Graph.model_validate(entry["graph"]), target, generator_seed=0)

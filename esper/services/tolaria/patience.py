@@ -1,0 +1,119 @@
+"""How long a boundary waits for services that may be away, and what ends the waiting.
+
+In one process nothing is ever away: what fails there is raised at once. Over the wire whatever
+fails for a time is tried again, for ever or for as long as the session's `patienceSeconds` say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from esper.errors import Interrupted, Unavailable
+
+Outcome = TypeVar("Outcome")
+
+LOOK_SECONDS = 0.25
+"""How long a request to stop waits at most to be seen."""
+PAUSE_SECONDS = 0.5
+"""Between two tries, beside what the clients wait themselves."""
+
+_log = logging.getLogger(__name__)
+
+
+class PatienceEnded(Unavailable):
+    """Nothing came for as long as the session waits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """The rules of waiting.
+
+    `lasting`: services are elsewhere, their absence is waited out. `seconds`: for so long; None is
+    for ever. `ask_again_seconds`: until a question is asked once more; `look_seconds`: between two
+    looks at the hub for a kernel. `stopping` says whether the run should stop.
+    """
+
+    lasting: bool = False
+    seconds: float | None = None
+    ask_again_seconds: float = 10.0
+    look_seconds: float = 1.0
+    stopping: Callable[[], bool] = lambda: False
+
+    def begin(self) -> Wait:
+        """One wait, which begins now."""
+        return Wait(self)
+
+
+IN_PROCESS = Patience()
+"""Every service is in this process: nothing is away, and an answer always comes."""
+
+
+class Wait:
+    """One thing waited for; `Patience.begin` makes it."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
+        seconds = math.inf if patience.seconds is None else patience.seconds
+        self._end = time.monotonic() + seconds
+
+    async def outlast(self, work: Callable[[], Coroutine[Any, Any, Outcome]]) -> Outcome:
+        """What `work` comes to, tried again while a service that it needs is away.
+
+        Raises:
+            PatienceEnded: it came to nothing for too long; the cause is what was last in the way.
+            Interrupted: the run was asked to stop.
+            Unavailable: a service is away and its absence is not waited out.
+        """
+        if not self._patience.lasting:
+            return await work()
+        last: Unavailable | None = None
+        while True:
+            try:
+                return cast("Outcome", await self._attended(work(), last))
+            except PatienceEnded:
+                raise
+            except Unavailable as error:
+                if str(error) != str(last):
+                    _log.warning("waiting, because something is away: %s", error)
+                last = error
+            await self._attended(asyncio.sleep(PAUSE_SECONDS), last)
+
+    async def within(self, work: Awaitable[Outcome], seconds: float) -> Outcome | None:
+        """What `work` comes to within `seconds`; None if it has not by then and is cancelled.
+
+        Raises:
+            PatienceEnded: there was less time than that, and it came to nothing.
+            Interrupted: the run was asked to stop.
+        """
+        return await self._attended(work, None, seconds)
+
+    async def _attended(
+        self, work: Awaitable[Outcome], last: Unavailable | None, seconds: float = math.inf
+    ) -> Outcome | None:
+        """What `work` comes to; None if that takes longer than `seconds`."""
+        task = asyncio.ensure_future(work)
+        until = time.monotonic() + seconds
+        try:
+            while not task.done():
+                now = time.monotonic()
+                if self._patience.stopping():
+                    raise Interrupted("stopped while waiting for services")
+                if now >= self._end:
+                    raise PatienceEnded(
+                        f"got nothing for {self._patience.seconds:g} s"
+                        + (f", because {last}" if last else "")
+                        + "; see spec.growth.controller.patienceSeconds"
+                    ) from last
+                if now >= until:
+                    return None
+                await asyncio.wait({task}, timeout=min(LOOK_SECONDS, self._end - now, until - now))
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
