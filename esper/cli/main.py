@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from esper.cli import crds, doctor, report, run, validate
+from esper.cli import crds, doctor, report, run, token, validate
 from esper.errors import EsperError, one_line
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ COMMANDS = {
     "report": report,
     "crds": crds,
     "doctor": doctor,
+    "token": token,
 }
 
 FAILED = 1
@@ -103,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from esper.configs import parse_levels
     from esper.utils.logging import AsyncEsperLogger
 
     config = _settings(arguments)
@@ -110,6 +112,7 @@ def _run(arguments: argparse.Namespace) -> int:
     log = AsyncEsperLogger(
         arguments.command,
         level="debug" if arguments.debug else component.log_level,
+        levels=parse_levels(component.log_levels),
         file=Path(component.log_file) if component.log_file else None,
         queue_records=component.log_queue_records,
     )

@@ -1,162 +1,149 @@
 """Structured logging that never makes its caller wait.
 
-A logging call puts its record on a bounded queue and returns; one thread formats and writes. A
-full queue drops the record and counts it: training must not wait for a slow disk. Each record is
-one line of JSON. The trace id of the work in progress travels in a context variable, so that every
-line written on behalf of one message carries that message's id.
+A logging call puts what it has to say on a bounded queue and returns; one thread formats and
+writes. A full queue drops the record and counts it: training must not wait for a slow disk. Losses
+are told in the log itself, while it runs. Libraries' records go the same way, so that a process has
+one log in one format.
 """
 
 from __future__ import annotations
 
-import copy
-import json
+import io
 import logging
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from logging.handlers import QueueHandler, QueueListener
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from queue import Full, Queue
-from threading import Lock
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
 from types import TracebackType
-from typing import Literal, TextIO
+from typing import Literal
+
+from esper.utils.log_lines import (
+    LogEntry,
+    OptimizedStructuredFormatter,
+    current_trace_id,
+    entry_of,
+    tracing,
+)
+
+__all__ = (
+    "LOGGERS",
+    "ROOT",
+    "AsyncEsperLogger",
+    "Level",
+    "OptimizedStructuredFormatter",
+    "current_trace_id",
+    "tracing",
+)
 
 ROOT = "esper"
 """The logger above every logger of Esper; each module logs to `logging.getLogger(__name__)`."""
 
 Level = Literal["debug", "info", "warning", "error"]
 
-_trace_id: ContextVar[str | None] = ContextVar("esper_trace_id", default=None)
+LOGGERS: Mapping[str, tuple[str, ...]] = {
+    "kasmina": ("esper.core", "esper.execution"),
+    "tolaria": ("esper.services.tolaria",),
+    "tamiyo": ("esper.services.tamiyo",),
+    "urza": ("esper.services.urza",),
+    "tezzeret": ("esper.services.tezzeret",),
+    "oona": ("esper.services.oona", "esper.services.oona_client"),
+    "operator": ("esper_operator",),
+    "uvicorn": ("uvicorn",),
+    "sqlalchemy": ("sqlalchemy",),
+    "alembic": ("alembic",),
+    "botocore": ("botocore", "boto3", "s3transfer", "urllib3"),
+    "redis": ("redis",),
+    "kopf": ("kopf",),
+}
+"""Whose level can be set, by the names of `esper.configs.LOG_NAMES`."""
 
-# What every record has; anything else on it was given by the caller as `extra`.
-_RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "trace_id"}
+_LIBRARIES = frozenset({"uvicorn", "sqlalchemy", "alembic", "botocore", "redis", "kopf"})
+_LIBRARY_LEVEL: Level = "warning"  # below it they tell of every request, with its headers
+
+GATHER_SECONDS = 0.01
+"""How long the writing thread lets records gather: waking it for each would slow the caller."""
+REPORT_SECONDS = 10.0
+"""Losses are told at once, then at most so often."""
+_BATCH = 256
+# A full disk, a closed pipe; a stream that is closed; a process without standard error.
+_UNWRITABLE = (OSError, ValueError, AttributeError)
 
 
-@contextmanager
-def tracing(trace_id: str) -> Iterator[None]:
-    """Every record logged inside the block, tasks started in it included, carries `trace_id`."""
-    token = _trace_id.set(trace_id)
-    try:
-        yield
-    finally:
-        _trace_id.reset(token)
+class _Front(logging.Handler):
+    """Hands entries on, in the caller's thread."""
 
-
-def current_trace_id() -> str | None:
-    """The trace id of the work in progress, None outside `tracing`."""
-    return _trace_id.get()
-
-
-class OptimizedStructuredFormatter(logging.Formatter):
-    """One line of JSON a record: extras, time, level, component, logger, trace id, message.
-
-    The time is ISO 8601 in UTC with milliseconds. Its part down to the second is formatted once a
-    second, not once a record. What JSON can't hold is written as its `repr`.
-    """
-
-    def __init__(self, component: str) -> None:
+    def __init__(self, accept: Callable[[LogEntry], None]) -> None:
         super().__init__()
-        self._component = component
-        self._second = -1
-        self._prefix = ""
+        self.accept = accept
 
-    def format(self, record: logging.LogRecord) -> str:
-        """The record as JSON, without a line break."""
-        line: dict[str, object] = {
-            "time": self._time(record.created),
-            "level": record.levelname.lower(),
-            "component": self._component,
-            "logger": record.name,
-        }
-        trace_id = getattr(record, "trace_id", None)
-        if trace_id is not None:
-            line["traceId"] = trace_id
-        line["message"] = record.getMessage()
-        extras = {name: value for name, value in vars(record).items() if name not in _RECORD_FIELDS}
-        if record.exc_info and not record.exc_text:
-            record.exc_text = self.formatException(record.exc_info)
-        if record.exc_text:
-            line["exception"] = record.exc_text
+    def createLock(self) -> None:  # noqa: N802 - the library's name
+        """Nothing here needs a lock."""
+        self.lock = None
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """What `logging` calls; the way through the library's own is longer."""
+        if self.filters and not self.filter(record):
+            return False
+        self.accept(entry_of(record))
+        return True
+
+
+class _Output:
+    """Where lines go: a file, or standard error as it is at that moment."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = path.open("ab", buffering=0) if path is not None else None
+
+    def write(self, text: str) -> None:
+        """Write it all, in one piece where the system allows.
+
+        Raises:
+            OSError: it can't be written.
+            ValueError: standard error is closed.
+            AttributeError: there is none.
+        """
+        data = text.encode("utf-8", "backslashreplace")
+        descriptor = self._descriptor()
+        if descriptor is None:
+            sys.stderr.write(data.decode())
+            sys.stderr.flush()
+            return
+        # No buffer: a process forked from this one would write what lies there once more.
+        while data:
+            data = data[os.write(descriptor, data) :]
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _descriptor(self) -> int | None:
+        if self._file is not None:
+            return self._file.fileno()
         try:
-            return self._dump(extras | line)
-        except ValueError:  # a number that is not finite has no JSON; a cycle has none either
-            return self._dump({name: repr(value) for name, value in extras.items()} | line)
-
-    @staticmethod
-    def _dump(line: dict[str, object]) -> str:
-        return json.dumps(line, ensure_ascii=False, allow_nan=False, default=repr)
-
-    def _time(self, created: float) -> str:
-        second = int(created)
-        if second != self._second:
-            self._second = second
-            self._prefix = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        return f"{self._prefix}.{int((created - second) * 1000):03d}Z"
-
-
-class _LosingQueueHandler(QueueHandler):
-    """Puts records on the queue without waiting, and loses those that find no room."""
-
-    queue: Queue[logging.LogRecord]
-
-    def __init__(self, records: Queue[logging.LogRecord], lose: Callable[[], None]) -> None:
-        super().__init__(records)
-        self._lose = lose
-        self._exceptions = logging.Formatter()
-
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """The record, fit to leave this thread: message merged, traceback in text, trace id on."""
-        record = copy.copy(record)
-        record.msg = record.getMessage()
-        record.args = None
-        if record.exc_info:
-            record.exc_text = self._exceptions.formatException(record.exc_info)
-            record.exc_info = None
-        record.trace_id = current_trace_id()
-        return record
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        """Put the record, or lose it where the queue is full."""
-        try:
-            self.queue.put_nowait(record)
-        except Full:
-            self._lose()
-
-
-class _LosingStreamHandler(logging.StreamHandler[TextIO]):
-    """Writes lines, and loses those that can't be written (a full disk, a closed pipe)."""
-
-    def __init__(self, stream: TextIO, lose: Callable[[], None]) -> None:
-        super().__init__(stream)
-        self._lose = lose
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
-        """A log that can't be written must not end the work it tells about."""
-        self._lose()
-
-
-class _PatientQueueListener(QueueListener):
-    queue: Queue[logging.LogRecord | None]
-
-    def enqueue_sentinel(self) -> None:
-        """Ask the thread to end after what is queued, also where the queue is full now."""
-        self.queue.put(None)
+            return sys.stderr.fileno()
+        except (io.UnsupportedOperation, AttributeError):
+            return None
 
 
 class AsyncEsperLogger:
-    """The log of one process: from `start` to `stop`, Esper's records go to one place.
+    """The log of one process: from `start` to `stop`, its records go to one place.
 
-    A context manager. `stop` waits until everything queued is written, then says how many records
-    were lost, where any were.
+    A context manager. `stop` waits until everything queued is written. A process forked meanwhile
+    writes its own records itself, to the same place.
 
     `dropped` counts the records lost so far: those that found the queue full or could not be
-    written.
+    written. The log says so as well, in lines of their own.
 
     Args:
         component: the component's name, on every line.
-        level: the least severe level written.
+        level: the least severe level written of Esper's records.
+        levels: other levels, by the names of `LOGGERS`; libraries' is warning where none is given.
         file: where lines are appended; None means standard error.
         queue_records: how many records may wait before more are dropped.
     """
@@ -166,61 +153,158 @@ class AsyncEsperLogger:
         component: str,
         *,
         level: Level = "warning",
+        levels: Mapping[str, Level] | None = None,
         file: Path | None = None,
         queue_records: int = 10_000,
     ) -> None:
         self.component = component
-        self._level = level
-        self._file = file
-        self._records: Queue[logging.LogRecord] = Queue(queue_records)
         self.dropped = 0
+        self._level = level
+        self._levels = levels or {}
+        self._path = file
+        self._limit = queue_records
+        self._formatter = OptimizedStructuredFormatter(component)
+        self._entries: SimpleQueue[LogEntry | None] = SimpleQueue()
         self._counting = Lock()
+        self._told = 0
+        self._told_at = -REPORT_SECONDS
+        self._front = _Front(self._queue)
+        self._thread: Thread | None = None
+        self._output: _Output | None = None
         self._running = ExitStack()
-        self._started = False
 
     def start(self) -> None:
-        """Take over Esper's records; a second call changes nothing.
+        """Take over the process's records; a second call changes nothing.
 
         Raises:
             OSError: the file can't be opened.
         """
-        if self._started:
+        if self._output is not None:
             return
+        self._output = output = _Output(self._path)
         with ExitStack() as undo:
-            stream: TextIO = sys.stderr
-            if self._file is not None:
-                stream = undo.enter_context(self._file.open("a", encoding="utf-8"))
-            back = _LosingStreamHandler(stream, self._lose)
-            back.setFormatter(OptimizedStructuredFormatter(self.component))
-            undo.callback(self._report_losses, back)
-            listener = _PatientQueueListener(self._records, back)
-            listener.start()
-            undo.callback(listener.stop)
-            root = logging.getLogger(ROOT)
-            undo.callback(root.setLevel, root.level)
-            undo.callback(setattr, root, "propagate", root.propagate)
-            root.setLevel(self._level.upper())
-            root.propagate = False
-            front = _LosingQueueHandler(self._records, self._lose)
-            root.addHandler(front)
-            undo.callback(root.removeHandler, front)
+            undo.callback(output.close)
+            self._front = _Front(self._queue)
+            self._thread = Thread(target=self._write_queued, name="esper-log", daemon=True)
+            self._thread.start()
+            undo.callback(self._finish)
+            esper = logging.getLogger(ROOT)
+            undo.callback(setattr, esper, "propagate", esper.propagate)
+            esper.propagate = False
+            self._set_levels(undo)
+            for logger in (logging.getLogger(), esper):
+                logger.addHandler(self._front)
+                undo.callback(logger.removeHandler, self._front)
             self._running = undo.pop_all()
-            self._started = True
+        _started.add(self)
 
     def stop(self) -> None:
-        """Write what is queued, report losses, and leave logging as it was found."""
+        """Write what is queued, tell of losses, and leave logging as it was found."""
+        _started.discard(self)
         self._running.close()
-        self._started = False
+        self._output = None
 
-    def _lose(self) -> None:
+    def _set_levels(self, undo: ExitStack) -> None:
+        levels: dict[str, Level] = {ROOT: self._level}
+        for name, loggers in LOGGERS.items():
+            fallback = _LIBRARY_LEVEL if name in _LIBRARIES else None
+            level = self._levels.get(name, fallback)
+            if level is not None:
+                levels |= dict.fromkeys(loggers, level)
+        levels.setdefault("esper_operator", self._level)
+        for name, level in levels.items():
+            logger = logging.getLogger(name)
+            undo.callback(logger.setLevel, logger.level)
+            logger.setLevel(level.upper())
+
+    # In the callers' threads
+
+    def _queue(self, entry: LogEntry) -> None:
+        if self._entries.qsize() >= self._limit:
+            self._lose(1)
+        else:
+            self._entries.put(entry)
+
+    def _lose(self, count: int) -> None:
         with self._counting:
-            self.dropped += 1
+            self.dropped += count
 
-    def _report_losses(self, back: logging.Handler) -> None:
-        if self.dropped:
-            lost = {"name": ROOT, "levelno": logging.WARNING, "levelname": "WARNING"}
-            lost |= {"msg": "log records lost", "lost": self.dropped}
-            back.handle(logging.makeLogRecord(lost))
+    # In the writing thread
+
+    def _write_queued(self) -> None:
+        running = True
+        while running:
+            batch, running = self._gather()
+            self._write(batch)
+            if self.dropped > self._told and self._may_tell():
+                self._tell_losses()
+
+    def _gather(self) -> tuple[list[LogEntry], bool]:
+        """What has come, after waiting for the first; and whether more will."""
+        entries = self._entries
+        try:
+            wait = None if self.dropped == self._told else REPORT_SECONDS
+            entry = entries.get(timeout=wait)
+        except Empty:
+            return [], True
+        batch: list[LogEntry] = []
+        time.sleep(GATHER_SECONDS if entry is not None else 0)
+        while entry is not None:
+            batch.append(entry)
+            if len(batch) == _BATCH or entries.empty():
+                return batch, True
+            entry = entries.get()
+        return batch, False
+
+    def _write(self, batch: list[LogEntry]) -> None:
+        if not batch or self._output is None:
+            return
+        lines = []
+        for entry in batch:
+            try:
+                lines.append(self._formatter.line(entry) + "\n")
+            except Exception:  # an extra whose repr fails must not end the log
+                self._lose(1)
+        try:
+            self._output.write("".join(lines))
+        except _UNWRITABLE:
+            self._lose(len(lines))
+
+    def _may_tell(self) -> bool:
+        return time.monotonic() - self._told_at >= REPORT_SECONDS
+
+    def _tell_losses(self) -> None:
+        dropped = self.dropped
+        extras = {"lost": dropped - self._told, "lostInAll": dropped}
+        line = LogEntry(time.time(), "WARNING", ROOT, "log records lost", None, None, extras)
+        self._told_at = time.monotonic()
+        if self._output is None:
+            return
+        try:
+            self._output.write(self._formatter.line(line) + "\n")
+            self._told = dropped
+        except _UNWRITABLE:
+            """They are told with the next ones."""
+
+    def _finish(self) -> None:
+        if self._thread is not None:
+            self._entries.put(None)
+            self._thread.join()
+            self._thread = None
+        if self.dropped > self._told:
+            self._tell_losses()
+
+    # In a process forked from this one
+
+    def continue_forked(self) -> None:
+        """Write each record where it is logged: the writing thread stayed in the other process."""
+        self._thread = None
+        self._counting = Lock()
+        self._entries = SimpleQueue()
+        self._front.accept = self._write_now
+
+    def _write_now(self, entry: LogEntry) -> None:
+        self._write([entry])
 
     def __enter__(self) -> AsyncEsperLogger:
         self.start()
@@ -233,3 +317,14 @@ class AsyncEsperLogger:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
+
+
+_started: weakref.WeakSet[AsyncEsperLogger] = weakref.WeakSet()
+
+
+def _continue_forked() -> None:
+    for logger in list(_started):
+        logger.continue_forked()
+
+
+os.register_at_fork(after_in_child=_continue_forked)

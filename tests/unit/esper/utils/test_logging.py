@@ -1,15 +1,27 @@
 import asyncio
+import contextvars
 import io
 import json
 import logging
 import math
+import os
+import re
+import subprocess
+import sys
 import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esper.configs import LOG_NAMES
+from esper.utils.log_lines import redacted
 from esper.utils.logging import (
+    LOGGERS,
     ROOT,
     AsyncEsperLogger,
     OptimizedStructuredFormatter,
@@ -93,33 +105,86 @@ def test_trace_ids_follow_tasks_and_nest():
     assert current_trace_id() is None
 
 
-def test_a_full_queue_drops_counts_and_never_waits(tmp_path, monkeypatch):
-    path = tmp_path / "log"
-    writing, go_on = threading.Event(), threading.Event()
-    plain = OptimizedStructuredFormatter.format
+@pytest.fixture
+def stuck(monkeypatch):
+    """A disk that waits: `writing` is set when a line comes, `go_on` lets it and the rest pass."""
+    stuck = SimpleNamespace(writing=threading.Event(), go_on=threading.Event())
+    plain = OptimizedStructuredFormatter.line
 
     def slow(self, entry):
-        writing.set()
-        assert go_on.wait(30)
+        stuck.writing.set()
+        assert stuck.go_on.wait(30)
         return plain(self, entry)
 
-    monkeypatch.setattr(OptimizedStructuredFormatter, "format", slow)
+    monkeypatch.setattr(OptimizedStructuredFormatter, "line", slow)
+    return stuck
+
+
+def test_a_full_queue_drops_counts_and_never_waits(tmp_path, stuck):
+    path = tmp_path / "log"
     logger = AsyncEsperLogger("c", file=path, queue_records=2)
     with logger:
         log.warning("being written")
-        assert writing.wait(30)
+        assert stuck.writing.wait(30)
         for number in range(5):
             log.warning("%d", number)
         assert logger.dropped == 3
-        go_on.set()
+        stuck.go_on.set()
     written = lines(path)
     assert [line["message"] for line in written] == [
         "being written",
+        "log records lost",
         "0",
         "1",
-        "log records lost",
     ]
-    assert written[-1]["lost"] == 3
+    assert written[1]["lost"] == written[1]["lostInAll"] == 3
+    assert written[1]["level"] == "warning"
+
+
+def test_losses_are_told_while_the_log_runs_and_not_too_often(tmp_path, stuck):
+    path = tmp_path / "log"
+
+    def told():
+        return [line["lost"] for line in lines(path) if "lost" in line]
+
+    def wait_for(message):
+        deadline = time.monotonic() + 30
+        while message not in path.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    logger = AsyncEsperLogger("c", file=path, queue_records=2)
+    with logger:
+        for _ in range(2):
+            stuck.writing.clear()
+            stuck.go_on.clear()
+            log.warning("being written")
+            assert stuck.writing.wait(30)
+            for number in range(5):
+                log.warning("%d", number)
+            stuck.go_on.set()
+            wait_for("being written")
+            wait_for("log records lost")
+            log.warning("between")
+            wait_for("between")
+        assert told() == [3], "the second time waits for REPORT_SECONDS"
+    assert told() == [3, 3]
+    assert lines(path)[-1]["lostInAll"] == logger.dropped == 6
+
+
+def test_losses_are_told_although_nothing_more_comes(tmp_path, stuck, monkeypatch):
+    monkeypatch.setattr("esper.utils.logging.REPORT_SECONDS", 0.05)
+    path = tmp_path / "log"
+    with AsyncEsperLogger("c", file=path, queue_records=1):
+        log.warning("being written")
+        assert stuck.writing.wait(30)
+        log.warning("queued")
+        log.warning("lost")
+        stuck.go_on.set()
+        deadline = time.monotonic() + 30
+        while "log records lost" not in path.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
 
 
 def test_every_record_of_every_thread_is_written(tmp_path):
@@ -228,3 +293,271 @@ def test_any_record_is_one_line_of_strict_json(message, extras):
         raise AssertionError(constant)
 
     assert json.loads(text, parse_constant=refuse)["message"] == message
+
+
+def test_trace_ids_reach_threads_that_are_given_the_context(tmp_path):
+    path = tmp_path / "log"
+
+    async def in_threads():
+        with tracing("t-1"):
+            await asyncio.to_thread(log.warning, "to_thread")
+            thread = threading.Thread(
+                target=contextvars.copy_context().run, args=(log.warning, "thread")
+            )
+            thread.start()
+            thread.join()
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(contextvars.copy_context().run, log.warning, "pool").result()
+                pool.submit(log.warning, "without").result()
+            child = asyncio.create_task(logged_later())
+        with tracing("t-2"):
+            await child
+
+    async def logged_later():
+        await asyncio.sleep(0)
+        log.warning("task")
+
+    with AsyncEsperLogger("c", file=path):
+        asyncio.run(in_threads())
+    found = {line["message"]: line.get("traceId") for line in lines(path)}
+    assert found == {
+        "to_thread": "t-1",
+        "thread": "t-1",
+        "pool": "t-1",
+        "without": None,
+        "task": "t-1",
+    }
+
+
+def test_many_tasks_and_threads_keep_their_own_trace_ids(tmp_path):
+    path = tmp_path / "log"
+
+    async def work(name):
+        with tracing(name):
+            for number in range(20):
+                await asyncio.sleep(0)
+                await asyncio.to_thread(log.warning, "%s %d", name, number)
+
+    async def all_of_it():
+        await asyncio.gather(*(work(f"t{number}") for number in range(20)))
+
+    with AsyncEsperLogger("c", file=path):
+        asyncio.run(all_of_it())
+    written = lines(path)
+    assert len(written) == 400
+    assert all(line["message"].split()[0] == line["traceId"] for line in written)
+
+
+def test_each_service_has_its_level(tmp_path):
+    path = tmp_path / "log"
+    levels = {"tamiyo": "debug", "urza": "error", "kasmina": "info", "sqlalchemy": "info"}
+    names = {
+        "esper.services.tamiyo.main": ["debug", "info", "warning", "error"],
+        "esper.services.urza.api.state": ["error"],
+        "esper.execution.trials": ["info", "warning", "error"],
+        "esper.core.compilation": ["info", "warning", "error"],
+        "esper.services.tolaria": ["warning", "error"],
+        "esper_operator.handlers": ["warning", "error"],
+        "sqlalchemy.engine": ["info", "warning", "error"],
+        "redis": ["warning", "error"],
+    }
+    with AsyncEsperLogger("c", level="warning", levels=levels, file=path):
+        for name in names:
+            for level in ("debug", "info", "warning", "error"):
+                getattr(logging.getLogger(name), level)("said")
+    written = lines(path)
+    for name, expected in names.items():
+        assert [line["level"] for line in written if line["logger"] == name] == expected
+
+
+def test_every_name_of_the_settings_has_its_loggers():
+    assert set(LOGGERS) == set(LOG_NAMES)
+
+
+@pytest.mark.parametrize(
+    "name", ["uvicorn.error", "sqlalchemy.pool", "alembic", "botocore", "redis", "kopf", "asyncio"]
+)
+def test_libraries_write_the_same_lines(tmp_path, name):
+    path = tmp_path / "log"
+    with AsyncEsperLogger("urza", level="debug", file=path), tracing("t-1"):
+        logging.getLogger(name).warning("pool of %d is full", 5)
+        logging.getLogger(name).info("every request, with its headers")
+    (line,) = lines(path)
+    assert set(line) == {"time", "level", "component", "logger", "traceId", "message"}
+    assert line["message"] == "pool of 5 is full"
+    assert line["logger"] == name
+
+
+def test_all_levels_and_handlers_are_put_back(tmp_path):
+    loggers = [logging.getLogger(name) for names in LOGGERS.values() for name in names]
+    loggers += [logging.getLogger(), logging.getLogger(ROOT)]
+
+    def state():
+        return [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+
+    before = state()
+    with AsyncEsperLogger("c", levels={"urza": "debug", "redis": "info"}, file=tmp_path / "log"):
+        assert state() != before
+    assert state() == before
+
+
+def test_a_forked_process_writes_its_own_records(tmp_path):
+    path = tmp_path / "log"
+    with AsyncEsperLogger("c", file=path) as logger:
+        log.warning("before")
+        process = os.fork()
+        if process == 0:
+            with tracing("child"):
+                log.warning("forked")
+            logger.stop()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+        log.warning("after")
+    found = [(line["message"], line.get("traceId")) for line in lines(path)]
+    assert sorted(found) == [("after", None), ("before", None), ("forked", "child")]
+
+
+def test_a_process_without_standard_error_goes_on(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    with AsyncEsperLogger("c") as logger:
+        log.warning("lost")
+    assert logger.dropped == 1
+
+
+def test_standard_error_of_a_process_is_written_whole():
+    code = (
+        "import logging\n"
+        "from esper.utils.logging import AsyncEsperLogger\n"
+        "with AsyncEsperLogger('c', queue_records=10**6):\n"
+        "    for number in range(3000):\n"
+        "        logging.getLogger('esper.x').warning('%d ' + 'ä' * 100, number)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    written = [json.loads(line) for line in ended.stderr.decode().splitlines()]
+    assert [int(line["message"].split()[0]) for line in written] == list(range(3000))
+
+
+def test_arguments_that_do_not_fit_are_said_all_the_same(tmp_path):
+    path = tmp_path / "log"
+    with AsyncEsperLogger("c", file=path) as logger:
+        log.warning("%d of %d", 3)
+        log.warning("%d", "three")
+        log.warning("mapping %(a)s", {"b": 1})
+    assert [line["message"] for line in lines(path)] == [
+        "%d of %d (3,)",
+        "%d ('three',)",
+        "mapping %(a)s {'b': 1}",
+    ]
+    assert logger.dropped == 0
+
+
+def test_an_extra_that_cannot_be_written_ends_nothing(tmp_path):
+    class Broken:
+        def __repr__(self):
+            raise RuntimeError("no words")
+
+    path = tmp_path / "log"
+    with AsyncEsperLogger("c", file=path) as logger:
+        log.warning("lost", extra={"thing": Broken()})
+        log.warning("written", extra={"cycle": (cycle := []), "mixed": {(1, 2): 3}})
+        cycle.append(cycle)
+        log.warning("kept")
+    assert logger.dropped == 1
+    assert [line["message"] for line in lines(path)] == ["written", "kept", "log records lost"]
+
+
+def test_frames_and_arguments_are_not_kept(tmp_path, stuck):
+    class Tensor:
+        pass
+
+    alive = []
+    with AsyncEsperLogger("c", file=tmp_path / "log"):
+        tensor = Tensor()
+        alive.append(weakref.ref(tensor))
+        log.warning("have %s", tensor)
+        try:
+            raise ValueError(tensor)
+        except ValueError:
+            log.exception("it failed")
+        del tensor
+        assert alive[0]() is None
+        stuck.go_on.set()
+
+
+# What secrets are made of: anything but white space, which has no place in them.
+SECRETS = st.text(
+    st.characters(codec="utf-8", exclude_categories=("Z", "C")), min_size=6, max_size=60
+)
+WORDS = st.text("abc xyz.,:/{}[]\"'\\\n", max_size=30)
+
+
+def line_of(message, extras):
+    entry = record()
+    entry.msg, entry.args = message, None
+    vars(entry).update(extras)
+    return OptimizedStructuredFormatter("c").format(entry)
+
+
+def said(text):
+    """Every text in a line of JSON, decoded."""
+    found = []
+
+    def walk(value):
+        if isinstance(value, dict):
+            for key, item in value.items():
+                found.append(key)
+                walk(item)
+        elif isinstance(value, list):
+            for item in value:
+                walk(item)
+        else:
+            found.append(str(value))
+
+    walk(json.loads(text))
+    return "\n".join(found)
+
+
+@given(SECRETS, WORDS, WORDS, st.sampled_from(["redis", "postgresql+asyncpg", "https", "rediss"]))
+def test_no_password_of_a_url_is_ever_written(secret, before, after, scheme):
+    marked = f"SECRET{secret}SECRET"
+    for user in ("", "esper"):
+        url = f"{scheme}://{user}:{marked}@host:6379/0"
+        text = line_of(f"{before} {url} {after}", {"url": url, "nested": {"urls": [url, 1]}})
+        assert "SECRET" not in text
+        assert f"{scheme}://{user}:***@host:6379/0" in said(text)
+
+
+@given(SECRETS, WORDS, st.sampled_from(["Bearer ", "bearer ", "BEARER\t", "Bearer\n"]))
+def test_no_bearer_token_is_ever_written(secret, before, scheme):
+    marked = f"SECRET{secret}SECRET"
+    header = f"{scheme}{marked}"
+    text = line_of(
+        f"{before} Authorization: {header}",
+        {"headers": {"Authorization": header}, "pairs": [["Authorization", header]]},
+    )
+    assert "SECRET" not in text
+    assert "***" in said(text)
+
+
+def test_secrets_of_other_looks_are_not_written():
+    token = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhIn0.c2lnbmF0dXJl"
+    url = "http://h/b/k?X-Amz-Credential=me&X-Amz-Signature=0f9e&X-Amz-Expires=60"
+    text = said(line_of(f"token {token} {url}", {"exc_text": f"E: Bearer {token}"}))
+    for secret in ("c2lnbmF0dXJl", "0f9e", "Credential=me"):
+        assert secret not in text
+    assert "X-Amz-Expires=60" in text
+
+
+@given(st.text(st.characters(codec="utf-8")), st.dictionaries(st.text("abcxyz", min_size=4), WORDS))
+def test_redacted_lines_are_still_json_and_without_secrets_nothing_changes(message, extras):
+    text = line_of(f"://:{message}@", extras)
+    json.loads(text)
+    plain = re.sub(r"(?i)eyj|bearer|://|x-amz", "", message)
+    assert json.loads(line_of(plain, extras))["message"] == plain
+
+
+def test_a_hostile_line_costs_little():
+    began = time.monotonic()
+    for part in ("://a:", "://a:b@", "bearer ", "eyJ", "eyJ-", "eyJ.", "x-amz-signature="):
+        redacted(part * 20_000)
+    assert time.monotonic() - began < 10
