@@ -24,7 +24,6 @@ from esper.zoo.data import digits
 
 LATER = {
     "esper.services.oona_client.OonaClient": "the bus over Redis Streams",
-    "esper.services.urza.main": "Urza's REST interface",
     "esper.services.tamiyo.policy.TamiyoPolicyGNN": "the learned policy",
     "esper.services.tamiyo.policy.PolicyConfig": "the learned policy",
     "esper.services.tamiyo.training.TamiyoTrainer": "the learned policy",
@@ -56,6 +55,7 @@ USED = {
     "esper.execution.kasmina_layer": ("KasminaLayer",),
     "esper.services.contracts": ("SimpleBlueprintContract", "SimpleCompiledKernelContract"),
     "esper.services.urza.database": ("DatabaseConfig",),
+    "esper.services.urza.main": ("create_app", "serve"),
     "esper.services.urza.models": ("Blueprint", "CompiledKernel"),
     "esper.services.tezzeret.worker": ("TezzeretWorker",),
     "esper.services.tamiyo.analyzer": ("ModelGraphAnalyzer", "LayerNode", "GraphTopology"),
@@ -337,6 +337,33 @@ def test_urza_models_and_outlines(document, tmp_path):
                 return found, (await session.scalars(select(kernels))).all()
 
     assert asyncio.run(stored()) == (blueprint, [])
+
+
+def test_urza_serves(document, tmp_path):
+    from httpx import ASGITransport, AsyncClient
+    from pydantic import SecretStr
+
+    from esper.configs import EsperConfig, UrzaConfig
+    from esper.services.urza.auth import Role, Tokens
+
+    key = SecretStr("a key of more than thirty-two characters")
+    config = EsperConfig(urza=UrzaConfig(signing_key=key)).inside(tmp_path)
+    token = Tokens(key).mint(Role.SESSION, "audit")
+
+    async def put():
+        app = named("esper.services.urza.main", "create_app")(config)
+        async with (
+            app.router.lifespan_context(app),
+            AsyncClient(transport=ASGITransport(app), base_url="http://urza") as client,
+        ):
+            client.headers["Authorization"] = f"Bearer {token}"
+            made = await client.post("/api/v1/blueprints/", json=document.to_wire())
+            found = await client.get(made.headers["Location"])
+            return made.status_code, found.json()["digest"]
+
+    assert asyncio.run(put()) == (201, document.digest)
+    # What `esper serve urza` waits on; tests of its own start it.
+    assert callable(named("esper.services.urza.main", "serve"))
 
 
 def test_tamiyo(model):

@@ -22,7 +22,9 @@ from esper.configs import HubConfig
 from esper.contracts.base import utc_now
 from esper.errors import ConfigError, EsperError, HubUnavailable, KernelError, one_line
 from esper.utils.circuit_breaker import CircuitBreaker, CircuitState, Outcome
+from esper.utils.logging import current_trace_id
 
+TRACE_HEADER = "X-Trace-Id"
 MAX_RETRY_AFTER_SECONDS = 30.0
 MAX_PROBLEM_BYTES = 64 * 2**10
 _RETRIED = frozenset({429, 502, 503, 504})
@@ -49,7 +51,8 @@ class HubRequest:
     """One request. `subject` is what messages call it: "kernel 0123…".
 
     An answer has at most `limit` bytes, and where `whole` exactly so many. `refusal` makes the
-    error of an answer's status and body where it is neither good nor temporary.
+    error of an answer's status and body where it is neither good nor temporary. `attempts` is how
+    often it is tried, None as often as the settings say.
     """
 
     subject: str
@@ -58,6 +61,7 @@ class HubRequest:
     method: str = "GET"
     limit: int = 64 * 2**10
     whole: bool = False
+    attempts: int | None = None
     params: Mapping[str, str | list[str]] = field(default_factory=dict)
     content: bytes | None = None
     content_type: str = "application/json"
@@ -141,7 +145,7 @@ class HubRequests:
             KernelError: the answer is larger than allowed.
             EsperError: what the request's `refusal` gives.
         """
-        attempt = 0
+        attempt, most = 0, request.attempts or self._config.attempts
         while True:
             ticket = self._breaker.admit()
             if ticket is None:
@@ -155,7 +159,7 @@ class HubRequests:
             except _TemporaryError as error:
                 self._failures += 1
                 attempt += 1
-                if not error.retry or attempt >= self._config.attempts:
+                if not error.retry or attempt >= most:
                     raise HubUnavailable(
                         f"{request.subject}: the hub at {self._config.url} gave no answer in "
                         f"{attempt} attempts: {error}; see hub.url"
@@ -179,7 +183,7 @@ class HubRequests:
                     self._root + request.path,
                     params=request.params or None,
                     content=None if request.content is None else _pieces(request.content),
-                    headers=_content_headers(request),
+                    headers=_headers(request),
                 ) as response,
             ):
                 outcome = "failed" if _broken(response.status_code) else "answered"
@@ -240,10 +244,13 @@ async def _pieces(content: bytes) -> AsyncIterator[bytes]:
         yield content[start : start + _CHUNK_BYTES]
 
 
-def _content_headers(request: HubRequest) -> dict[str, str]:
-    if request.content is None:
-        return {}
-    return {"Content-Type": request.content_type, "Content-Length": str(len(request.content))}
+def _headers(request: HubRequest) -> dict[str, str]:
+    trace_id = current_trace_id()
+    headers = {} if trace_id is None else {TRACE_HEADER: trace_id}
+    if request.content is not None:
+        headers["Content-Type"] = request.content_type
+        headers["Content-Length"] = str(len(request.content))
+    return headers
 
 
 def _retry_after(response: httpx.Response, now: Callable[[], datetime] = utc_now) -> float:

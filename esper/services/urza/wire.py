@@ -14,8 +14,8 @@ from esper.services.contracts import MAX_LEASE_SECONDS, LeaseToken
 
 MAX_SWEPT = 10_000
 
-Worker = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,253}$", examples=["tezzeret-0"])]
-LeaseSeconds = Annotated[float, Field(ge=1, le=MAX_LEASE_SECONDS, allow_inf_nan=False)]
+Worker = Annotated[str, Field(min_length=1, max_length=253, examples=["tezzeret-0"])]
+LeaseSeconds = Annotated[float, Field(gt=0, le=MAX_LEASE_SECONDS, allow_inf_nan=False)]
 Reason = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 

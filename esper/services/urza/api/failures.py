@@ -27,10 +27,10 @@ from esper.errors import (
 from esper.services.urza.api.routes import Refused, problem
 from esper.services.urza.api.state import Urza
 from esper.services.urza.auth import TooWeak
+from esper.services.urza.http_requests import TRACE_HEADER
 from esper.services.urza.metrics import UNKNOWN_ROUTE
 from esper.utils.logging import tracing
 
-TRACE_HEADER = "X-Trace-Id"
 RETRY_AFTER_SECONDS = 1
 _TRACE_ID = re.compile(rb"[A-Za-z0-9-]{1,64}")
 _CHALLENGE = 'Bearer realm="urza", error="{}"'

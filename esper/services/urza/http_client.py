@@ -1,0 +1,424 @@
+"""The hub elsewhere, over its REST interface: what `UrzaHub` is in its own process.
+
+Errors are the hub's own, with its words: whoever calls need not know where the hub is. Requests
+are tried again as `http_requests` says; what is claimed by a request whose answer was lost is free
+again once its lease has run out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import AsyncIterator, Iterable, Sequence
+from datetime import datetime
+from typing import TypeVar
+
+import httpx
+from pydantic import ValidationError
+
+from esper.configs import HubConfig
+from esper.contracts.assets import Blueprint, CompiledKernel, TrainingSession
+from esper.contracts.base import Contract
+from esper.contracts.blueprints import BlueprintDocument, KernelTarget
+from esper.contracts.enums import BlueprintState
+from esper.contracts.kernels import KernelMetadata
+from esper.errors import (
+    BadInput,
+    BlueprintNotFound,
+    Conflict,
+    ConflictReason,
+    EsperError,
+    KernelError,
+    KernelNotFound,
+    Unauthorized,
+    WorkFailed,
+    one_line,
+)
+from esper.services.contracts import (
+    MAX_PAGE_ITEMS,
+    BlueprintClaim,
+    IssuedCredentials,
+    KernelClaim,
+    Page,
+    SweepResult,
+)
+from esper.services.urza.http_kernels import HttpKernelSource
+from esper.services.urza.http_requests import HubRequest
+from esper.services.urza.problems import Problem
+from esper.services.urza.wire import (
+    BlueprintResult,
+    ClaimRequest,
+    CredentialsRequest,
+    KernelCreation,
+    KernelResult,
+    LeaseExtension,
+    LeaseRequest,
+    ReleaseRequest,
+    SweepRequest,
+)
+
+MAX_ANSWER_BYTES = 64 * 2**20
+OWN_LEASE_SECONDS = 3600.0
+"""How long a kernel that was claimed without a lease of the caller's stays claimed."""
+
+_BLUEPRINTS, _KERNELS, _SESSIONS = "/api/v1/blueprints", "/api/v1/kernels", "/api/v1/sessions"
+_REQUESTED, _UNVALIDATED = "/internal/requested-kernels", "/internal/unvalidated-blueprints"
+_BINARY = "application/octet-stream"
+MAX_REASON_CHARACTERS = 2000
+_KERNEL = re.compile(r"[0-9a-f]{40}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_LEASE = re.compile(r"[0-9a-f]{32}")
+_UID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}")
+
+Answer = TypeVar("Answer", bound=Contract)
+Item = TypeVar("Item")
+
+
+class HttpUrza(HttpKernelSource):
+    """An `UrzaClient` over HTTP; for one event loop, closed by `async with`.
+
+    `claim_kernel` takes a lease that this object remembers; without `token`, `release_kernel`,
+    `complete_kernel` and `fail_kernel` are under it.
+
+    Every method raises HubUnavailable where the hub does not answer, and Unauthorized, which names
+    `hub.token`, where it refuses the token.
+
+    Raises:
+        ConfigError: no address is set.
+    """
+
+    def __init__(
+        self, config: HubConfig, *, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
+        super().__init__(config, transport=transport)
+        self._leases: dict[str, str] = {}
+
+    async def put_blueprint(
+        self, document: BlueprintDocument, *, session: str | None = None
+    ) -> Blueprint:
+        """The blueprint of that content, made unless it is there; its first name stays."""
+        return await self._asked(
+            Blueprint, "POST", f"{_BLUEPRINTS}/", body=document, params=_given(session=session)
+        )
+
+    async def blueprint(self, digest: str) -> Blueprint:
+        """The blueprint of that digest; BlueprintNotFound where there is none."""
+        return await self._asked(Blueprint, "GET", f"{_BLUEPRINTS}/{_digest(digest)}")
+
+    async def blueprints(self) -> tuple[Blueprint, ...]:
+        """All blueprints, the oldest first."""
+        pages = self._pages(Page[Blueprint], f"{_BLUEPRINTS}/", _in(BlueprintState))
+        return tuple([item async for item in pages])
+
+    async def request_kernel(
+        self, blueprint_digest: str, target: KernelTarget, *, session: str | None = None
+    ) -> CompiledKernel:
+        """The kernel for that target, made in state proposed unless it is there."""
+        creation = KernelCreation(blueprint_digest=_digest(blueprint_digest), target=target)
+        return await self._asked(
+            CompiledKernel, "POST", f"{_KERNELS}/", body=creation, params=_given(session=session)
+        )
+
+    async def kernel(self, kernel: str) -> CompiledKernel:
+        """The kernel of that id, in whatever state; KernelNotFound where there is none."""
+        return await self._asked(CompiledKernel, "GET", f"{_KERNELS}/{_kernel(kernel)}")
+
+    async def kernels(
+        self, states: Sequence[BlueprintState] = tuple(BlueprintState)
+    ) -> tuple[CompiledKernel, ...]:
+        """The kernels in one of `states`, by default all, the oldest first."""
+        if not states:
+            return ()
+        pages = self._pages(Page[CompiledKernel], f"{_KERNELS}/", _in(states))
+        return tuple([item async for item in pages])
+
+    # Work
+
+    async def claim_kernel(self, kernel: str, worker: str) -> bool:
+        """Whether `worker` may now compile the kernel, for `OWN_LEASE_SECONDS`."""
+        held = self._leases.get(kernel)
+        if held is not None:
+            try:
+                await self.heartbeat_kernel(kernel, held, OWN_LEASE_SECONDS)
+            except Conflict:
+                del self._leases[kernel]
+            else:
+                return True
+        claim = await self.lease_kernel(kernel, worker, OWN_LEASE_SECONDS)
+        if claim is None:
+            return False
+        self._leases[kernel] = claim.lease
+        return True
+
+    async def claim_next_kernel(self, worker: str, lease_seconds: float) -> KernelClaim | None:
+        """Lease the oldest kernel that nobody compiles; None where there is none."""
+        claim = _built(ClaimRequest, worker=worker, lease_seconds=lease_seconds)
+        return await self._claimed(KernelClaim, f"{_REQUESTED}/claim", claim)
+
+    async def lease_kernel(
+        self, kernel: str, worker: str, lease_seconds: float
+    ) -> KernelClaim | None:
+        """Lease that kernel; None where it is settled or another worker has it."""
+        claim = _built(ClaimRequest, worker=worker, lease_seconds=lease_seconds)
+        return await self._claimed(KernelClaim, f"{_REQUESTED}/{_kernel(kernel)}/claim", claim)
+
+    async def heartbeat_kernel(self, kernel: str, token: str, lease_seconds: float) -> datetime:
+        """Keep a lease for that long from now; Conflict where it is lost."""
+        return await self._extended(f"{_REQUESTED}/{_kernel(kernel)}", token, lease_seconds)
+
+    async def release_kernel(self, kernel: str, worker: str, *, token: str | None = None) -> None:
+        """Give up `worker`'s claim; else do nothing."""
+        lease = token or self._leases.pop(kernel, None)
+        if lease is not None:
+            await self._sent(
+                "POST",
+                f"{_REQUESTED}/{_kernel(kernel)}/release",
+                body=_built(ReleaseRequest, worker=worker, lease=lease),
+            )
+
+    async def complete_kernel(
+        self, metadata: KernelMetadata, data: bytes, *, token: str | None = None
+    ) -> CompiledKernel:
+        """Keep a compiled kernel's artifact; Conflict where the lease is lost."""
+        digest = hashlib.sha256(data).hexdigest()
+        if (digest, len(data)) != (metadata.artifact_digest, metadata.artifact_bytes):
+            raise KernelError(
+                f"kernel {metadata.kernel}: got {len(data)} bytes with digest {digest}; allowed: "
+                f"{metadata.artifact_bytes} bytes with digest {metadata.artifact_digest}"
+            )
+        lease = self._lease(metadata.kernel, token)
+        place = f"{_REQUESTED}/{_kernel(metadata.kernel)}"
+        await self._sent(
+            "PUT",
+            f"{place}/artifact",
+            content=data,
+            params={"lease": lease, "digest": digest, "bytes": str(len(data))},
+        )
+        result = KernelResult(lease=lease, metadata=metadata)
+        return await self._settled(metadata.kernel, result)
+
+    async def fail_kernel(
+        self, kernel: str, error: str, *, token: str | None = None
+    ) -> CompiledKernel:
+        """Record why a kernel can't be compiled; Conflict where the lease is lost."""
+        reason = error[:MAX_REASON_CHARACTERS] or "no reason was given"
+        return await self._settled(
+            kernel, KernelResult(lease=self._lease(kernel, token), error=reason)
+        )
+
+    async def claim_next_blueprint(
+        self, worker: str, lease_seconds: float
+    ) -> BlueprintClaim | None:
+        """Lease the oldest blueprint that nobody has validated; None where there is none."""
+        claim = _built(ClaimRequest, worker=worker, lease_seconds=lease_seconds)
+        return await self._claimed(BlueprintClaim, f"{_UNVALIDATED}/claim", claim)
+
+    async def heartbeat_blueprint(self, digest: str, token: str, lease_seconds: float) -> datetime:
+        """Keep a lease for that long from now; Conflict where it is lost."""
+        return await self._extended(f"{_UNVALIDATED}/{_digest(digest)}", token, lease_seconds)
+
+    async def complete_blueprint(self, digest: str, token: str) -> Blueprint:
+        """Record that a blueprint is valid; Conflict where the lease is lost."""
+        return await self._validated(digest, BlueprintResult(lease=_held(token)))
+
+    async def fail_blueprint(self, digest: str, token: str, error: str) -> Blueprint:
+        """Record why a blueprint is not valid; Conflict where the lease is lost."""
+        reason = error[:MAX_REASON_CHARACTERS] or "no reason was given"
+        return await self._validated(digest, BlueprintResult(lease=_held(token), error=reason))
+
+    async def release_blueprint(self, digest: str, token: str) -> None:
+        """Give up a lease."""
+        place = f"{_UNVALIDATED}/{_digest(digest)}/release"
+        await self._sent("POST", place, body=LeaseRequest(lease=_held(token)))
+
+    # Sessions
+
+    async def register_session(self, session: TrainingSession) -> TrainingSession:
+        """The session of that uid: `session` itself the first time, as stored from then on."""
+        return await self._asked(TrainingSession, "POST", f"{_SESSIONS}/", body=session)
+
+    async def update_session(self, session: TrainingSession) -> TrainingSession:
+        """Replace what is stored of a registered session."""
+        return await self._asked(TrainingSession, "PUT", f"{_SESSIONS}/{session.uid}", body=session)
+
+    async def session_credentials(self, uid: str, namespace: str) -> IssuedCredentials:
+        """What opens a session's rows and streams; asking again gives the same."""
+        return await self._asked(
+            IssuedCredentials,
+            "POST",
+            f"/internal/sessions/{_uid(uid)}/credentials",
+            body=_built(CredentialsRequest, namespace=namespace),
+        )
+
+    async def namespace_credentials(self, namespace: str) -> IssuedCredentials:
+        """What opens the streams of all sessions of a namespace, for its Tamiyo."""
+        checked = _built(CredentialsRequest, namespace=namespace).namespace
+        return await self._asked(
+            IssuedCredentials, "POST", f"/internal/namespaces/{checked}/credentials"
+        )
+
+    async def sweep(
+        self, namespace: str, live: Sequence[str], gathered_at: datetime
+    ) -> SweepResult:
+        """End the sessions of a namespace that are not `live`; those made later are left alone."""
+        request = _built(
+            SweepRequest, namespace=namespace, live_uids=tuple(live), gathered_at=gathered_at
+        )
+        return await self._asked(SweepResult, "POST", "/internal/sessions/sweep", body=request)
+
+    async def health(self) -> bool:
+        """Whether the hub answers, and all that it stands on."""
+        try:
+            await self._sent("GET", "/readyz", attempts=1)
+        except EsperError:
+            return False
+        return True
+
+    # Requests
+
+    def _lease(self, kernel: str, token: str | None) -> str:
+        lease = token or self._leases.get(kernel)
+        if lease is None:
+            raise Conflict(
+                ConflictReason.LEASE_LOST,
+                f"kernel {kernel}: got no lease; allowed: that of a claim",
+            )
+        return _held(lease)
+
+    async def _settled(self, kernel: str, result: KernelResult) -> CompiledKernel:
+        place = f"{_REQUESTED}/{_kernel(kernel)}/result"
+        settled = await self._asked(CompiledKernel, "POST", place, body=result)
+        self._leases.pop(kernel, None)
+        return settled
+
+    async def _validated(self, digest: str, result: BlueprintResult) -> Blueprint:
+        place = f"{_UNVALIDATED}/{_digest(digest)}/result"
+        return await self._asked(Blueprint, "POST", place, body=result)
+
+    async def _extended(self, place: str, token: str, lease_seconds: float) -> datetime:
+        lease = _built(LeaseRequest, lease=_held(token), lease_seconds=lease_seconds)
+        found = await self._asked(LeaseExtension, "POST", f"{place}/heartbeat", body=lease)
+        return found.expires_at
+
+    async def _claimed(self, kind: type[Answer], path: str, claim: ClaimRequest) -> Answer | None:
+        data = await self._sent("POST", path, body=claim)
+        return _read(kind, data, path) if data else None
+
+    async def _pages(
+        self, kind: type[Page[Item]], path: str, params: dict[str, str | list[str]]
+    ) -> AsyncIterator[Item]:
+        asked = {**params, "view": "full", "limit": str(MAX_PAGE_ITEMS)}
+        while True:
+            found = _read(kind, await self._sent("GET", path, params=asked), path)
+            for item in found.items:
+                yield item
+            if found.next_cursor is None:
+                return
+            asked["cursor"] = found.next_cursor
+
+    async def _asked(
+        self,
+        kind: type[Answer],
+        method: str,
+        path: str,
+        *,
+        body: Contract | None = None,
+        params: dict[str, str | list[str]] | None = None,
+    ) -> Answer:
+        return _read(kind, await self._sent(method, path, body=body, params=params), path)
+
+    async def _sent(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Contract | None = None,
+        content: bytes | None = None,
+        params: dict[str, str | list[str]] | None = None,
+        attempts: int | None = None,
+    ) -> bytes:
+        if body is not None:
+            content = body.model_dump_json(by_alias=True, exclude_none=True).encode()
+        return await self._requests.body(
+            HubRequest(
+                subject=f"{method} {path}",
+                path=path,
+                refusal=hub_error,
+                method=method,
+                attempts=attempts,
+                limit=MAX_ANSWER_BYTES,
+                params=params or {},
+                content=content,
+                content_type="application/json" if body is not None else _BINARY,
+            )
+        )
+
+    def _refusal(self, kernel: str, status: int, problem: bytes) -> EsperError:
+        return hub_error(status, problem)
+
+
+def hub_error(status: int, problem: bytes) -> EsperError:
+    """The error that the hub raised, or, where what answered is no hub, one that says so."""
+    try:
+        error = Problem.model_validate_json(problem).error()
+    except ValidationError:
+        return WorkFailed(
+            f"the hub: got HTTP {status} without a problem; allowed: 200; see hub.url"
+        )
+    if isinstance(error, Unauthorized):
+        return Unauthorized("hub.token", f"{error.field}: {error.came}", error.allowed)
+    return error
+
+
+def _read(kind: type[Answer], data: bytes, path: str) -> Answer:
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        raise WorkFailed(
+            f"the hub's answer to {path} is no {kind.__name__}: {one_line(str(error))}; see hub.url"
+        ) from error
+
+
+def _built(kind: type[Answer], **fields: object) -> Answer:
+    """The body of a request; what it refuses, the hub would have refused."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = " ".join(str(part) for part in first["loc"])
+        raise BadInput(place.replace("_", " "), first.get("input"), first["msg"]) from error
+
+
+def _given(**params: str | None) -> dict[str, str | list[str]]:
+    return {name: value for name, value in params.items() if value is not None}
+
+
+def _in(states: Iterable[BlueprintState]) -> dict[str, str | list[str]]:
+    return {"states": [state.value for state in states]}
+
+
+# What stands in a path is looked at first, so that it leads nowhere else.
+
+
+def _kernel(kernel: str) -> str:
+    if not _KERNEL.fullmatch(kernel):
+        raise KernelNotFound("kernel", kernel, "a kernel's id, 40 hex digits")
+    return kernel
+
+
+def _digest(digest: str) -> str:
+    if not _DIGEST.fullmatch(digest):
+        raise BlueprintNotFound("blueprint digest", digest, "a SHA-256, 64 hex digits")
+    return digest
+
+
+def _uid(uid: str) -> str:
+    if not _UID.fullmatch(uid):
+        raise BadInput("session uid", uid, "1 to 63 letters, digits and dashes")
+    return uid
+
+
+def _held(lease: str) -> str:
+    if not _LEASE.fullmatch(lease):
+        raise Conflict(ConflictReason.LEASE_LOST, "lease: got none that a claim gave")
+    return lease
