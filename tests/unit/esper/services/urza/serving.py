@@ -1,33 +1,27 @@
-"""The hub's application in this process, over whatever database a test gives it."""
+"""The hub's application, in this process or served on the loopback."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import httpx
 from fastapi import FastAPI
 from pydantic import SecretStr
 
-from esper.configs import DatabaseConfig, EsperConfig, RedisConfig, StorageConfig, UrzaConfig
+from esper.configs import EsperConfig, HubConfig, RedisConfig, StorageConfig, UrzaConfig
 from esper.contracts.assets import TrainingSession
-from esper.contracts.blueprints import KernelTarget, LayerGeometry, builtin
 from esper.services.urza.auth import Role, Tokens
-from esper.services.urza.main import create_app
+from esper.services.urza.http_client import HttpUrza
+from esper.services.urza.main import create_app, serve
 from esper.services.urza.store import UrzaHub
+from tests.unit.esper.services.urza.hubs import Place
 
 KEY = "the key that the tests' tokens are signed with"
-DOCUMENT = builtin("low-rank", {"rank": 2})
-OTHER = builtin("low-rank", {"rank": 3})
 JSON = {"Content-Type": "application/json"}
-
-
-def target(inputs: int = 4) -> KernelTarget:
-    layer = LayerGeometry(kind="Linear", inputs=inputs, outputs=3)
-    return KernelTarget(layer=layer, input_shape=(inputs,), output_shape=(3,))
 
 
 def trained(uid: str = "uid-1", **fields: Any) -> TrainingSession:
@@ -35,15 +29,12 @@ def trained(uid: str = "uid-1", **fields: Any) -> TrainingSession:
     return TrainingSession.model_validate({**given, **fields})
 
 
-def settings(
-    folder: Path, database: str | None = None, redis: str | None = None, **urza: Any
-) -> EsperConfig:
-    url = database or f"sqlite+aiosqlite:///{folder}/urza.sqlite"
+def settings(place: Place, redis: str | None = None, **urza: Any) -> EsperConfig:
     return EsperConfig(
-        database=DatabaseConfig(url=url),
-        storage=StorageConfig(folder=str(folder / "artifacts")),
+        database=place.config(),
+        storage=StorageConfig(folder=str(place.artifacts)),
         redis=RedisConfig(url=redis),
-        urza=UrzaConfig(signing_key=SecretStr(KEY), **urza),
+        urza=UrzaConfig.model_validate({"signing_key": KEY, "port": 0, **urza}),
     )
 
 
@@ -85,9 +76,32 @@ async def serving(config: EsperConfig, role: Role | None = Role.ADMIN) -> AsyncI
         yield client
 
 
-def stored_files(folder: Path) -> list[str]:
+@asynccontextmanager
+async def listening(config: EsperConfig) -> AsyncIterator[str]:
+    """The hub served on a free port of the loopback; gives its address."""
+    address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    stop = asyncio.Event()
+    served = asyncio.create_task(serve(config, stop=stop, started=address.set_result))
+    try:
+        done, _ = await asyncio.wait({served, address}, return_when=asyncio.FIRST_COMPLETED)
+        if address not in done:
+            served.result()
+        yield address.result()
+    finally:
+        stop.set()
+        await served
+
+
+@asynccontextmanager
+async def over_http(config: EsperConfig, role: Role = Role.ADMIN) -> AsyncIterator[HttpUrza]:
+    """A client with a token of that role, of a hub served on the loopback."""
+    async with listening(config) as url:
+        hub = HubConfig(url=url, token=SecretStr(token(role)), backoff_seconds=0.01)
+        async with HttpUrza(hub) as client:
+            yield client
+
+
+def stored_files(place: Place) -> list[str]:
     """Everything that lies in the object store's folder, hidden files too."""
-    root = folder / "artifacts"
+    root = place.artifacts
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-
-
