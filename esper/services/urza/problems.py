@@ -77,16 +77,16 @@ class Problem(Contract):
         parts: dict[str, str] = {}
         if isinstance(error, BadInput):
             parts = {
-                "field": one_line(error.field, MAX_DETAIL_CHARACTERS),
-                "got": one_line(error.came),
-                "allowed": one_line(error.allowed, MAX_DETAIL_CHARACTERS),
+                "field": _text(error.field),
+                "got": _text(one_line(error.came)),
+                "allowed": _text(error.allowed),
             }
         return cls.model_validate(
             {
                 "type": TYPE_PREFIX + kind,
                 "title": title,
                 "status": status or usual,
-                "detail": one_line(str(error), MAX_DETAIL_CHARACTERS),
+                "detail": _text(str(error)),
                 **parts,
                 "reason": error.reason if isinstance(error, Conflict) else None,
             }
@@ -100,3 +100,8 @@ class Problem(Contract):
         if issubclass(kind, BadInput):
             return kind(self.field or "request", self.got or "", self.allowed or self.detail)
         return kind(self.detail)
+
+
+def _text(text: str) -> str:
+    """One line that UTF-8 can carry: what came may hold half a character."""
+    return one_line(text, MAX_DETAIL_CHARACTERS).encode(errors="backslashreplace").decode()

@@ -75,6 +75,8 @@ class GuardedRoute(APIRoute):
                 caller.require(permission)
                 request.state.caller = caller
                 urza.require_open()
+            if b"%00" in request.scope["query_string"]:
+                raise Refused(422, BadInput("query", "the character U+0000", "text without it"))
             if takes_json:
                 data = await _whole(request, urza.config.max_body_bytes)
                 refuse_unsafe(data)
