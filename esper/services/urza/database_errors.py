@@ -22,7 +22,7 @@ _REFUSED = {
     "3D000": "a database that exists",
     "42501": "a user that may use and make Urza's tables",
 }
-_UNTRANSLATABLE = frozenset({"22P05", "22021", "22003"})
+_DATA = "22"  # the class of values that do not fit
 
 
 def translated(error: BaseException, url: URL) -> EsperError:
@@ -38,7 +38,7 @@ def translated(error: BaseException, url: URL) -> EsperError:
     full = getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
     if full or state == _DISK_FULL:
         return StorageFull("Urza's database: no room left where it writes")
-    if isinstance(error, (DataError, OverflowError)) or state in _UNTRANSLATABLE:
+    if isinstance(error, (DataError, OverflowError)) or (state or "").startswith(_DATA):
         return BadInput("value", one_line(str(cause)), "text without NUL, numbers in range")
     return HubUnavailable(f"Urza's database does not answer: {_reason(cause)} (database.url)")
 
