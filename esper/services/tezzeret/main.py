@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
+from esper.errors import EsperError, Unavailable
+from esper.services.listening import keep_listening
 from esper.services.oona_client import Oona
+from esper.services.tezzeret.forge import Forge
 from esper.services.tezzeret.worker import TezzeretWorker
 from esper.services.urza.client import UrzaClient
 
+POLL_SECONDS = 2.0
+
+_log = logging.getLogger(__name__)
+
 
 class TezzeretService:
-    """Runs a `TezzeretWorker` as a task of the running loop."""
+    """Runs a `TezzeretWorker` as a task of the running loop.
 
-    def __init__(self, bus: Oona, hub: UrzaClient, *, name: str = "tezzeret") -> None:
-        self._worker = TezzeretWorker(bus, hub, name=name)
+    With a `forge` it is one of many workers of a hub elsewhere: it also looks for work by itself,
+    every `poll_seconds`, and outlasts a bus and a hub that are away.
+    """
+
+    def __init__(
+        self,
+        bus: Oona,
+        hub: UrzaClient,
+        *,
+        name: str = "tezzeret",
+        forge: Forge | None = None,
+        poll_seconds: float = POLL_SECONDS,
+    ) -> None:
+        self._worker = TezzeretWorker(bus, hub, name=name, forge=forge)
+        self._forge = forge
+        self._poll_seconds = poll_seconds
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -28,6 +50,9 @@ class TezzeretService:
             BusUnavailable: the bus is closed, or does not answer.
         """
         if self.running:
+            return
+        if self._forge is not None:
+            self._task = asyncio.create_task(self._keep_working(self._forge), name="tezzeret")
             return
         subscription = await self._worker.subscribe()
         self._task = asyncio.create_task(self._worker.run(subscription), name="tezzeret")
@@ -45,3 +70,20 @@ class TezzeretService:
         (ended,) = await asyncio.gather(task, return_exceptions=True)
         if isinstance(ended, Exception):
             raise ended
+
+    async def _keep_working(self, forge: Forge) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(keep_listening(self._worker.subscribe, self._worker.handle))
+                tasks.create_task(self._poll(forge))
+        except* EsperError as failures:
+            raise failures.exceptions[0] from failures
+
+    async def _poll(self, forge: Forge) -> None:
+        """Work off what nobody has asked for on the bus, or what the bus has lost."""
+        while True:
+            try:
+                await forge.work_off()
+            except Unavailable as error:
+                _log.warning("no work can be had at the moment: %s", error)
+            await asyncio.sleep(self._poll_seconds)

@@ -10,6 +10,9 @@ RLIMIT_AS would also count address space that is only reserved, as CUDA and torc
 
 Time is limited twice: the worker kills what takes too long, and the process has set itself an
 alarm, for the case that the worker is no longer there.
+
+An embedded run compiles in place instead: it has one user, who wrote its blueprints, and would
+pay seconds for a second process with torch in it.
 """
 
 from __future__ import annotations
@@ -52,19 +55,6 @@ class CompiledBytes:
 
     metadata: KernelMetadata
     data: bytes
-
-
-class InPlaceCompiler:
-    """Compiles in this process: for the embedded run, which compiles for nobody but its user."""
-
-    async def compile(self, document: BlueprintDocument, target: KernelTarget) -> CompiledBytes:
-        """The kernel; see `compile_kernel`.
-
-        Raises:
-            KernelError: it can't be compiled.
-        """
-        artifact = compile_kernel(document, target)
-        return CompiledBytes(artifact.metadata, artifact.data)
 
 
 class SubprocessCompiler:

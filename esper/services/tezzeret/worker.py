@@ -16,8 +16,10 @@ from esper.contracts.assets import CompiledKernel
 from esper.contracts.enums import BlueprintState, ComponentType
 from esper.contracts.messages import KernelReady, KernelRequested, OonaMessage, TopicNames
 from esper.errors import BusUnavailable, EsperError, KernelError, one_line
+from esper.services.listening import listen
 from esper.services.oona_client import Oona, Subscription
 from esper.services.tezzeret.compiler import compile_kernel
+from esper.services.tezzeret.forge import Forge
 from esper.services.urza.client import UrzaClient
 
 CONSUMER_GROUP = "tezzeret"
@@ -29,14 +31,18 @@ _log = logging.getLogger(__name__)
 class TezzeretWorker:
     """Compiles the kernels that `bus` asks for and keeps them in `hub`.
 
-    `name` is what the worker claims kernels under. Workers of one hub have different names; one
-    that is started again after a crash has its old name, and so its old claims.
+    With a `forge` it compiles under leases, as one of many workers. Without one it compiles in
+    this process, for a hub in this process, and `name` is what it claims kernels under: started
+    again after a crash it has its old name, and so its old claims.
     """
 
-    def __init__(self, bus: Oona, hub: UrzaClient, *, name: str = "tezzeret") -> None:
+    def __init__(
+        self, bus: Oona, hub: UrzaClient, *, name: str = "tezzeret", forge: Forge | None = None
+    ) -> None:
         self._bus = bus
         self._hub = hub
         self._name = name
+        self._forge = forge
 
     async def subscribe(self) -> Subscription:
         """The worker's place in the queue of requests, for `run`.
@@ -49,16 +55,16 @@ class TezzeretWorker:
     async def run(self, subscription: Subscription) -> None:
         """Answer requests until cancelled or until the bus closes."""
         try:
-            while True:
-                message = await subscription.receive()
-                await self._handle(message)
-                await subscription.acknowledge(message)
+            await listen(subscription, self.handle)
         except BusUnavailable as error:
             _log.info("the bus is closed, kernels are no longer compiled: %s", error)
-        finally:
-            await subscription.close()
 
-    async def _handle(self, message: OonaMessage) -> None:
+    async def handle(self, message: OonaMessage) -> None:
+        """Answer one request.
+
+        Raises:
+            BusUnavailable: the bus does not take the answer.
+        """
         try:
             request = KernelRequested.model_validate(message.payload)
         except ValidationError as error:
@@ -106,6 +112,9 @@ class TezzeretWorker:
             )
         if kernel.state in _SETTLED:
             return kernel
+        if self._forge is not None:
+            settled = await self._forge.compile(kernel.kernel)
+            return settled or _if_settled(await self._hub.kernel(kernel.kernel))
         if not await self._hub.claim_kernel(kernel.kernel, self._name):
             return None
         try:
@@ -124,3 +133,7 @@ class TezzeretWorker:
         except KernelError as error:
             return await self._hub.fail_kernel(kernel.kernel, str(error))
         return await self._hub.complete_kernel(artifact.metadata, artifact.data)
+
+
+def _if_settled(kernel: CompiledKernel) -> CompiledKernel | None:
+    return kernel if kernel.state in _SETTLED else None
