@@ -60,12 +60,15 @@ class InProcessOona:
                 heapq.heappush(queue, entry)
         self._wake()
 
-    async def subscribe(self, topics: Collection[TopicNames], group: str) -> InProcessSubscription:
-        """A receiver for `topics` in `group`.
+    async def subscribe(
+        self, topics: Collection[TopicNames], group: str, *, prefetch: int | None = None
+    ) -> InProcessSubscription:
+        """A receiver for `topics` in `group`; it takes one message at a time, never ahead.
 
         Raises:
             BusUnavailable: the bus is closed.
         """
+        del prefetch
         self._require_open()
         queues = {topic: self._queues[topic].setdefault(group, []) for topic in topics}
         return InProcessSubscription(self, queues)

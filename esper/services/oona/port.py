@@ -33,6 +33,8 @@ class OonaStatistics:
     """Taken over from receivers that left them."""
     dead: int = 0
     """Set aside, because nobody could deal with them."""
+    trimmed: int = 0
+    """Given up by the bus, for want of room, before their receivers had dealt with them."""
 
 
 class Subscription(Protocol):
@@ -69,11 +71,16 @@ class Oona(Protocol):
         """Hand the messages, in this order, to every group that has subscribed to their topics."""
         ...
 
-    async def subscribe(self, topics: Collection[TopicNames], group: str) -> Subscription:
+    async def subscribe(
+        self, topics: Collection[TopicNames], group: str, *, prefetch: int | None = None
+    ) -> Subscription:
         """A receiver for `topics` in `group`.
 
         From now on the group keeps messages on these topics, also while none of its receivers
         lives. Each message goes to one receiver of a group, and to all groups.
+
+        `prefetch` is how many messages the receiver may take from the group at once; None leaves
+        that to the bus. Whoever works long on each asks for 1, so that others get the rest.
         """
         ...
 

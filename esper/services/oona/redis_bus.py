@@ -1,0 +1,219 @@
+"""Oona over Redis Streams. `esper.services.oona_client` gives its name; here Redis is imported."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator, Collection, Sequence
+
+from esper.configs import RedisConfig
+from esper.contracts.messages import OonaMessage, TopicNames
+from esper.errors import BadInput, BusUnavailable, ConfigError
+from esper.services.oona.connections import RedisConnections
+from esper.services.oona.counting import ReceivingCounts
+from esper.services.oona.group import ConsumerGroup, found_streams
+from esper.services.oona.outbox import Outbox
+from esper.services.oona.port import OonaStatistics
+from esper.services.oona.receiving import RedisSubscription
+from esper.services.oona.streams import (
+    TELEMETRY,
+    Appending,
+    Entry,
+    Position,
+    entries_of,
+    opened,
+    stream_key,
+)
+
+_PAGE = 200
+
+
+class OonaClient:
+    """The `Oona` of processes that share a Redis; for one event loop.
+
+    With a `scope`, the uid of a session, it publishes and hears in that scope only. Without one it
+    hears all scopes of `redis.namespace`, those that come later too, and publishes each message in
+    the scope that the message names.
+
+    While Redis is away, messages wait here in order and receivers wait; see `redis.*` for the
+    bounds. `publish` returns once Redis has the messages, or once it is known to be away.
+
+    Raises:
+        ConfigError: `redis.url` is missing or can't be read.
+    """
+
+    def __init__(self, config: RedisConfig, *, scope: str | None) -> None:
+        self._config = config
+        self._scope = scope
+        self._connections = RedisConnections(config)
+        self._outbox = Outbox(self._connections, config)
+        self._appending = Appending(config.namespace, config.stream_length)
+        self._counts = ReceivingCounts()
+        self._subscriptions: set[RedisSubscription] = set()
+        self._closed = False
+
+    async def publish(self, *messages: OonaMessage) -> None:
+        """Append the messages, in this order, to the streams of their topics.
+
+        Returns when Redis has them. After `redis.attempts` failures in a row it returns with them
+        in this process, to be sent when Redis is back: in order, `redis.buffer_messages` of them.
+        Without room the oldest telemetry is dropped and counted; everything else waits for room.
+
+        Raises:
+            BadInput: a message names another scope than this client's.
+            BusUnavailable: the bus is closed, or Redis refuses the message.
+            ConfigError: Redis refuses the user.
+        """
+        self._require_open()
+        commands = []
+        for message in messages:
+            scope = message.scope if self._scope is None else self._scope
+            if message.scope not in ("", scope):
+                raise BadInput("scope", message.scope, f"{scope}, that of this client")
+            command = self._appending.command(message, scope)
+            commands.append((command, message.topic in TELEMETRY))
+        await self._outbox.publish(commands)
+
+    async def subscribe(
+        self, topics: Collection[TopicNames], group: str, *, prefetch: int | None = None
+    ) -> RedisSubscription:
+        """A receiver for `topics` in `group`.
+
+        A group begins with what is published from now on; over all scopes, with everything that is
+        kept. `prefetch` is how many messages it reads at once, `redis.prefetch_messages` if None;
+        whoever works long on each asks for 1, so that others get the rest.
+
+        Raises:
+            BusUnavailable: the bus is closed, or Redis does not answer `redis.attempts` times.
+            ConfigError: Redis refuses the user.
+        """
+        self._require_open()
+        joined = ConsumerGroup(
+            self._config,
+            self._connections,
+            self._counts,
+            topics=topics,
+            group=group,
+            consumer=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
+            scope=self._scope,
+        )
+        await self._connections.retrying(joined.join)
+        self._require_open()
+        subscription = RedisSubscription(
+            self._config,
+            joined,
+            self._connections.apart(),
+            self._outbox,
+            self._counts,
+            prefetch=prefetch or self._config.prefetch_messages,
+            forget=self._subscriptions.discard,
+        )
+        self._subscriptions.add(subscription)
+        return subscription
+
+    async def history(
+        self, topics: Collection[TopicNames], scope: str | None = None
+    ) -> AsyncIterator[OonaMessage]:
+        """What is still kept of `topics`, oldest first, received or not; receives nothing.
+
+        Entries that hold no message are passed over. A scope that this client doesn't see has none.
+
+        Raises:
+            BusUnavailable: the bus is closed, or Redis does not answer `redis.attempts` times.
+            ConfigError: Redis refuses the user.
+        """
+        self._require_open()
+        if self._scope is not None:
+            scopes = {self._scope} if scope in (None, self._scope) else set()
+            keys = [stream_key(self._config.namespace, s, t) for s in scopes for t in set(topics)]
+        elif scope is not None:
+            keys = [stream_key(self._config.namespace, scope, topic) for topic in set(topics)]
+        else:
+            found = await self._connections.retrying(
+                lambda: found_streams(self._connections, self._config.namespace, topics)
+            )
+            keys = sorted(found)
+        async for entry in self._merged(keys):
+            try:
+                yield opened(entry)
+            except ValueError:
+                continue
+
+    async def check(self) -> None:
+        """Return if Redis takes messages.
+
+        Raises:
+            BusUnavailable: it does not answer, or the bus is closed.
+            ConfigError: it refuses the user.
+        """
+        self._require_open()
+        await self._connections.ask("PING")
+
+    async def health(self) -> bool:
+        """Whether Redis takes messages."""
+        try:
+            await self.check()
+        except (BusUnavailable, ConfigError):
+            return False
+        return True
+
+    def statistics(self) -> OonaStatistics:
+        """Counts since the client was made."""
+        return OonaStatistics(
+            published=self._outbox.published,
+            buffered=self._outbox.buffered,
+            dropped=self._outbox.dropped,
+            retried=self._outbox.retried,
+            received=self._counts.received,
+            claimed=self._counts.claimed,
+            dead=self._counts.dead,
+            trimmed=self._counts.trimmed,
+        )
+
+    async def close(self) -> None:
+        """Stop; whoever waits in `receive` gets BusUnavailable. Twice is as once.
+
+        What is in the buffer is sent if Redis takes it within `redis.read_timeout_seconds`; what is
+        left then is counted as dropped and logged.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        await asyncio.gather(*[receiver.close() for receiver in tuple(self._subscriptions)])
+        await self._outbox.close(self._config.read_timeout_seconds)
+        await self._connections.close()
+
+    async def _merged(self, keys: Sequence[bytes]) -> AsyncIterator[Entry]:
+        """The entries of several streams in the order of the server, read page by page."""
+        pages = {key: self._entries(key) for key in keys}
+        heads: list[tuple[Position, bytes, Entry]] = []
+        for key in pages:
+            first = await anext(pages[key], None)
+            if first is not None:
+                heapq.heappush(heads, (Position.of(first.id), key, first))
+        while heads:
+            _, key, entry = heapq.heappop(heads)
+            yield entry
+            following = await anext(pages[key], None)
+            if following is not None:
+                heapq.heappush(heads, (Position.of(following.id), key, following))
+
+    async def _entries(self, key: bytes) -> AsyncIterator[Entry]:
+        start = b"-"
+        while True:
+            reply = await self._connections.retrying(
+                lambda: self._connections.ask("XRANGE", key, start, "+", "COUNT", _PAGE)  # noqa: B023
+            )
+            rows = entries_of(key, reply if isinstance(reply, list) else [])
+            for entry in rows:
+                yield entry
+            if len(rows) < _PAGE:
+                return
+            start = b"(" + rows[-1].id
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise BusUnavailable("the bus of this process is closed")

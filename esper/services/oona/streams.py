@@ -1,0 +1,143 @@
+"""How Oona's messages lie in Redis: one stream for each scope and topic, one field an entry.
+
+A stream's key is ``esper:<namespace>:<scope, or ->:<topic>``; what is set aside lies under the
+same key with ``:dead`` behind it. Commands are packed here, not by the client library: the part of
+a command that all messages of a stream share is packed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pydantic import ValidationError
+
+from esper.contracts.messages import OonaMessage, TopicNames
+
+TELEMETRY = frozenset({TopicNames.PACKETS})
+"""Topics of full snapshots: the next one replaces the last, so they are dropped first."""
+
+FIELD = b"message"
+_NO_SCOPE = "-"
+_KEPT_PREFIXES = 4096
+
+
+class Position(NamedTuple):
+    """Where an entry stands in the order of its server, from its id ``milliseconds-sequence``."""
+
+    milliseconds: int
+    sequence: int
+
+    @classmethod
+    def of(cls, entry_id: bytes) -> Position:
+        """The position that an entry's id says."""
+        milliseconds, _, sequence = entry_id.partition(b"-")
+        return cls(int(milliseconds), int(sequence))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An entry of a stream; `text` is the message as JSON, None where the entry is trimmed away."""
+
+    key: bytes
+    id: bytes
+    text: bytes | None
+
+    @property
+    def name(self) -> tuple[bytes, bytes]:
+        """What tells it apart from all others."""
+        return self.key, self.id
+
+
+def stream_key(namespace: str, scope: str, topic: TopicNames) -> bytes:
+    """The key of the stream of that topic in that scope."""
+    return f"esper:{namespace}:{scope or _NO_SCOPE}:{topic}".encode()
+
+
+def dead_key(key: bytes) -> bytes:
+    """Where what is set aside of that stream lies."""
+    return key + b":dead"
+
+
+def stream_pattern(namespace: str) -> bytes:
+    """What all keys of a namespace match."""
+    return f"esper:{namespace}:*".encode()
+
+
+def scope_and_topic(key: bytes) -> tuple[str, str]:
+    """The scope and the topic of a stream; of any other key, something that is no topic."""
+    parts = key.decode(errors="replace").split(":", 3)
+    if len(parts) != 4:
+        return "", ""
+    return ("" if parts[2] == _NO_SCOPE else parts[2]), parts[3]
+
+
+def opened(entry: Entry) -> OonaMessage:
+    """The message of an entry.
+
+    Its scope is that of the stream, whatever the text says: who may write to a stream is Redis' to
+    judge, what is written in the text is not.
+
+    Raises:
+        ValueError: the entry holds no message of the stream's topic.
+    """
+    if entry.text is None:
+        raise ValueError("it is trimmed away")
+    try:
+        message = OonaMessage.model_validate_json(entry.text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{place or 'the text'}: {first['msg']}") from error
+    scope, topic = scope_and_topic(entry.key)
+    if message.topic != topic:
+        raise ValueError(f"topic: got {message.topic}; allowed: {topic}")
+    return message if message.scope == scope else message.model_copy(update={"scope": scope})
+
+
+def packed(*words: bytes | int | str) -> bytes:
+    """A command as Redis reads it."""
+    parts = [b"*%d\r\n" % len(words)]
+    for word in words:
+        data = word if isinstance(word, bytes) else str(word).encode()
+        parts.append(b"$%d\r\n%b\r\n" % (len(data), data))
+    return b"".join(parts)
+
+
+class Appending:
+    """Packs XADD commands for streams of a namespace, trimmed to about `length` entries."""
+
+    def __init__(self, namespace: str, length: int) -> None:
+        self._namespace = namespace
+        self._length = length
+        self._prefixes: dict[tuple[str, TopicNames], bytes] = {}
+
+    def command(self, message: OonaMessage, scope: str) -> bytes:
+        """The command that appends `message` to its stream in `scope`."""
+        prefix = self._prefixes.get((scope, message.topic))
+        if prefix is None:
+            prefix = self._prefix(scope, message.topic)
+        text = message.model_dump_json(by_alias=True).encode()
+        return b"%b$%d\r\n%b\r\n" % (prefix, len(text), text)
+
+    def _prefix(self, scope: str, topic: TopicNames) -> bytes:
+        key = stream_key(self._namespace, scope, topic)
+        whole = packed("XADD", key, "MAXLEN", "~", self._length, "*", FIELD, b"")
+        prefix = whole.removesuffix(b"$0\r\n\r\n")  # the empty text, packed
+        if len(self._prefixes) == _KEPT_PREFIXES:
+            self._prefixes.clear()
+        self._prefixes[scope, topic] = prefix
+        return prefix
+
+
+def entries_of(key: bytes, rows: Iterable[object]) -> list[Entry]:
+    """The entries in an answer of XRANGE or XCLAIM, or of XREADGROUP for one stream."""
+    found = []
+    for row in rows:
+        if not isinstance(row, list) or not isinstance(row[0], bytes):
+            continue
+        fields = row[1] if isinstance(row[1], list) else []
+        text = next((v for k, v in zip(fields[::2], fields[1::2], strict=True) if k == FIELD), None)
+        found.append(Entry(key, row[0], text if text is not None or not fields else b""))
+    return found
