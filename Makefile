@@ -67,6 +67,7 @@ verify: setup ## Check format, lint, types, layers, spelling, generated files an
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/codespell
 	@$(BIN)/esper crds --check crds
+	@$(BIN)/python -m tools.api_reference --check
 	@$(BIN)/pytest -q tests/architecture/test_repository.py
 
 .PHONY: format
@@ -77,6 +78,10 @@ format: setup ## Format the code and mend what ruff can mend
 .PHONY: crds
 crds: setup ## Write crds/ anew from esper.contracts.resources
 	@$(BIN)/esper crds --output-dir crds
+
+.PHONY: api
+api: setup ## Write docs/api.md anew from the hub's OpenAPI description
+	@$(BIN)/python -m tools.api_reference
 
 .PHONY: lock
 lock: setup ## Write requirements.lock anew from pyproject.toml, with the newest versions allowed

@@ -35,7 +35,7 @@ MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:esper:problem:"
 MAX_DETAIL_CHARACTERS = 2000
 
-_KINDS: Mapping[str, tuple[type[EsperError], int, str]] = {
+KINDS: Mapping[str, tuple[type[EsperError], int, str]] = {
     "blueprint-not-found": (BlueprintNotFound, 404, "No such blueprint"),
     "kernel-not-found": (KernelNotFound, 404, "No such kernel"),
     "not-found": (NotFound, 404, "Not found"),
@@ -72,7 +72,7 @@ class Problem(Contract):
     def of(cls, error: EsperError, status: int | None = None) -> Self:
         """The problem that `error` is; `status` where its kind's own does not fit."""
         kind, (_, usual, title) = next(
-            (kind, entry) for kind, entry in _KINDS.items() if isinstance(error, entry[0])
+            (kind, entry) for kind, entry in KINDS.items() if isinstance(error, entry[0])
         )
         parts: dict[str, str] = {}
         if isinstance(error, BadInput):
@@ -94,7 +94,7 @@ class Problem(Contract):
 
     def error(self) -> EsperError:
         """The error that this problem was made of, with the same text; never None."""
-        kind = _KINDS.get(self.type.removeprefix(TYPE_PREFIX), _KINDS["work-failed"])[0]
+        kind = KINDS.get(self.type.removeprefix(TYPE_PREFIX), KINDS["work-failed"])[0]
         if issubclass(kind, Conflict):
             return Conflict(self.reason or ConflictReason.STALE_VERSION, self.detail)
         if issubclass(kind, BadInput):

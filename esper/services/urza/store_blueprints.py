@@ -17,6 +17,7 @@ from esper.services.urza.store_rows import (
     check_version,
     in_states,
     insert_unless_there,
+    kept,
     mark_used,
     of_session,
     page_of,
@@ -43,9 +44,10 @@ class HubBlueprints(HubRows):
         self, document: BlueprintDocument, *, session: str | None = None
     ) -> tuple[Stored[Blueprint], bool]:
         """As `put_blueprint`, with its version, and whether this call made it."""
-        row, made = models.Blueprint, False
-        async with self._database.transaction() as transaction:
-            found = await transaction.scalar(select(row).where(row.digest == document.digest))
+        row, made, used = models.Blueprint, False, session is not None
+        query = kept(select(row).where(row.digest == document.digest), row, used=used)
+        async with self._database.transaction(writing=used) as transaction:
+            found = await transaction.scalar(query)
             if found is None:
                 made = await insert_unless_there(transaction, row.of(Blueprint.proposed(document)))
                 found = await blueprint_row(transaction, document.digest)

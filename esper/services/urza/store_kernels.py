@@ -29,6 +29,7 @@ from esper.services.urza.store_rows import (
     check_version,
     in_states,
     insert_unless_there,
+    kept,
     kernel_row,
     mark_used,
     of_session,
@@ -58,9 +59,11 @@ class HubKernels(HubRows):
     ) -> tuple[Stored[CompiledKernel], bool]:
         """As `request_kernel`, with its version, and whether this call made it."""
         row, key, made = models.CompiledKernel, kernel_id(blueprint_digest, target), False
+        used = session is not None
+        query = kept(select(row).where(row.kernel == key), row, used=used)
         try:
-            async with self._database.transaction() as transaction:
-                found = await transaction.scalar(select(row).where(row.kernel == key))
+            async with self._database.transaction(writing=used) as transaction:
+                found = await transaction.scalar(query)
                 if found is None:
                     blueprint = await blueprint_row(transaction, blueprint_digest)
                     kernel = CompiledKernel(

@@ -98,6 +98,11 @@ async def kernel_row(
     return row
 
 
+def kept(query: Select[AnyRow], row: type[AnyRow], *, used: bool) -> Select[AnyRow]:
+    """The query; if what it finds will be `used`, nobody may delete that until the end."""
+    return query.with_for_update(read=True, key_share=True, of=row) if used else query
+
+
 async def session_row(
     session: AsyncSession, uid: str, *, lock: bool = False
 ) -> models.TrainingSession:

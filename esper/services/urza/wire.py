@@ -19,6 +19,13 @@ LeaseSeconds = Annotated[float, Field(gt=0, le=MAX_LEASE_SECONDS, allow_inf_nan=
 Reason = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
+class BlueprintChange(Contract):
+    """Another name or description; what a blueprint does never changes."""
+
+    name: Annotated[str | None, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")] = None
+    description: Annotated[str | None, Field(max_length=1024)] = None
+
+
 class KernelCreation(Contract):
     """Asks for the kernel of a blueprint for a target."""
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Path, Query, Request, Response
-from pydantic import Field
 
 from esper.contracts.assets import Blueprint, SessionUid
-from esper.contracts.base import Contract
 from esper.contracts.blueprints import BlueprintDocument
 from esper.contracts.kernels import Digest
 from esper.errors import BlueprintNotFound
@@ -24,6 +22,7 @@ from esper.services.urza.api.routes import (
     urza_of,
 )
 from esper.services.urza.auth import Permission
+from esper.services.urza.wire import BlueprintChange
 
 ROOT = "/api/v1/blueprints"
 blueprints = router(ROOT, "blueprints")
@@ -33,13 +32,6 @@ UsedBy = Annotated[
     SessionUid | None,
     Query(description="The uid of a live session that uses it: it can't be deleted meanwhile."),
 ]
-
-
-class BlueprintChange(Contract):
-    """Another name or description; what a blueprint does never changes."""
-
-    name: Annotated[str | None, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")] = None
-    description: Annotated[str | None, Field(max_length=1024)] = None
 
 
 @blueprints.get(

@@ -20,6 +20,7 @@ from esper.services.contracts import (
 )
 from esper.services.urza.problems import Problem
 from esper.services.urza.wire import (
+    BlueprintChange,
     BlueprintResult,
     ClaimRequest,
     CredentialsRequest,
@@ -74,6 +75,7 @@ _MADE: tuple[Contract, ...] = (
     TrainingSession.model_validate(
         {**_IDENTITY, "name": "digits", "uid": _UID, "epochs": 60, "num_layers": 2, "num_slots": 1}
     ),
+    BlueprintChange(description="A gain and an offset for each channel."),
     KernelCreation(blueprint_digest=_DOCUMENT.digest, target=_TARGET),
     ClaimRequest(worker="tezzeret-0", lease_seconds=60),
     KernelClaim(

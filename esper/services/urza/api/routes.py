@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from http import HTTPStatus
 from typing import Any, cast
 
 from fastapi import APIRouter, Request, Response
@@ -30,6 +29,25 @@ JSON = "application/json"
 BINARY = "application/octet-stream"
 PERMISSION = "x-permission"
 PUBLIC = "none"
+
+# Python's own phrases change with its version, and with them the reference would.
+PHRASES: Mapping[int, str] = {
+    200: "OK",
+    201: "Created",
+    204: "No content",
+    304: "Not modified: the caller has it",
+    400: "The body is not JSON that can be read safely",
+    401: "No token, or one that is not good",
+    403: "The token's role may not do this",
+    404: "Not found",
+    409: "The hub's state refuses it",
+    412: "It was changed since that entity tag",
+    413: "The body is too large",
+    415: "The body is of another type",
+    422: "A value is not allowed",
+    503: "The hub, or what it stands on, does not answer",
+    507: "No room left",
+}
 
 # Strings are matched whole, so that what stands in them is not taken for structure; one without
 # an end too, or each of its quotes would be tried as a beginning.
@@ -123,13 +141,13 @@ def documented(good: Mapping[int, Any], *problems: int, etag: bool = False) -> R
     """
     found: Responses = {}
     for status, model in good.items():
-        found[status] = {"description": HTTPStatus(status).phrase}
+        found[status] = {"description": PHRASES[status]}
         if model is not None:
             found[status]["model"] = model
         if etag:
             found[status]["headers"] = {"ETag": {"schema": {"type": "string"}, "required": True}}
     for status in problems:
-        found[status] = {"description": HTTPStatus(status).phrase, "model": Problem}
+        found[status] = {"description": PHRASES[status], "model": Problem}
     return found
 
 
