@@ -294,11 +294,15 @@ class OptimizedS3Client:
         self, body: ResumingBody, key: str, sha256: str | None
     ) -> AsyncIterator[bytes]:
         reading = Reading(key, body.read, sha256)
+        coming = self._submit(reading.next_chunk)
         try:
-            while chunk := await self._run(reading.next_chunk):
+            while chunk := await asyncio.wrap_future(coming):
+                coming = self._submit(reading.next_chunk)  # while the caller has this one
                 yield chunk
         finally:
-            body.close()
+            # Not from here: it would wait for a read that is under way.
+            coming.add_done_callback(lambda _: body.close())
+            coming.cancel()
 
     def _upload_block(self, key: str, block: bytearray, receipt: Receipt) -> bool:
         receipt.digest(block)
