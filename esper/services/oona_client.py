@@ -30,7 +30,7 @@ def __getattr__(name: str) -> object:
     try:
         from esper.services.oona.redis_bus import OonaClient
     except ModuleNotFoundError as error:
-        if error.name != "redis":
+        if (error.name or "").partition(".")[0] != "redis":
             raise
         raise ConfigError(
             "redis.url", "a URL", "null, unless the extra is installed: pip install 'esper[bus]'"
