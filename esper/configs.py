@@ -473,7 +473,7 @@ class ComponentConfig(_Section):
         Field(
             ge=0,
             le=65_535,
-            description="a port, or null: `esper serve` takes a free one, `esper run` none",
+            description="a port that `esper serve` shows its health on, or null: a free one",
         ),
     ] = None
 

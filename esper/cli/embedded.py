@@ -20,14 +20,17 @@ from esper.cli.live import make_view
 from esper.cli.output import write_json
 from esper.cli.preparing import SOURCE_ANNOTATION, Prepared, own_manifest, prepare
 from esper.cli.report_page import write_report
-from esper.cli.trainers import Attention, Progress, embedded_trainer
+from esper.cli.trainers import Attention, Progress, embedded_trainer, wired_trainer
 from esper.cli.view_observer import ViewObserver
+from esper.cli.wiring import refuse_unreachable
 from esper.configs import EsperConfig
 from esper.contracts.enums import SessionOutcome
 from esper.contracts.manifests import load_manifest, parse_manifest
 from esper.core.export import export_grown
-from esper.errors import BadInput, EsperError, Interrupted, StorageFull, one_line
+from esper.errors import BadInput, ConfigError, EsperError, Interrupted, StorageFull, one_line
+from esper.services.health import ServiceHealth
 from esper.services.tolaria.engine import layer_kind
+from esper.services.tolaria.health import HealthObserver
 from esper.services.tolaria.main import TolariaService
 from esper.services.tolaria.run_directory import RunDirectory, RunLog, refuse_unusable
 from esper.services.tolaria.seeds import SeedBook
@@ -47,46 +50,68 @@ def run_file(
     live: bool,
     quiet: bool,
     config: EsperConfig,
+    health: ServiceHealth | None = None,
 ) -> int:
-    """`esper run FILE`: everything is checked before anything is written."""
+    """`esper run FILE`: everything is checked before anything is written.
+
+    With `health` it is a service's: services that do not answer yet are waited for.
+    """
+    wired = _wired(config)
     manifest = load_manifest(path)
     directory = output_dir or Path("runs") / manifest.session.metadata.name
     refuse_unusable(directory, overwrite=overwrite)
     prepared = prepare(manifest, path.parent)
+    if wired and health is None:
+        asyncio.run(refuse_unreachable(config, prepared.uid))
     run = RunDirectory.create(directory, own_manifest(prepared), overwrite=overwrite)
     try:
-        return _carry_out(prepared, run, None, config, _Shown(json_output, live, quiet))
+        shown = _Shown(json_output, live, quiet, health)
+        return _carry_out(prepared, run, None, config, shown)
     finally:
         run.close()
 
 
 def resume(
-    directory: Path, *, json_output: bool, live: bool, quiet: bool, config: EsperConfig
+    directory: Path,
+    *,
+    json_output: bool,
+    live: bool,
+    quiet: bool,
+    config: EsperConfig,
+    health: ServiceHealth | None = None,
 ) -> int:
-    """`esper run --resume D`: on from the newest checkpoint, or from the start without one."""
+    """`esper run --resume D`: on from the newest checkpoint, or from the start without one.
+
+    With `health` it is a service's: services that do not answer yet are waited for.
+    """
+    wired = _wired(config)
+    shown = _Shown(json_output, live, quiet, health)
     run = RunDirectory.open(directory)
     try:
         manifest = parse_manifest(run.manifest, str(directory / "manifest.yaml"))
         result = run.result()
         if result is not None:
             write_report(directory)
-            _shown_end(result, directory, _Shown(json_output, live, quiet))
+            _shown_end(result, directory, shown)
             return 0
         source = manifest.session.metadata.annotations.get(SOURCE_ANNOTATION, ".")
         prepared = prepare(manifest, Path(source))
+        if wired and health is None:
+            asyncio.run(refuse_unreachable(config, prepared.uid))
         snapshot = run.newest_checkpoint()
-        return _carry_out(prepared, run, snapshot, config, _Shown(json_output, live, quiet))
+        return _carry_out(prepared, run, snapshot, config, shown)
     finally:
         run.close()
 
 
 @dataclass(frozen=True)
 class _Shown:
-    """What the person asked to see."""
+    """What the person asked to see, and what a service shows of itself."""
 
     json: bool
     live: bool
     quiet: bool
+    health: ServiceHealth | None
 
 
 def _carry_out(
@@ -148,6 +173,8 @@ async def _session(
     progress = Progress(snapshot=snapshot, told=told, recorded=recorded)
     tolaria = TolariaService()
     observers: list[Observer] = [log, status]
+    if shown.health is not None:
+        observers.append(HealthObserver(shown.health))
     with ExitStack() as stack:
         stack.callback(log.close)
         log.open()
@@ -163,10 +190,11 @@ async def _session(
             )
             observers.append(ViewObserver(stack.enter_context(view)))
         attention = Attention(observers=observers, stopping=tolaria.stopping, positions=log.lengths)
-        async with embedded_trainer(
-            prepared, config, progress=progress, attention=attention
-        ) as trainer:
+        trainer_of = wired_trainer if _wired(config) else embedded_trainer
+        async with trainer_of(prepared, config, progress=progress, attention=attention) as trainer:
             status.write()
+            if shown.health is not None:
+                shown.health.started()
             result = await tolaria.run(trainer)
             return _finished(prepared, run, status, result)
 
@@ -228,6 +256,19 @@ def _finished(
     run.write_result(summary)
     write_report(run.path)
     return summary
+
+
+def _wired(config: EsperConfig) -> bool:
+    """Whether bus and hub are elsewhere.
+
+    Raises:
+        ConfigError: only one of them is: the forge stands between them.
+    """
+    bus, hub = config.redis.url, config.hub.url
+    if (bus is None) != (hub is None):
+        missing, given = ("redis.url", "hub.url") if bus is None else ("hub.url", "redis.url")
+        raise ConfigError(missing, None, f"an address, because {given} is set; or null in both")
+    return bus is not None
 
 
 def _resuming(run: RunDirectory) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from esper.cli import crds, doctor, report, run, token, validate
+from esper.cli import compile, crds, doctor, report, run, serve, token, validate
 from esper.errors import EsperError, one_line
 
 if TYPE_CHECKING:
@@ -26,8 +26,13 @@ COMMANDS = {
     "report": report,
     "crds": crds,
     "doctor": doctor,
+    "serve": serve,
+    "compile": compile,
     "token": token,
 }
+
+OPTIONS = {"hub.url": "hub", "redis.url": "bus"}
+"""Settings that also have an option of their own, where a command has it."""
 
 FAILED = 1
 BAD_INPUT = 2
@@ -110,7 +115,7 @@ def _run(arguments: argparse.Namespace) -> int:
     config = _settings(arguments)
     component = config.component
     log = AsyncEsperLogger(
-        arguments.command,
+        getattr(arguments, "service", arguments.command),
         level="debug" if arguments.debug else component.log_level,
         levels=parse_levels(component.log_levels),
         file=Path(component.log_file) if component.log_file else None,
@@ -135,7 +140,11 @@ def _run(arguments: argparse.Namespace) -> int:
 def _settings(arguments: argparse.Namespace) -> EsperConfig:
     from esper.configs import EsperConfig, parse_assignments
 
-    return EsperConfig.load(parse_assignments(arguments.assignments), file=arguments.config)
+    assignments = parse_assignments(arguments.assignments)
+    for name, option in OPTIONS.items():
+        if getattr(arguments, option, None) is not None:
+            assignments[name] = getattr(arguments, option)
+    return EsperConfig.load(assignments, file=arguments.config)
 
 
 def _unexpected(error: Exception, *, debug: bool) -> str:

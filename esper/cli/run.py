@@ -32,6 +32,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="where the run writes (default: runs/<session>)",
     )
     command.add_argument(
+        "--hub", metavar="URL", help="the hub elsewhere, as hub.url; together with --bus"
+    )
+    command.add_argument(
+        "--bus", metavar="URL", help="the bus elsewhere, as redis.url; together with --hub"
+    )
+    command.add_argument(
         "--overwrite", action="store_true", help="replace what an earlier run left there"
     )
     command.add_argument(

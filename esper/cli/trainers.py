@@ -12,8 +12,10 @@ from typing import Any
 from torch import nn
 
 from esper.cli.preparing import Prepared
+from esper.cli.wiring import bus_elsewhere, hub_elsewhere
 from esper.configs import EsperConfig
 from esper.contracts.blueprints import Graph
+from esper.contracts.enums import SessionOutcome
 from esper.contracts.operational import AdaptationDecision, SeedTransition, SessionEvent
 from esper.core.model_wrapper import MorphableModel
 from esper.execution.builders import build
@@ -79,6 +81,34 @@ async def embedded_trainer(
 
 
 @asynccontextmanager
+async def wired_trainer(
+    prepared: Prepared,
+    config: EsperConfig,
+    *,
+    progress: Progress = Progress(),
+    attention: Attention = Attention(),
+) -> AsyncIterator[TolariaTrainer]:
+    """A trainer whose services are elsewhere, at `hub.url` and `redis.url`.
+
+    Raises:
+        ConfigError: either is missing.
+    """
+    patience = Patience(
+        lasting=True,
+        seconds=prepared.config.growth.controller.patience_seconds,
+        ask_again_seconds=config.tolaria.republish_seconds,
+        look_seconds=config.tolaria.kernel_poll_seconds,
+        stopping=attention.stopping,
+    )
+    async with (
+        bus_elsewhere(config, prepared.uid) as bus,
+        hub_elsewhere(config) as hub,
+        _trainer(prepared, config, bus, hub, hub, patience, progress, attention) as trainer,
+    ):
+        yield trainer
+
+
+@asynccontextmanager
 async def _trainer(
     prepared: Prepared,
     config: EsperConfig,
@@ -103,9 +133,9 @@ async def _trainer(
         patience=patience,
     )
     try:
+        session = await wait.outlast(partial(hub.register_session, prepared.asset()))
         for document in prepared.documents:
-            await wait.outlast(partial(hub.put_blueprint, document))
-        await wait.outlast(partial(hub.register_session, prepared.asset()))
+            await wait.outlast(partial(hub.put_blueprint, document, session=scope))
         trainer = TolariaTrainer(
             prepared.config,
             prepared.model,
@@ -126,6 +156,10 @@ async def _trainer(
             trainer.restore(progress.snapshot, progress.told)
         yield trainer
         await controller.finish()
+        ended = session.model_copy(
+            update={"outcome": SessionOutcome.SUCCEEDED, "epoch": trainer.epoch}
+        )
+        await patience.begin().outlast(partial(hub.update_session, ended))
     finally:
         await controller.close()
         await kernels.close()

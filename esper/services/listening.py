@@ -43,14 +43,20 @@ async def listen(subscription: Subscription, handle: Handle) -> None:
 async def keep_listening(subscribe: Subscribe, handle: Handle) -> None:
     """Handle messages for ever; while the bus is away, try to get back to it.
 
+    Once it was reached, all that is in the way is waited out: a Redis that has restarted refuses
+    its users until they are made anew.
+
     Raises:
-        EsperError: something that does not pass, as wrong credentials.
+        EsperError: something that does not pass, as wrong credentials, before the bus was reached.
     """
+    reached = False
     while True:
         try:
-            await listen(await subscribe(), handle)
+            subscription = await subscribe()
+            reached = True
+            await listen(subscription, handle)
         except EsperError as error:
-            if error.permanent:
+            if error.permanent and not reached:
                 raise
             _log.warning("messages are not heard at the moment: %s", error)
         await asyncio.sleep(RECONNECT_SECONDS)

@@ -76,16 +76,18 @@ class ModelGraphAnalyzer:
         if not 0 <= decay < 1:
             raise ValueError(f"decay: got {decay}; allowed: at least 0 and below 1")
         self.decay = decay
-        self._sessions: OrderedDict[str, deque[_Memory]] = OrderedDict()
+        self._sessions: OrderedDict[tuple[str, str], deque[_Memory]] = OrderedDict()
 
-    def analyze(self, packet: SystemStatePacket) -> ModelGraphState:
+    def analyze(self, packet: SystemStatePacket, scope: str = "") -> ModelGraphState:
         """The graph of `packet` with smoothed health, trends and problem layers.
+
+        `scope` tells apart sessions of one name: the uid of the packet's.
 
         A layer without a signal keeps its average, and has health 0 before its first signal: a
         measurement that is missing counts against a layer. `loss_trend` is the change an epoch of
         the smoothed validation loss in nats, infinite while that loss is not finite.
         """
-        before, now = self._remembered(packet)
+        before, now = self._remembered(packet, scope)
         signals = {signal.layer: signal for signal in packet.signals}
         elapsed = max(packet.epoch - before.epoch, 1)
         topology = _topology(packet, now.health, before, elapsed)
@@ -104,10 +106,11 @@ class ModelGraphAnalyzer:
             loss_trend=_loss_trend(packet, before, now, elapsed),
         )
 
-    def _remembered(self, packet: SystemStatePacket) -> tuple[_Memory, _Memory]:
+    def _remembered(self, packet: SystemStatePacket, scope: str) -> tuple[_Memory, _Memory]:
         """The averages before the packet's epoch, and those at it."""
-        past = self._sessions.setdefault(packet.session, deque(maxlen=KEPT_EPOCHS))
-        self._sessions.move_to_end(packet.session)
+        session = (scope, packet.session)
+        past = self._sessions.setdefault(session, deque(maxlen=KEPT_EPOCHS))
+        self._sessions.move_to_end(session)
         if len(self._sessions) > KEPT_SESSIONS:
             self._sessions.popitem(last=False)
         while past and past[-1].sequence >= packet.sequence:

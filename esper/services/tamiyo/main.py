@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 from pydantic import ValidationError
 
@@ -17,12 +19,14 @@ from esper.contracts.enums import ComponentType, ControllerPolicy, DecisionActio
 from esper.contracts.messages import OonaMessage, TopicNames
 from esper.contracts.operational import AdaptationDecision, SystemStatePacket
 from esper.errors import BusUnavailable, one_line
+from esper.services.listening import keep_listening, listen
 from esper.services.oona_client import Oona, Subscription
-from esper.services.tamiyo.analyzer import ModelGraphAnalyzer
+from esper.services.tamiyo.analyzer import KEPT_SESSIONS, ModelGraphAnalyzer
 from esper.services.tamiyo.heuristics import POLICIES, Policy
 from esper.services.tamiyo.policies.room import wait
 
 CONSUMER_GROUP = "tamiyo"
+KEPT_ANSWERS = 1024
 
 _log = logging.getLogger(__name__)
 
@@ -30,9 +34,11 @@ _log = logging.getLogger(__name__)
 class TamiyoService:
     """Answers each packet on the bus with one decision of the same trace.
 
-    It holds no state but the analyzer's averages, which `replay` rebuilds. A message is
-    acknowledged after its answer is published: a crash in between makes the same decision again,
-    with the same id, and the trainer applies an id once.
+    It holds no state but the analyzer's averages. Over the wire (`lasting`) it outlasts a bus that
+    is away, and rebuilds the averages of a session it has not seen since it started from the
+    packets that the bus still keeps. A message is acknowledged after its answer is published: a
+    crash in between makes the same decision again, with the same id, and the trainer applies an
+    id once.
     """
 
     def __init__(
@@ -41,12 +47,17 @@ class TamiyoService:
         *,
         analyzer: ModelGraphAnalyzer | None = None,
         policies: Mapping[ControllerPolicy, Policy] = POLICIES,
+        lasting: bool = False,
     ) -> None:
         """Args: `bus` to listen and answer on; `policies` by the name a session gives them."""
         self._bus = bus
         self._analyzer = analyzer or ModelGraphAnalyzer()
         self._policies = policies
+        self._lasting = lasting
+        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._answered: OrderedDict[str, AdaptationDecision] = OrderedDict()
         self._task: asyncio.Task[None] | None = None
+        self.counts = dict.fromkeys(("decisions_total", "replayed_total"), 0)
 
     @property
     def running(self) -> bool:
@@ -60,8 +71,11 @@ class TamiyoService:
         """
         if self.running:
             return
-        subscription = await self._bus.subscribe({TopicNames.PACKETS}, group=CONSUMER_GROUP)
-        self._task = asyncio.create_task(self._run(subscription), name="tamiyo")
+        if self._lasting:
+            listening = keep_listening(self._subscribe, self._handle)
+        else:
+            listening = self._listen(await self._subscribe())
+        self._task = asyncio.create_task(listening, name="tamiyo")
 
     async def stop(self) -> None:
         """Stop answering; returns when the loop has ended.
@@ -77,15 +91,15 @@ class TamiyoService:
         if isinstance(ended, Exception):
             raise ended
 
-    def replay(self, packets: Iterable[SystemStatePacket]) -> None:
+    def replay(self, packets: Iterable[SystemStatePacket], scope: str = "") -> None:
         """Rebuild the averages from past packets, oldest first, without deciding anew."""
         for packet in packets:
-            self._analyzer.analyze(packet)
+            self._analyzer.analyze(packet, scope)
 
-    def decide(self, packet: SystemStatePacket) -> AdaptationDecision:
+    def decide(self, packet: SystemStatePacket, scope: str = "") -> AdaptationDecision:
         """The decision on `packet`; a policy that fails waits and says why."""
         try:
-            state = self._analyzer.analyze(packet)
+            state = self._analyzer.analyze(packet, scope)
             return self._policies[packet.settings.policy](packet, state)
         except Exception as error:
             _log.exception("no decision for %s at epoch %d", packet.session, packet.epoch)
@@ -95,26 +109,56 @@ class TamiyoService:
                 f" {type(error).__name__}: {one_line(str(error))}",
             )
 
-    async def _run(self, subscription: Subscription) -> None:
+    async def _subscribe(self) -> Subscription:
+        return await self._bus.subscribe({TopicNames.PACKETS}, group=CONSUMER_GROUP)
+
+    async def _listen(self, subscription: Subscription) -> None:
         try:
-            while True:
-                message = await subscription.receive()
-                decision = self._answer(message)
-                if decision is not None:
-                    await self._bus.publish(
-                        OonaMessage.carrying(
-                            TopicNames.DECISIONS,
-                            decision,
-                            ComponentType.TAMIYO,
-                            trace_id=message.trace_id,
-                            scope=message.scope,
-                        )
-                    )
-                await subscription.acknowledge(message)
+            await listen(subscription, self._handle)
         except BusUnavailable as error:
             _log.warning("the bus is gone, packets are no longer answered: %s", error)
-        finally:
-            await subscription.close()
+
+    async def _handle(self, message: OonaMessage) -> None:
+        if self._lasting:
+            await self._catch_up(message)
+        # A packet that comes again, after others, must not move the averages back.
+        asked = digest_of([message.scope, message.payload])
+        decision = self._answered.get(asked) or self._answer(message)
+        if decision is None:
+            return
+        await self._bus.publish(
+            OonaMessage.carrying(
+                TopicNames.DECISIONS,
+                decision,
+                ComponentType.TAMIYO,
+                trace_id=message.trace_id,
+                scope=message.scope,
+            )
+        )
+        self._answered[asked] = decision
+        if len(self._answered) > KEPT_ANSWERS:
+            self._answered.popitem(last=False)
+        self.counts["decisions_total"] += 1
+        _log.info(
+            "decision %s for %s at epoch %d: %s, because %s",
+            *(decision.id, decision.session, decision.epoch, decision.action.value),
+            decision.reason,
+        )
+
+    async def _catch_up(self, message: OonaMessage) -> None:
+        """On the first message of a scope, replay what came in it before."""
+        if message.scope not in self._seen:
+            async for past in self._bus.history({TopicNames.PACKETS}, message.scope):
+                if past.id == message.id:
+                    break
+                with suppress(ValidationError):
+                    packet = SystemStatePacket.model_validate(past.payload)
+                    self.replay([packet], message.scope)
+                    self.counts["replayed_total"] += 1
+            self._seen[message.scope] = None
+            if len(self._seen) > KEPT_SESSIONS:
+                self._seen.popitem(last=False)
+        self._seen.move_to_end(message.scope)
 
     def _answer(self, message: OonaMessage) -> AdaptationDecision | None:
         try:
@@ -122,7 +166,7 @@ class TamiyoService:
         except ValidationError as error:
             _log.exception("packet %s is not of the contract", message.id)
             return _unreadable(message, error)
-        return self.decide(packet)
+        return self.decide(packet, message.scope)
 
 
 def _unreadable(message: OonaMessage, error: ValidationError) -> AdaptationDecision | None:

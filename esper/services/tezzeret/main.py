@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 
 from esper.errors import EsperError, Unavailable
 from esper.services.listening import keep_listening
@@ -42,6 +43,11 @@ class TezzeretService:
     def running(self) -> bool:
         """Whether requests are being answered."""
         return self._task is not None and not self._task.done()
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What came of the work under leases so far."""
+        return {} if self._forge is None else self._forge.counts
 
     async def start(self) -> None:
         """Answer every request published from now on; a second call while running does nothing.

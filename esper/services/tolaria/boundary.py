@@ -17,7 +17,7 @@ from esper.contracts.enums import BlueprintState, ComponentType, DecisionAction
 from esper.contracts.ir import source_of
 from esper.contracts.messages import KernelReady, KernelRequested, OonaMessage, TopicNames
 from esper.contracts.operational import AdaptationDecision, SeedTransition, SystemStatePacket
-from esper.errors import BusUnavailable, EsperError, HubUnavailable, KernelError, one_line
+from esper.errors import EsperError, HubUnavailable, KernelError, one_line
 from esper.execution.kernel_cache import KernelCache, instantiate
 from esper.services.oona_client import Oona, Subscription
 from esper.services.tolaria.engine import stable_seed
@@ -89,13 +89,11 @@ class Inbox:
                     # A question that was not answered is asked again, so nothing hangs on this.
                     await subscription.acknowledge(message)
                     self._came.put_nowait(message)
-            except BusUnavailable as error:
+            except EsperError as error:
                 if not self._lasting:
                     self._came.put_nowait(error)
                     return
-            except EsperError as error:
-                self._came.put_nowait(error)
-                return
+                _log.warning("nothing is heard on %s at the moment: %s", self._topic, error)
             finally:
                 if subscription is not None:
                     with suppress(EsperError):
@@ -232,8 +230,13 @@ class BusController:
 class KernelRequests(Protocol):
     """The part of the hub that Tolaria asks for kernels."""
 
-    async def request_kernel(self, blueprint_digest: str, target: KernelTarget) -> CompiledKernel:
-        """The kernel of that blueprint for that target, proposed unless it is there."""
+    async def request_kernel(
+        self, blueprint_digest: str, target: KernelTarget, *, session: str | None = None
+    ) -> CompiledKernel:
+        """The kernel of that blueprint for that target, proposed unless it is there.
+
+        `session` is the uid of the session that uses it.
+        """
 
 
 class HubKernels:
@@ -305,7 +308,7 @@ class HubKernels:
     async def _built(
         self, document: BlueprintDocument, target: KernelTarget, layer: str, slot: int, wait: Wait
     ) -> BuiltSeed:
-        kernel = await self._hub.request_kernel(document.digest, target)
+        kernel = await self._requested(document, target)
         while kernel.state in OPEN_STATES:
             kernel = await self._compiled(kernel, document, target, wait)
         if kernel.state is BlueprintState.FAILED:
@@ -351,10 +354,13 @@ class HubKernels:
         while kernel.state in OPEN_STATES and loop.time() < end:
             # The answer may be lost, or go to another session that asked before: look as well.
             told = self._told(kernel, document, target)
-            kernel = await wait.within(
-                told, self._patience.look_seconds
-            ) or await self._hub.request_kernel(document.digest, target)
+            kernel = await wait.within(told, self._patience.look_seconds) or await self._requested(
+                document, target
+            )
         return kernel
+
+    async def _requested(self, document: BlueprintDocument, target: KernelTarget) -> CompiledKernel:
+        return await self._hub.request_kernel(document.digest, target, session=self._scope or None)
 
     async def _told(
         self, kernel: CompiledKernel, document: BlueprintDocument, target: KernelTarget
@@ -374,7 +380,7 @@ class HubKernels:
                 continue
             if ready.kernel != kernel.kernel:
                 continue
-            now = await self._hub.request_kernel(document.digest, target)
+            now = await self._requested(document, target)
             if now.state in OPEN_STATES:
                 # Unjudged, for want of room or of an answer from the store.
                 raise HubUnavailable(

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from esper.errors import Interrupted, Unavailable
+from esper.errors import ConfigError, EsperError, Interrupted, Unauthorized, Unavailable
 
 Outcome = TypeVar("Outcome")
 
@@ -72,13 +72,14 @@ class Wait:
         """
         if not self._patience.lasting:
             return await work()
-        last: Unavailable | None = None
+        last: EsperError | None = None
         while True:
             try:
                 return cast("Outcome", await self._attended(work(), last))
             except PatienceEnded:
                 raise
-            except Unavailable as error:
+            except (Unavailable, ConfigError, Unauthorized) as error:
+                # What the settings say was good when the run began: it is the service that changed.
                 if str(error) != str(last):
                     _log.warning("waiting, because something is away: %s", error)
                 last = error
@@ -94,7 +95,7 @@ class Wait:
         return await self._attended(work, None, seconds)
 
     async def _attended(
-        self, work: Awaitable[Outcome], last: Unavailable | None, seconds: float = math.inf
+        self, work: Awaitable[Outcome], last: EsperError | None, seconds: float = math.inf
     ) -> Outcome | None:
         """What `work` comes to; None if that takes longer than `seconds`."""
         task = asyncio.ensure_future(work)

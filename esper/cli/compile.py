@@ -1,0 +1,63 @@
+"""`esper compile`: one kernel that the hub was asked for, compiled as a worker would."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from typing import TYPE_CHECKING
+
+from esper.cli.output import write_json, write_result
+
+if TYPE_CHECKING:
+    from esper.configs import EsperConfig
+    from esper.contracts.assets import CompiledKernel
+
+HELP = "compile one kernel that was requested from the hub"
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    command.add_argument("--kernel", required=True, metavar="ID", help="40 hex digits")
+    command.add_argument("--json", action="store_true", help="print the kernel as JSON")
+
+
+def execute(arguments: argparse.Namespace, config: EsperConfig) -> int:
+    """Compile; 0 where the hub then has the kernel, whoever compiled it.
+
+    Raises:
+        ConfigError: `hub.url` is missing.
+        KernelError: the hub does not know the kernel, or it can't be compiled.
+        Unavailable: the hub does not answer, or the compilation was killed from outside.
+    """
+    from esper.contracts.enums import BlueprintState
+    from esper.errors import KernelError
+
+    kernel = asyncio.run(_compiled(arguments.kernel, config))
+    if kernel.state is not BlueprintState.CHARACTERIZED:
+        raise KernelError(f"kernel {kernel.kernel}: {kernel.error or kernel.state}")
+    if arguments.json:
+        write_json(kernel.to_wire())
+    else:
+        write_result(f"kernel {kernel.kernel}: {kernel.artifact_digest}")
+    return 0
+
+
+async def _compiled(kernel: str, config: EsperConfig) -> CompiledKernel:
+    """The kernel once it is settled: by this process, or by the worker that has it."""
+    from esper.cli.serving import worker_name
+    from esper.cli.wiring import hub_elsewhere
+    from esper.contracts.enums import BlueprintState
+    from esper.services.tezzeret.forge import Forge
+    from esper.services.tezzeret.sandbox import SubprocessCompiler
+
+    settings = config.tezzeret
+    compiler = SubprocessCompiler(
+        seconds=settings.compile_seconds, memory_bytes=settings.compile_memory_bytes
+    )
+    async with hub_elsewhere(config) as hub:
+        forge = Forge(hub, compiler, worker=worker_name(), lease_seconds=settings.lease_seconds)
+        while True:
+            settled = await forge.compile(kernel) or await hub.kernel(kernel)
+            if settled.state not in (BlueprintState.PROPOSED, BlueprintState.COMPILING):
+                return settled
+            await asyncio.sleep(settings.poll_seconds)

@@ -1,0 +1,87 @@
+"""Services elsewhere: what is built from their addresses, and whether something answers there."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
+
+from esper.configs import EsperConfig, without_password
+from esper.errors import BusUnavailable, ConfigError, HubUnavailable, KernelNotFound
+
+if TYPE_CHECKING:
+    from esper.services.oona_client import OonaClient
+    from esper.services.urza.client import UrzaClient
+    from esper.services.urza.http_client import HttpUrza
+
+NO_KERNEL = "0" * 40
+"""A kernel id that no kernel has: asking for it tells what the hub makes of the token."""
+
+
+@asynccontextmanager
+async def bus_elsewhere(config: EsperConfig, scope: str | None) -> AsyncIterator[OonaClient]:
+    """The bus at `redis.url`, in one scope or (None) in all; closed at the end.
+
+    Raises:
+        ConfigError: `redis.url` is missing or can't be read.
+    """
+    from esper.services.oona_client import OonaClient
+
+    bus = OonaClient(config.redis, scope=scope)
+    try:
+        yield bus
+    finally:
+        await bus.close()
+
+
+def hub_elsewhere(config: EsperConfig) -> HttpUrza:
+    """The hub at `hub.url`; closed by `async with`.
+
+    Raises:
+        ConfigError: `hub.url` is missing.
+    """
+    from esper.services.urza.http_client import HttpUrza
+
+    return HttpUrza(config.hub)
+
+
+async def hub_answers(hub: UrzaClient) -> bool:
+    """Whether the hub answers and takes the token.
+
+    Raises:
+        HubUnavailable: it does not answer.
+        Unauthorized: it refuses the token; the error names the setting.
+    """
+    with suppress(KernelNotFound):
+        await hub.kernel(NO_KERNEL)
+    return True
+
+
+async def bus_answers(bus: OonaClient) -> bool:
+    """Whether the bus answers and takes the user.
+
+    Raises:
+        BusUnavailable: it does not answer.
+        ConfigError: it refuses the user; the error names the setting.
+    """
+    await bus.check()
+    return True
+
+
+async def refuse_unreachable(config: EsperConfig, scope: str) -> None:
+    """Refuse services that do not answer now to the session whose uid is `scope`.
+
+    Raises:
+        ConfigError: one does not, or refuses the user; the error names the setting.
+        Unauthorized: the hub refuses the token.
+    """
+    async with bus_elsewhere(config, scope) as bus, hub_elsewhere(config) as hub:
+        try:
+            await bus_answers(bus)
+        except BusUnavailable as error:
+            shown = without_password(config.redis.url or "")
+            raise ConfigError("redis.url", shown, f"a Redis that answers ({error})") from error
+        try:
+            await hub_answers(hub)
+        except HubUnavailable as error:
+            raise ConfigError("hub.url", config.hub.url, f"a hub that answers ({error})") from error
