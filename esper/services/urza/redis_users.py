@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
     NoPermissionError,
@@ -83,6 +85,8 @@ class RedisUsers:
                 socket_connect_timeout=timeout_seconds,
                 decode_responses=True,
                 max_connections=4,
+                # Whoever asks tries again: an endpoint's caller, or the next look after upkeep.
+                retry=Retry(NoBackoff(), 0),
             )
         except ValueError as error:
             raise ConfigError("redis.url", self._url, f"a Redis URL ({error})") from None

@@ -19,6 +19,7 @@ from esper.services.urza.store import UrzaHub
 from esper.utils.object_store import open_store
 
 CHECK_TIMEOUT_SECONDS = 5.0
+STOP_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -74,13 +75,16 @@ class Urza:
         try:
             with contextlib.suppress(Unavailable):
                 await self._open()
-            upkeep = asyncio.create_task(self._upkeep(), name="urza-upkeep")
+            stopping = asyncio.Event()
+            upkeep = asyncio.create_task(self._upkeep(stopping), name="urza-upkeep")
             try:
                 yield
             finally:
+                # A look that has begun ends by itself: a connection is not broken off within.
+                stopping.set()
+                await asyncio.wait({upkeep}, timeout=STOP_SECONDS)
                 upkeep.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await upkeep
+                await asyncio.wait({upkeep}, timeout=STOP_SECONDS)
         finally:
             if self.users is not None:
                 await self.users.close()
@@ -130,8 +134,8 @@ class Urza:
         await self.refresh_revoked()
         self.opened = True
 
-    async def _upkeep(self) -> None:
-        while True:
+    async def _upkeep(self, stopping: asyncio.Event) -> None:
+        while not stopping.is_set():
             try:
                 if self.opened:
                     await self.refresh_revoked()
@@ -142,7 +146,9 @@ class Urza:
                 _log.warning("urza's upkeep will be tried again: %s", error)
             except Exception:
                 _log.exception("urza's upkeep")
-            await asyncio.sleep(self.config.upkeep_seconds)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.config.upkeep_seconds):
+                    await stopping.wait()
 
     async def _reapply_users(self) -> None:
         """Set every user again once Redis was started anew, or was away."""
