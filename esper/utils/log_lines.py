@@ -15,13 +15,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import islice
 from typing import Any, NamedTuple
 
 _trace_id: ContextVar[str | None] = ContextVar("esper_trace_id", default=None)
 
 # What every record has; anything else on it was given by the caller as `extra`.
-_PLAIN_FIELDS = frozenset(vars(logging.makeLogRecord({})))
-_RECORD_FIELDS = _PLAIN_FIELDS | {"message", "asctime", "trace_id", "taskName"}
+_RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "trace_id"}
+_PLAIN_FIELDS = len(vars(logging.makeLogRecord({})))
 
 # A line is redacted as JSON, whose strings hold no bare quote and no bare backslash: `_TEXT` stays
 # within one string and leaves its escapes whole.
@@ -76,9 +77,8 @@ def entry_of(record: logging.LogRecord) -> LogEntry:
         _message(record),
         fields.get("trace_id") or _trace_id.get(),
         exception,
-        {name: value for name, value in fields.items() if name not in _RECORD_FIELDS}
-        if len(fields) > len(_PLAIN_FIELDS)
-        else None,
+        # What was given as `extra` stands behind the fields that every record has.
+        dict(islice(fields.items(), _PLAIN_FIELDS, None)) if len(fields) > _PLAIN_FIELDS else None,
     )
 
 
@@ -127,6 +127,7 @@ class OptimizedStructuredFormatter(logging.Formatter):
         if entry.exception is not None:
             line["exception"] = entry.exception
         extras = entry.extras or {}
+        extras = {name: value for name, value in extras.items() if name not in _RECORD_FIELDS}
         try:
             return redacted(self._dump(extras | line))
         except (ValueError, TypeError, RecursionError):

@@ -70,6 +70,10 @@ GATHER_SECONDS = 0.01
 REPORT_SECONDS = 10.0
 """Losses are told at once, then at most so often."""
 _BATCH = 256
+# Formatting holds the interpreter's lock, for which a caller would wait. So the writing thread lets
+# go of it after every few lines, unless so many wait that it must hurry.
+_TURN = 3
+_BREATH_SECONDS = 20e-6
 # A full disk, a closed pipe; a stream that is closed; a process without standard error.
 _UNWRITABLE = (OSError, ValueError, AttributeError)
 
@@ -192,6 +196,9 @@ class AsyncEsperLogger:
             undo.callback(setattr, esper, "propagate", esper.propagate)
             esper.propagate = False
             self._set_levels(undo)
+            for unused in ("logThreads", "logProcesses", "logMultiprocessing"):
+                undo.callback(setattr, logging, unused, getattr(logging, unused))
+                setattr(logging, unused, False)  # no line says it, and finding it out takes time
             for logger in (logging.getLogger(), esper):
                 logger.addHandler(self._front)
                 undo.callback(logger.removeHandler, self._front)
@@ -260,7 +267,9 @@ class AsyncEsperLogger:
         if not batch or self._output is None:
             return
         lines = []
-        for entry in batch:
+        for number, entry in enumerate(batch):
+            if number % _TURN == _TURN - 1 and len(batch) < _BATCH:
+                time.sleep(_BREATH_SECONDS)
             try:
                 lines.append(self._formatter.line(entry) + "\n")
             except Exception:  # an extra whose repr fails must not end the log
