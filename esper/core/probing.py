@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from esper.core.tracing import Dataflow, trace
-from esper.execution.isolation import evaluating, preserved_buffers, preserved_randomness
+from esper.execution.isolation import (
+    evaluating,
+    preserved_buffers,
+    preserved_parameters,
+    preserved_randomness,
+)
 from esper.execution.kasmina_layer import KasminaLayer
 
 NEVER_CALLED = "its forward is never called: a seed there would take no part"
@@ -119,11 +124,15 @@ def probe(
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Inside, the model may run without gradients; at the end it is as it was, to the bit.
 
-    Buffers (also replaced ones), modes, plain attributes, the modules' own torch generators and
-    the global random streams are put back. Objects that a forward changes in place are not seen,
-    tensors in buffers aside.
+    Parameters, buffers (also replaced ones), modes, plain attributes, the modules' own torch
+    generators and the global random streams are put back. Objects that a forward changes in place
+    are not seen, tensors in buffers and parameters aside, nor the other attributes of a scripted
+    module.
     """
-    modules = list(model.modules())
+    # A scripted module's attributes lie in its code, its tables are no dicts.
+    scripted = [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
+    modes = [(module, module.training) for module in scripted]
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     attributes = [(module, dict(module.__dict__)) for module in modules]
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (table, dict(table))
@@ -136,7 +145,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for value in module.__dict__.values()
         if isinstance(value, torch.Generator)
     ]
-    with preserved_randomness(), preserved_buffers(model), torch.no_grad():
+    with (
+        preserved_randomness(),
+        preserved_buffers(model),
+        preserved_parameters(model),
+        torch.no_grad(),
+    ):
         try:
             yield
         finally:
@@ -148,6 +162,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 table.update(entries)
             for generator, state in generators:
                 generator.set_state(state)
+            for module, training in modes:
+                module.training = training
             # Casts of weights made here carry no graph, and autocast would hand them out again.
             torch.clear_autocast_cache()
 
