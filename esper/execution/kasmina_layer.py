@@ -19,7 +19,7 @@ from esper.contracts.ir import Graph, GraphSource, source_of
 from esper.errors import BadInput, one_line
 from esper.execution.artifact import check_target
 from esper.execution.branches import Branch, Site, Tap
-from esper.execution.kernel_cache import KernelCache, instantiate
+from esper.execution.kernel_cache import KernelCache
 from esper.execution.state_layout import (
     ACTIVE_STATES,
     GROWN_STATES,
@@ -97,7 +97,7 @@ class KasminaLayer(nn.Module):
         with site.loads.counting():
             async with cache.using(kernel_id) as template:
                 check_target(template, site.target())
-                module = instantiate(template, generator_seed)
+                module = cache.instantiate(template, generator_seed)
             self.germinate(
                 slot,
                 module,

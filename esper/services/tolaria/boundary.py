@@ -17,7 +17,7 @@ from esper.contracts.operational import (
     SystemStatePacket,
 )
 from esper.errors import HubUnavailable, KernelError
-from esper.execution.kernel_cache import KernelCache, instantiate
+from esper.execution.kernel_cache import KernelCache
 from esper.services.oona_client import Oona
 from esper.services.tolaria.engine import stable_seed
 from esper.services.tolaria.growth import BuiltSeed
@@ -105,7 +105,7 @@ class HubKernels:
         drawn = stable_seed(self._seed, layer, slot, kernel.kernel)
         graph = lower(document, target)
         return BuiltSeed(
-            module=instantiate(template, generator_seed=drawn),
+            module=self._cache.instantiate(template, generator_seed=drawn),
             kernel=kernel.kernel,
             graph=graph,
             source=source_of(graph),

@@ -5,6 +5,7 @@ Tolaria alone writes the model's structure. This is where it does.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from esper.contracts.operational import (
     SeedTransition,
 )
 from esper.core.morphology import Morphology
-from esper.errors import BlueprintError, EsperError, StorageFull
+from esper.errors import BlueprintError, EsperError, StorageFull, one_line
 from esper.execution.blending import ramped_alpha
 from esper.services.tolaria import gates as rules
 from esper.services.tolaria.births import give_birth
@@ -35,6 +36,8 @@ Tell = Callable[[SeedTransition], None]
 TellEvent = Callable[[str, str], None]
 
 NOT_FINITE = "its output is not finite"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,22 +251,25 @@ class Growth:
             give_birth(self._engine, record, seed.module, seed.graph)
         except StorageFull:
             raise  # says nothing about the blueprint; the run ends here and can be resumed
-        except EsperError as error:
-            record.reason = str(error)
-            self._tell_event(
-                "KernelFailed" if error.permanent else "KernelPutOff", f"{layer}[{slot}]: {error}"
-            )
-            if not error.permanent:
-                record.state = SeedState.DORMANT
+        except Exception as error:
+            # Whatever goes wrong with a kernel, the host can be trained without it.
+            if not isinstance(error, EsperError):
+                _log.exception("%s[%d]: %s", layer, slot, candidate.blueprint)
+            reason = str(error) if isinstance(error, EsperError) else _unexpected(error)
+            if isinstance(error, EsperError) and not error.permanent:
+                self._tell_event("KernelPutOff", f"{layer}[{slot}]: {reason}")
+                record.state, record.reason = SeedState.DORMANT, reason
                 self.book.records[record.site] = record
-                return False, f"put off: {error}"
+                return False, f"put off: {reason}"
+            self._tell_event("KernelFailed", f"{layer}[{slot}]: {reason}")
             # Remembered as a failed trial, so that the search goes on elsewhere.
             self.book.open_trial(record, epoch)
             record.state = SeedState.CULLED
             record.opens_epoch = epoch + rules.embargo_epochs(record.cycle, self._gates)
             self.book.records[record.site] = record
             self.book.update_trial(record, epoch)
-            return False, f"failed: {error}"
+            self._told(record, SeedState.DORMANT, epoch, reason)
+            return False, f"failed: {reason}"
         morphology.germinate(
             layer,
             slot,
@@ -455,3 +461,7 @@ class Growth:
                 measurement=record.measurement,
             )
         )
+
+
+def _unexpected(error: Exception) -> str:
+    return f"unexpected {type(error).__name__}: {one_line(str(error))}"

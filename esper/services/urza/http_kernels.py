@@ -33,7 +33,7 @@ from esper.utils.circuit_breaker import CircuitBreaker, CircuitState, Outcome
 MAX_METADATA_BYTES = 64 * 2**10
 MAX_RETRY_AFTER_SECONDS = 30.0
 _KERNEL_ID = re.compile(r"[0-9a-f]{40}")
-_RETRIED = frozenset({429, 502, 503, 504})
+_RETRIED = frozenset({408, 425, 429, *range(500, 600)})
 _ABSENT = frozenset({404, 410, 422})
 _REMEMBERED = 64
 
@@ -56,10 +56,9 @@ class HttpStatistics:
 class _TemporaryError(Exception):
     """A request failed in a way that may heal; `after` is how long the hub asks to be left."""
 
-    def __init__(self, reason: str, *, after: float = 0.0, retry: bool = True) -> None:
+    def __init__(self, reason: str, *, after: float = 0.0) -> None:
         super().__init__(reason)
         self.after = after
-        self.retry = retry
 
 
 class HttpKernelSource:
@@ -73,7 +72,7 @@ class HttpKernelSource:
         uniform: a random number between two bounds, for the jitter.
 
     Raises:
-        ConfigError: no address is set.
+        ConfigError: no address is set, or it is none.
     """
 
     def __init__(
@@ -87,8 +86,15 @@ class HttpKernelSource:
     ) -> None:
         if config.url is None:
             raise ConfigError("hub.url", None, "the hub's address, http:// or https://")
+        try:
+            root = httpx.URL(config.url.rstrip("/") + "/api/v1/kernels")
+            root.host  # noqa: B018 - reading it decodes an internationalised name
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise ConfigError(
+                "hub.url", config.url, f"an address ({one_line(str(error))})"
+            ) from error
         self._config = config
-        self._root = config.url.rstrip("/") + "/api/v1/kernels"
+        self._root = str(root)
         self._sleep = sleep
         self._uniform = uniform
         self._breaker = CircuitBreaker(
@@ -201,7 +207,7 @@ class HttpKernelSource:
             except _TemporaryError as error:
                 self._failures += 1
                 attempt += 1
-                if not error.retry or attempt >= self._config.attempts:
+                if attempt >= self._config.attempts:
                     raise HubUnavailable(
                         f"kernel {kernel_id}: the hub at {self._config.url} gave no answer in "
                         f"{attempt} attempts: {error}; see hub.url"
@@ -243,8 +249,6 @@ class HttpKernelSource:
             return
         if status in _RETRIED:
             raise _TemporaryError(f"HTTP {status}", after=_retry_after(response))
-        if status >= 500:
-            raise _TemporaryError(f"HTTP {status}", retry=False)
         self._failures += 1
         if status in _ABSENT:
             raise KernelError(f"kernel {kernel_id}: the hub does not have it (HTTP {status})")
@@ -256,6 +260,13 @@ class HttpKernelSource:
     async def _body(
         self, response: httpx.Response, kernel_id: str, limit: int, whole: bool
     ) -> bytes:
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding.lower() != "identity":
+            self._failures += 1
+            raise KernelError(
+                f"kernel {kernel_id}: got Content-Encoding {one_line(encoding)} from the hub; "
+                "allowed: identity, which was asked for; see hub.url"
+            )
         data = bytearray()
         async for chunk in response.aiter_raw():
             self._received += len(chunk)
