@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from esper.core.tracing import Dataflow, trace
+from esper.execution.calls import host_input, unfused
 from esper.execution.isolation import (
     evaluating,
     preserved_buffers,
@@ -88,11 +89,7 @@ def probe(
         called_training, training_error = _called(hosts, shapes, forward)
         if training_error is None:
             in_training = _traced(hosts, forward, training=True)
-    with undisturbed(model), evaluating(model):
-        for module in model.modules():
-            if isinstance(module, nn.TransformerEncoder):
-                # Watched layers are not fused, and unfused ones take no nested tensors.
-                module.use_nested_tensor = False
+    with undisturbed(model), evaluating(model), unfused():
         called_evaluation, evaluation_error = _called(hosts, shapes, forward)
         if evaluation_error is None:
             found.dataflow = _traced(hosts, forward, training=False)
@@ -179,13 +176,12 @@ def _called(
     def noting(name: str) -> Callable[..., None]:
         def hook(module: KasminaLayer, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             called[name] = None
-            read = args[0] if args else kwargs["input"]
+            read = host_input(args, kwargs)
             if name not in shapes and isinstance(read, Tensor) and isinstance(output, Tensor):
                 shapes[name] = _shapes_of(module, read, output)
 
         return hook
 
-    # Hooks have a second use here: no fused path is taken around a layer that has one.
     handles = [
         layer.register_forward_hook(noting(name), with_kwargs=True) for name, layer in hosts.items()
     ]

@@ -427,6 +427,8 @@ def test_weights_that_a_forward_writes_to_are_as_before_the_birth() -> None:
     model = nn.Sequential(nn.Embedding(9, 6, max_norm=0.1), Dense())
     x = torch.arange(9)
     wrap(model, x)
+    with torch.no_grad():
+        model[0].weight.mul_(10)
     before = model[0].weight.detach().clone()
     bound = bound_at(model, "1.first", "bottleneck-mlp", **GRADIENT)
     measured(model, "1.first", bound, loss_on(model, x))
