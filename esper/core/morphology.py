@@ -80,6 +80,11 @@ class Morphology:
         return self._dataflow.pairs
 
     @property
+    def lent(self) -> frozenset[str]:
+        """The hosts whose parameters the model reads outside of them, too."""
+        return self._dataflow.lent
+
+    @property
     def active(self) -> int:
         """How many seeds are on trial: germinated, in training or grafting."""
         return self.layout.active

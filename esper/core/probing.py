@@ -73,8 +73,8 @@ def probe(
 
     A mode in which the model raises (BatchNorm refuses a training batch of one) is left out; the
     layers are then judged by the other. The edges are those of the evaluation mode, the widen
-    pairs those that both modes show; a model that can't be traced has neither, and is no worse a
-    host for it.
+    pairs those that both modes show; a model that can't be traced has neither, and each of its
+    layers may be lent.
     """
     found = Probe()
     shapes: dict[str, LayerShapes] = {}
@@ -88,15 +88,16 @@ def probe(
         model.train()
         called_training, training_error = _called(hosts, shapes, forward)
         if training_error is None:
-            in_training = _traced(hosts, forward, training=True)
+            in_training = _traced(model, hosts, forward, training=True)
     with undisturbed(model), evaluating(model), unfused():
         called_evaluation, evaluation_error = _called(hosts, shapes, forward)
         if evaluation_error is None:
-            found.dataflow = _traced(hosts, forward, training=False)
+            found.dataflow = _traced(model, hosts, forward, training=False)
     if training_error is None:
         # A training-only head, say, would meet the units that widening gives the others.
         pairs = tuple(pair for pair in found.dataflow.pairs if pair in in_training.pairs)
-        found.dataflow = replace(found.dataflow, pairs=pairs)
+        lent = found.dataflow.lent | in_training.lent
+        found.dataflow = replace(found.dataflow, pairs=pairs, lent=lent)
     if training_error is not None and evaluation_error is not None:
         found.failure = training_error
         return found
@@ -197,13 +198,17 @@ def _called(
 
 
 def _traced(
-    hosts: Mapping[str, KasminaLayer], forward: Callable[[], Any], *, training: bool
+    model: nn.Module,
+    hosts: Mapping[str, KasminaLayer],
+    forward: Callable[[], Any],
+    *,
+    training: bool,
 ) -> Dataflow:
     try:
-        return trace(hosts, forward, training=training)[0]
+        return trace(model, hosts, forward, training=training)[0]
     # A model that can't run under the trace has already run without it.
     except Exception:
-        return Dataflow()
+        return Dataflow(lent=frozenset(hosts))
 
 
 def _shapes_of(module: KasminaLayer, read: Tensor, made: Tensor) -> LayerShapes:
