@@ -20,6 +20,7 @@ from esper.contracts.ir import (
     LayerGeometry,
     ProducerDescription,
 )
+from esper.core.positions import refuse_mixing
 from esper.core.probing import LayerShapes, probe
 from esper.core.tracing import Dataflow, WidenPair
 from esper.errors import WrapError
@@ -40,7 +41,8 @@ class Morphology:
     """The hosts of one model, their seeds and their state.
 
     `layers` are the hosts by name, in execution order once probed; `refused` names the layers
-    that can't host, with the reason; `edges` are dataflow pairs (producer, consumer). Layers are
+    that can't host, `unmixed` those whose positions may not look at each other, with the reason;
+    `edges` are dataflow pairs (producer, consumer). Layers are
     named by their `named_modules` name throughout, slots from 0. Unknown names raise WrapError,
     steps that the lifecycle does not have BadInput.
     """
@@ -61,6 +63,7 @@ class Morphology:
         self.probed = False
         self._dataflow = Dataflow()
         self._shapes: dict[str, LayerShapes] = {}
+        self.unmixed: dict[str, str] = {}
         self.loads = LoadStatistics()
         self._place()
 
@@ -105,6 +108,7 @@ class Morphology:
             self.refused[name] = reason
         self.layers = {name: self.layers[name] for name in found.order}
         self._shapes, self._dataflow = found.shapes, found.dataflow
+        self.unmixed = found.unmixed
         self.probed = True
         self._place()
 
@@ -154,9 +158,16 @@ class Morphology:
 
         `source` says what `module` reads, see `KasminaLayer.germinate`. `graph` is the bound IR of
         `module`; without it the seed can't be written into a checkpoint's structure, and folds or
-        exports only as the module it is.
+        exports only as the module it is. Raises as `refuse_misplaced`.
         """
-        self._probed_layer(layer).germinate(slot, module, kernel=kernel, source=source, graph=graph)
+        host = self._probed_layer(layer)
+        self.refuse_misplaced(layer, graph)
+        host.germinate(slot, module, kernel=kernel, source=source, graph=graph)
+
+    def refuse_misplaced(self, layer: str, graph: Graph | None) -> None:
+        """Raise BlueprintError where a bound graph reads other positions and the layer may not."""
+        if graph is not None:
+            refuse_mixing(self.unmixed, layer, graph, geometry(self._layer(layer)))
 
     def transition(
         self, layer: str, slot: int, state: SeedLifecycleState, alpha: float | None = None

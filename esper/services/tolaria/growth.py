@@ -80,6 +80,7 @@ def refuse_misfit(document: BlueprintDocument, morphology: Morphology, *, builti
         refusals = misfits
         try:
             graph = lower(document, morphology.target(layer))
+            morphology.refuse_misplaced(layer, graph)
             refusals = too_large
             infer(graph, morphology.target(layer))
         except BlueprintError as refusal:
@@ -172,6 +173,7 @@ class Growth:
                     continue
                 try:
                     graph = lower(document, target)
+                    self._engine.model.morphology.refuse_misplaced(layer, graph)
                     cost = infer(graph, target)
                 except BlueprintError:
                     continue  # e.g. widen at a layer without a traced producer
