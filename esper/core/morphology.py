@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,8 +25,8 @@ from esper.core.positions import refuse_mixing
 from esper.core.probing import LayerShapes, probe
 from esper.core.tracing import Dataflow, WidenPair
 from esper.errors import WrapError
-from esper.execution.branches import LoadStatistics, Site
-from esper.execution.kasmina_layer import KasminaLayer, become
+from esper.execution.branches import Branch, LoadStatistics, Site, Tap
+from esper.execution.kasmina_layer import GROWN, KasminaLayer, become
 from esper.execution.state_layout import (
     GROWN_STATES,
     KasminaStateLayout,
@@ -58,6 +59,7 @@ class Morphology:
         self._model = model
         self.layers = dict(layers)
         self.refused = dict(refused)
+        self._refuse_taken_names()
         self.seeds_per_layer = seeds_per_layer
         self.parameters_base = sum(parameter.numel() for parameter in model.parameters())
         self.probed = False
@@ -66,6 +68,19 @@ class Morphology:
         self.unmixed: dict[str, str] = {}
         self.loads = LoadStatistics()
         self._place()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With what the hosts leave behind when they are copied or pickled; see `_Link`."""
+        links = {name: _Link.of(host) for name, host in self.layers.items()}
+        return self.__dict__ | {"_links": links}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the layers hosts of this model again."""
+        links = state.pop("_links")
+        self.__dict__.update(state)
+        for name, link in links.items():
+            link.site.target = partial(self.target, name)
+            link.restore(self.layers[name])
 
     @property
     def model(self) -> nn.Module:
@@ -104,8 +119,7 @@ class Morphology:
                 "example_inputs", f"{found.failure}", "inputs that the model's forward takes"
             ) from found.failure
         for name, reason in found.refused.items():
-            release(self.layers[name])
-            self.refused[name] = reason
+            self._refuse(name, reason)
         self.layers = {name: self.layers[name] for name in found.order}
         self._shapes, self._dataflow = found.shapes, found.dataflow
         self.unmixed = found.unmixed
@@ -346,6 +360,21 @@ class Morphology:
             )
         self._note_fused_paths()
 
+    def _refuse_taken_names(self) -> None:
+        """Refuse layers that have something of their own under a name that hosts need."""
+        taken = {"site", GROWN, *(name for name in vars(KasminaLayer) if name[:2] != "__")}
+        for name, layer in list(self.layers.items()):
+            own = {*layer.__dict__, *layer._parameters, *layer._buffers, *layer._modules}
+            if own & taken:
+                found = ", ".join(sorted(own & taken))
+                self._refuse(name, f"it has attributes that hosts need: {found}")
+                del self.layers[name]
+
+    def _refuse(self, name: str, reason: str) -> None:
+        self.refused[name] = reason
+        if self.layers[name] is not self._model:  # whose class unwrap gives back
+            release(self.layers[name])
+
     def _note_fused_paths(self) -> None:
         for module in self._model.modules():
             if isinstance(module, nn.TransformerEncoderLayer):
@@ -371,6 +400,33 @@ class Morphology:
                 "example_inputs", "none yet", "example inputs for wrap, or one call of the model"
             )
         return self._layer(name)
+
+
+@dataclass
+class _Link:
+    """What ties a host to its model, kept by the model: a copy of the layer alone has no part.
+
+    `kind` and `live` are for a host without seeds, which is pickled as the plain layer it was.
+    """
+
+    site: Site
+    kind: type[KasminaLayer] | None
+    live: tuple[Branch | Tap, ...]
+    producer: KasminaLayer | None
+    encoders: tuple[nn.TransformerEncoder, ...]
+
+    @classmethod
+    def of(cls, host: KasminaLayer) -> _Link:
+        kind = type(host) if host.pickled_plain() else None
+        return cls(host.site, kind, host.live, host.site.producer, host.site.encoders)
+
+    def restore(self, host: nn.Module) -> None:
+        self.site.producer, self.site.encoders = self.producer, self.encoders
+        if self.kind is not None:
+            become(host, self.kind)
+            host.__dict__["site"] = self.site
+            if self.live:
+                host.__dict__["live"] = self.live
 
 
 def geometry(layer: nn.Module) -> LayerGeometry:
@@ -414,13 +470,15 @@ def _window(layer: nn.Conv1d | nn.Conv2d) -> dict[str, object]:
 
 def release(layer: KasminaLayer) -> None:
     """Make a host an ordinary layer of its own class again; its seeds, if any, stay behind."""
-    layer.__dict__.pop("site", None)
-    layer.__dict__.pop("live", None)
+    if isinstance(layer.__dict__.get("site"), Site):
+        del layer.__dict__["site"]
+        layer.__dict__.pop("live", None)
     become(layer, layer.host_class)
 
 
 def _hosts_in(module: nn.Module) -> list[KasminaLayer]:
-    return [m for m in module.modules() if isinstance(m, KasminaLayer) and "site" in m.__dict__]
+    hosts = [m for m in module.modules() if isinstance(m, KasminaLayer)]
+    return [host for host in hosts if isinstance(host.__dict__.get("site"), Site)]
 
 
 def _entry(name: str, slot: int, record: SlotRecord, site: Site) -> dict[str, JsonValue]:
