@@ -49,7 +49,10 @@ def batch_of(inputs: Inputs) -> int | None:
 
 
 def other_batches(inputs: Inputs) -> list[Inputs]:
-    """The inputs with twice their samples, and with half of them where there are enough."""
+    """The inputs with twice their samples, and with half of them where there are enough.
+
+    The one to try first comes first: of a large batch, the half, for its memory's sake.
+    """
     batch = batch_of(inputs)
     if not batch:
         return []
@@ -60,7 +63,8 @@ def other_batches(inputs: Inputs) -> list[Inputs]:
     def halved(leaf: Any) -> Any:
         return leaf[: (batch + 1) // 2] if _batched(leaf, batch) else leaf
 
-    return [tree_map(change, inputs) for change in (doubled, halved)[: 1 if batch == 1 else 2]]
+    changes = [doubled] if batch == 1 else [doubled, halved]
+    return [tree_map(change, inputs) for change in (changes[::-1] if batch > 32 else changes)]
 
 
 def batch_axes(calls: Sequence[Shape], others: Sequence[Shape]) -> list[set[int]] | None:
@@ -147,11 +151,16 @@ def _reads_positions(node: Node, layer: LayerGeometry) -> bool:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(tree) if _plain(leaf)]
+
+
+def _plain(leaf: Any) -> bool:
+    """Whether it is a tensor with one size in each dimension, and an entry at each place."""
+    return isinstance(leaf, Tensor) and not leaf.is_nested and leaf.layout is torch.strided
 
 
 def _batched(leaf: Any, batch: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
+    return _plain(leaf) and leaf.dim() > 0 and leaf.shape[0] == batch
 
 
 def _places(output: Any, size: int) -> list[tuple[int, int]]:
@@ -178,7 +187,7 @@ def _changed(inputs: Inputs, index: int, axis: int, place: int) -> Inputs:
     seen = iter(range(len(tree_leaves(inputs))))
 
     def swapped(one: Any) -> Any:
-        return leaf if isinstance(one, Tensor) and next(seen) == index else one
+        return leaf if _plain(one) and next(seen) == index else one
 
     changed: Inputs = tree_map(swapped, inputs)
     return changed

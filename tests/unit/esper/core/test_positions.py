@@ -210,6 +210,27 @@ def test_batches_are_doubled_and_halved_where_tensors_have_them() -> None:
     assert twice[1] == {"flag": True}
     assert len(other_batches(((x[:1],), {}))) == 1
     assert other_batches(((torch.zeros(()),), {})) == []
+    # Of a large batch first the half, which takes less memory.
+    half, twice = other_batches(((torch.zeros(64, 2),), {}))
+    assert (half[0][0].shape, twice[0][0].shape) == ((32, 2), (128, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_inputs_that_are_no_plain_tensors_are_passed_as_they_are() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.layer(y.to_dense() if y.is_sparse else y.to_padded_tensor(0.0)) + x
+
+    for strange in (
+        torch.ones(2, 4).to_sparse(),
+        torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(1, 4)]),
+    ):
+        model = wrap(Reads(), (torch.zeros(()), strange))
+        assert list(model.morphology.layers) == ["layer"]
 
 
 def test_dimensions_are_compared_call_by_call() -> None:
