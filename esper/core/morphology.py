@@ -365,8 +365,7 @@ class Morphology:
         taken = {"site", GROWN, *(name for name in vars(KasminaLayer) if name[:2] != "__")}
         for name, layer in list(self.layers.items()):
             own = {*layer.__dict__, *layer._parameters, *layer._buffers, *layer._modules}
-            if own & taken:
-                found = ", ".join(sorted(own & taken))
+            if found := ", ".join(sorted(own & taken)):
                 self._refuse(name, f"it has attributes that hosts need: {found}")
                 del self.layers[name]
 
@@ -477,8 +476,7 @@ def release(layer: KasminaLayer) -> None:
 
 
 def _hosts_in(module: nn.Module) -> list[KasminaLayer]:
-    hosts = [m for m in module.modules() if isinstance(m, KasminaLayer)]
-    return [host for host in hosts if isinstance(host.__dict__.get("site"), Site)]
+    return [m for m in module.modules() if isinstance(m, KasminaLayer) and "site" in m.__dict__]
 
 
 def _entry(name: str, slot: int, record: SlotRecord, site: Site) -> dict[str, JsonValue]:
