@@ -93,7 +93,8 @@ lock: setup ## Write requirements.lock anew from pyproject.toml, with the newest
 .PHONY: bench-%
 bench-growth: ## Measure growth against static and random arms into benchmarks/results/growth.json
 bench-execution: ## Measure what sleeping, watched and grafted seeds cost, and the kernel cache
-bench-gpu: ## Measure the same on a GPU; without one it says so and measures nothing
+bench-births: ## Measure whether first weights taken from the data help
+bench-gpu: ## Measure execution on a GPU; without one it says so and measures nothing
 bench-services: ## Measure bus, object store, hub and log beside plain libraries
 bench-%: setup
 	@$(BIN)/python -m benchmarks.$* $(ARGUMENTS)

@@ -12,6 +12,7 @@ What a *session* does (model, data, training, growth) stands in its manifest, ne
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Literal, cast, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -90,6 +92,25 @@ def _levels(text: str) -> str:
     return text
 
 
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
+_HOST_NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
+
+
+def _address(value: str | None) -> str | None:
+    """Refuse an address whose host or port can't be one; who connects to it would fail oddly."""
+    if value is None:
+        return None
+    parts = urlsplit(value)  # refuses brackets that hold no IPv6 address
+    host = parts.hostname or ""
+    if parts.port == 0:  # reading the port refuses what is no number up to 65535
+        raise ValueError("a port from 1 to 65535")
+    if ":" in host or re.fullmatch(r"[0-9.]+", host):
+        ipaddress.ip_address(host.partition("%")[0])
+    elif not _HOST_NAME.fullmatch(host):
+        raise ValueError("a host name")
+    return value
+
+
 SECRETS = frozenset({"hub.token", "urza.signing_key", "storage.secret_access_key"})
 """The settings whose values are never shown."""
 
@@ -159,9 +180,10 @@ class HubConfig(_Section):
         str | None,
         Field(
             pattern=r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$",
-            description="an address that begins with http:// or https://, without user or query, "
-            "or null: the hub is in this process",
+            description="http:// or https://, a host, a port from 1 to 65535 if any and a path, "
+            "without user or query; or null: the hub is in this process",
         ),
+        AfterValidator(_address),
     ] = None
     token: Annotated[
         SecretStr | None,

@@ -2,8 +2,9 @@
 
 `torch.compile` over a whole growing model compiles all of it again at every change, reaches
 torch's limit after eight changes and silently stays eager. Here each block is compiled alone, and
-anew for each set of seeds that contribute to it, always under a code object of its own: torch
-limits recompilations by code object, so no structure uses up the limit of another.
+anew for each set of seeds that contribute to it, always isolated from the others: torch limits
+recompilations by code object, also of the parts into which a graph break cuts a forward, and so
+no structure uses up the limit of another.
 
 Shapes are static: what runs depends on the structure and the shapes alone, not on what ran
 before, so a run that is resumed computes the same bits.
@@ -12,15 +13,16 @@ before, so a run that is resumed computes the same bits.
 from __future__ import annotations
 
 import logging
-import types
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import _StopRecomputationError
 
 from esper.core.morphology import ROOT, Morphology
 from esper.errors import ManifestError, WorkFailed, WrapError, one_line
@@ -34,9 +36,20 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 KEPT_STRUCTURES = 4
 """Structures whose code a block keeps; a recovery trial goes back and forth between two."""
 
+MOST_COMPILATIONS = 2**16
+"""Of one code object in a process; torch's own cap of 256 a growing model would reach in a day."""
+
 _COMPILED = "_compiled_call_impl"  # what nn.Module.__call__ runs instead of itself, if set
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Code:
+    """What a block runs with some seeds in one mode, and the graphs that its first call ran."""
+
+    call: Callable[..., Any]
+    graphs: int = 0
 
 
 class CompiledBlock:
@@ -44,7 +57,8 @@ class CompiledBlock:
 
     `calls` are the calls that were to run compiled, `graph_calls` the compiled graphs that ran in
     them, `compilations` the graphs compiled so far, and `eager_calls` those of the `calls` in
-    which no compiled graph ran.
+    which none ran, or fewer than in the first call with the same seeds in the same mode: then
+    torch has given up a part of the block.
     """
 
     def __init__(self, name: str, module: nn.Module, backend: Backend) -> None:
@@ -53,7 +67,7 @@ class CompiledBlock:
         self._module = module
         self._backend = backend
         self._hosts = [part for part in module.modules() if isinstance(part, KasminaLayer)]
-        self._structures: OrderedDict[Hashable, dict[Hashable, Callable[..., Any]]] = OrderedDict()
+        self._structures: OrderedDict[Hashable, dict[Hashable, _Code]] = OrderedDict()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output.
@@ -70,12 +84,14 @@ class CompiledBlock:
         codes = self._codes(_structure(live))
         mode = (self._module.training, torch.is_grad_enabled())
         if mode not in codes:
-            call = _with_own_code(self._module)
-            codes[mode] = torch.compile(call, backend=self._compile, dynamic=False)
+            codes[mode] = _Code(_isolated(self._module, self._compile))
+        code = codes[mode]
         self.calls += 1
         before = self.graph_calls
         try:
-            output = codes[mode](*args, **kwargs)
+            output = code.call(*args, **kwargs)
+        except _StopRecomputationError:
+            raise  # checkpointing has what it needs
         except Exception as error:
             uncompilable = isinstance(error, torch._dynamo.exc.TorchDynamoException)
             if not live and not uncompilable:
@@ -86,14 +102,16 @@ class CompiledBlock:
                     "spec.training.compile to false"
                 ) from error
             if uncompilable:
-                codes[mode] = self._module._call_impl
+                code.call = self._module._call_impl
             # A seed on trial may be at fault; eager, its layer finds out and answers alone.
             output = self._module._call_impl(*args, **kwargs)
-        if self.graph_calls == before:
+        ran = self.graph_calls - before
+        code.graphs = code.graphs or ran
+        if ran == 0 or ran < code.graphs:
             self._note_eager_call()
         return output
 
-    def _codes(self, structure: Hashable) -> dict[Hashable, Callable[..., Any]]:
+    def _codes(self, structure: Hashable) -> dict[Hashable, _Code]:
         """What runs for these contributing seeds, by the block's mode and torch's."""
         codes = self._structures.setdefault(structure, {})
         self._structures.move_to_end(structure)
@@ -114,8 +132,8 @@ class CompiledBlock:
     def _note_eager_call(self) -> None:
         if not self.eager_calls:
             _log.warning(
-                "%s runs eager: torch gave up compiling it; TORCH_LOGS=recompiles,graph_breaks "
-                "says why",
+                "%s runs eager, or a part of it: torch gave up compiling it; "
+                "TORCH_LOGS=recompiles,graph_breaks says why",
                 self.name,
             )
         self.eager_calls += 1
@@ -144,6 +162,8 @@ def compile_blocks(model: nn.Module, backend: Backend | None = None) -> dict[str
     if backend is None:
         _refuse_without_tools(next((p.device for p in model.parameters()), torch.device("cpu")))
         backend = _inductor
+    limits = torch._dynamo.config
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, MOST_COMPILATIONS)
     for name in block_names(model):
         module = model if name == ROOT else model.get_submodule(name)
         setattr(module, _COMPILED, CompiledBlock(name, module, backend))
@@ -230,15 +250,15 @@ def _structure(live: Sequence[KasminaLayer]) -> Hashable:
     return tuple((part, isinstance(part, Branch) and part.scaled) for part in parts)
 
 
-def _with_own_code(module: nn.Module) -> Callable[..., Any]:
-    """The module's own call as a function that shares its code object with no other."""
+def _isolated(module: nn.Module, backend: Backend) -> Callable[..., Any]:
+    """The module's own call, compiled; its recompilations are counted apart from all others."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)
 
-    return types.FunctionType(
-        call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__
-    )
+    # torch's declared overloads lack the last argument, its documentation has it.
+    compiled = torch.compile(call, backend=backend, dynamic=False, isolate_recompiles=True)  # type: ignore[call-overload]
+    return cast("Callable[..., Any]", compiled)
 
 
 def _inductor(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -37,6 +37,7 @@ from esper.execution.builders import submodule_name
 from esper.execution.kasmina_layer import GROWN, KasminaLayer
 from esper.execution.state_layout import SeedLifecycleState
 
+NO_CHANGE = Affine(None, None)
 FOLDED = "folded into the layer's weight"
 KEPT = "beside the layer"
 
@@ -170,13 +171,16 @@ def _settle_layer(
         for slot, branch in fossils.items()
         if branch.graph is not None and branch.source != "producer"
     }
+    if name in morphology.lent:
+        # Who reads the weight from outside must find what it found before.
+        changes = {slot: change for slot, change in changes.items() if change == NO_CHANGE}
     # A seed that reads the output reads the layer's own: nothing may be folded into it then.
     watched = any(
         branch.source == "output" and changes.get(slot) is None for slot, branch in fossils.items()
     )
     for slot, branch in fossils.items():
         change = changes.get(slot)
-        if change is not None and (not watched or change == Affine(None, None)):
+        if change is not None and (not watched or change == NO_CHANGE):
             _add(own, change)
             own.notes[slot] = FOLDED
         elif branch.source != "producer" or not _concatenated(

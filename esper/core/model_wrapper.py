@@ -11,16 +11,18 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Self, SupportsIndex, cast
+from typing import Any, ClassVar, Self, SupportsIndex, cast, get_args
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from esper.contracts.nodes import DataType
 from esper.core.compilation import decompile
 from esper.core.folding import fold
-from esper.core.morphology import ROOT, Morphology, release
+from esper.core.morphology import ROOT, Morphology, geometry, release
 from esper.errors import WrapError
 from esper.execution.kasmina_layer import (
     GROWN,
@@ -169,10 +171,12 @@ def wrap(
             if layer is not model:
                 become(layer, KASMINA_CLASSES[type(layer)])
         become(model, outer)
-    except TypeError as error:
+    # A metaclass, or what classes are registered with, may raise anything.
+    except Exception as error:
         _restore_classes(hosts.values())
+        told = error if isinstance(error, TypeError) else f"{type(error).__name__}: {error}"
         raise WrapError(
-            "model", type(model).__name__, f"a class that can be extended ({error})"
+            "model", type(model).__name__, f"a class that can be extended ({told})"
         ) from error
     assert isinstance(model, MorphableModel)
     kasmina = {name: layer for name, layer in hosts.items() if isinstance(layer, KasminaLayer)}
@@ -290,10 +294,18 @@ def refusal(layer: nn.Module) -> str | None:
         return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not real"
+    if str(weight.dtype).removeprefix("torch.") not in get_args(DataType):
+        return f"its weight is {weight.dtype}: kernels are {', '.join(get_args(DataType))}"
     if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) != 1:
         return f"it normalises over {len(layer.normalized_shape)} dimensions, not over one"
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "its forward changes its weight (max_norm)"
+    try:
+        geometry(layer)
+    except ValidationError as error:
+        first = error.errors()[0]
+        sizes = f"{'.'.join(map(str, first['loc']))} {first['input']}"
+        return f"no kernel is made for its sizes: {sizes} ({first['msg']})"
     return None
 
 

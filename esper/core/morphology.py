@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,11 +21,12 @@ from esper.contracts.ir import (
     LayerGeometry,
     ProducerDescription,
 )
+from esper.core.positions import refuse_mixing
 from esper.core.probing import LayerShapes, probe
 from esper.core.tracing import Dataflow, WidenPair
 from esper.errors import WrapError
-from esper.execution.branches import LoadStatistics, Site
-from esper.execution.kasmina_layer import KasminaLayer, become
+from esper.execution.branches import Branch, LoadStatistics, Site, Tap
+from esper.execution.kasmina_layer import GROWN, KasminaLayer, become
 from esper.execution.state_layout import (
     GROWN_STATES,
     KasminaStateLayout,
@@ -40,7 +42,8 @@ class Morphology:
     """The hosts of one model, their seeds and their state.
 
     `layers` are the hosts by name, in execution order once probed; `refused` names the layers
-    that can't host, with the reason; `edges` are dataflow pairs (producer, consumer). Layers are
+    that can't host, `unmixed` those whose positions may not look at each other, with the reason;
+    `edges` are dataflow pairs (producer, consumer). Layers are
     named by their `named_modules` name throughout, slots from 0. Unknown names raise WrapError,
     steps that the lifecycle does not have BadInput.
     """
@@ -56,13 +59,28 @@ class Morphology:
         self._model = model
         self.layers = dict(layers)
         self.refused = dict(refused)
+        self._refuse_taken_names()
         self.seeds_per_layer = seeds_per_layer
         self.parameters_base = sum(parameter.numel() for parameter in model.parameters())
         self.probed = False
         self._dataflow = Dataflow()
         self._shapes: dict[str, LayerShapes] = {}
+        self.unmixed: dict[str, str] = {}
         self.loads = LoadStatistics()
         self._place()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With what the hosts leave behind when they are copied or pickled; see `_Link`."""
+        links = {name: _Link.of(host) for name, host in self.layers.items()}
+        return self.__dict__ | {"_links": links}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the layers hosts of this model again."""
+        links = state.pop("_links")
+        self.__dict__.update(state)
+        for name, link in links.items():
+            link.site.target = partial(self.target, name)
+            link.restore(self.layers[name])
 
     @property
     def model(self) -> nn.Module:
@@ -78,6 +96,11 @@ class Morphology:
     def pairs(self) -> tuple[WidenPair, ...]:
         """The pairs that can be widened."""
         return self._dataflow.pairs
+
+    @property
+    def lent(self) -> frozenset[str]:
+        """The hosts whose parameters the model reads outside of them, too."""
+        return self._dataflow.lent
 
     @property
     def active(self) -> int:
@@ -96,10 +119,10 @@ class Morphology:
                 "example_inputs", f"{found.failure}", "inputs that the model's forward takes"
             ) from found.failure
         for name, reason in found.refused.items():
-            release(self.layers[name])
-            self.refused[name] = reason
+            self._refuse(name, reason)
         self.layers = {name: self.layers[name] for name in found.order}
         self._shapes, self._dataflow = found.shapes, found.dataflow
+        self.unmixed = found.unmixed
         self.probed = True
         self._place()
 
@@ -149,9 +172,16 @@ class Morphology:
 
         `source` says what `module` reads, see `KasminaLayer.germinate`. `graph` is the bound IR of
         `module`; without it the seed can't be written into a checkpoint's structure, and folds or
-        exports only as the module it is.
+        exports only as the module it is. Raises as `refuse_misplaced`.
         """
-        self._probed_layer(layer).germinate(slot, module, kernel=kernel, source=source, graph=graph)
+        host = self._probed_layer(layer)
+        self.refuse_misplaced(layer, graph)
+        host.germinate(slot, module, kernel=kernel, source=source, graph=graph)
+
+    def refuse_misplaced(self, layer: str, graph: Graph | None) -> None:
+        """Raise BlueprintError where a bound graph reads other positions and the layer may not."""
+        if graph is not None:
+            refuse_mixing(self.unmixed, layer, graph, geometry(self._layer(layer)))
 
     def transition(
         self, layer: str, slot: int, state: SeedLifecycleState, alpha: float | None = None
@@ -330,6 +360,20 @@ class Morphology:
             )
         self._note_fused_paths()
 
+    def _refuse_taken_names(self) -> None:
+        """Refuse layers that have something of their own under a name that hosts need."""
+        taken = {"site", GROWN, *(name for name in vars(KasminaLayer) if name[:2] != "__")}
+        for name, layer in list(self.layers.items()):
+            own = {*layer.__dict__, *layer._parameters, *layer._buffers, *layer._modules}
+            if found := ", ".join(sorted(own & taken)):
+                self._refuse(name, f"it has attributes that hosts need: {found}")
+                del self.layers[name]
+
+    def _refuse(self, name: str, reason: str) -> None:
+        self.refused[name] = reason
+        if self.layers[name] is not self._model:  # whose class unwrap gives back
+            release(self.layers[name])
+
     def _note_fused_paths(self) -> None:
         for module in self._model.modules():
             if isinstance(module, nn.TransformerEncoderLayer):
@@ -355,6 +399,33 @@ class Morphology:
                 "example_inputs", "none yet", "example inputs for wrap, or one call of the model"
             )
         return self._layer(name)
+
+
+@dataclass
+class _Link:
+    """What ties a host to its model, kept by the model: a copy of the layer alone has no part.
+
+    `kind` and `live` are for a host without seeds, which is pickled as the plain layer it was.
+    """
+
+    site: Site
+    kind: type[KasminaLayer] | None
+    live: tuple[Branch | Tap, ...]
+    producer: KasminaLayer | None
+    encoders: tuple[nn.TransformerEncoder, ...]
+
+    @classmethod
+    def of(cls, host: KasminaLayer) -> _Link:
+        kind = type(host) if host.pickled_plain() else None
+        return cls(host.site, kind, host.live, host.site.producer, host.site.encoders)
+
+    def restore(self, host: nn.Module) -> None:
+        self.site.producer, self.site.encoders = self.producer, self.encoders
+        if self.kind is not None:
+            become(host, self.kind)
+            host.__dict__["site"] = self.site
+            if self.live:
+                host.__dict__["live"] = self.live
 
 
 def geometry(layer: nn.Module) -> LayerGeometry:
@@ -398,8 +469,9 @@ def _window(layer: nn.Conv1d | nn.Conv2d) -> dict[str, object]:
 
 def release(layer: KasminaLayer) -> None:
     """Make a host an ordinary layer of its own class again; its seeds, if any, stay behind."""
-    layer.__dict__.pop("site", None)
-    layer.__dict__.pop("live", None)
+    if isinstance(layer.__dict__.get("site"), Site):
+        del layer.__dict__["site"]
+        layer.__dict__.pop("live", None)
     become(layer, layer.host_class)
 
 

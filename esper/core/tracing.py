@@ -3,6 +3,8 @@
 Every torch function that the model calls is seen by a TorchFunctionMode; every host layer's call
 is one event, whatever it does inside. A tensor is followed by the number of its value: an in-place
 operation gives the same tensor a new number, so that later readers are readers of the new value.
+What runs without a torch function (scripted code, an extension) shows in the operations that it
+dispatches: they are events like any other.
 """
 
 from __future__ import annotations
@@ -11,14 +13,17 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from esper.contracts.ir import (
@@ -43,7 +48,8 @@ class WidenPair:
     """A consumer's producer, and the operations between the two, in order.
 
     The producer's output, and each value up to the consumer, is used for nothing else; so new
-    units may join both layers, and nobody else sees them.
+    units may join both layers, and nobody else sees them. What the producer reads is still the
+    same when the consumer is called.
     """
 
     producer: str
@@ -53,10 +59,15 @@ class WidenPair:
 
 @dataclass(frozen=True)
 class Dataflow:
-    """What one traced forward shows: edges between hosts, in execution order, and widen pairs."""
+    """What one traced forward shows: edges between hosts, in execution order, and widen pairs.
+
+    `lent` are the hosts whose parameters the model reads outside of them, too: those must stay
+    what they are.
+    """
 
     edges: tuple[tuple[str, str], ...] = ()
     pairs: tuple[WidenPair, ...] = ()
+    lent: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -165,6 +176,10 @@ _HARMLESS = frozenset(
     )
 ) | {Tensor.dim, Tensor.is_floating_point, torch.is_floating_point}
 """Questions about a tensor whose answers do not depend on how many units it has."""
+_SIZES = frozenset(
+    {cast("Any", Tensor.shape).__get__, Tensor.size, Tensor.numel, Tensor.nelement, Tensor.__len__}
+)
+"""Questions about a tensor whose answers do not depend on what it holds."""
 
 
 class _Recorder(TorchFunctionMode):
@@ -177,9 +192,14 @@ class _Recorder(TorchFunctionMode):
         self.calls: Counter[str] = Counter()
         self.edges: dict[tuple[str, str], None] = {}
         self.tied: set[str] = set()
+        self.lent: set[str] = set()
+        self.stale: set[tuple[str, str]] = set()
         self.alive: list[Tensor] = []
+        self._fed: dict[str, tuple[list[Tensor], list[int]]] = {}
         self._number: dict[int, int] = {}
         self._inside = 0
+        self._seen = False
+        self._own: Counter[int] = Counter()
         self._owners: dict[int, str] = {}
         for name, layer in hosts.items():
             for parameter in layer.parameters(recurse=False):
@@ -200,19 +220,52 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **given)
         read = self._tensors((args, given))
         event = _Event(op=_chain_op(func, args, given, len(read), self.training))
-        numbers = self._read(read, event)
-        result = func(*args, **given)
+        numbers = self._read(read, event, lends=func not in _SIZES)
+        self._seen = True
+        try:
+            result = func(*args, **given)
+        finally:
+            self._seen = False
         self._made(self._tensors(result), event, self._sources(numbers))
         return result
 
+    def dispatched(self, run: Callable[[], Any], arguments: Any) -> Any:
+        """Run an operation; where no torch function and no host called it, note it."""
+        if self._inside or self._seen:
+            return run()
+        event = _Event()
+        numbers = self._read(self._tensors(arguments), event)
+        result = run()
+        self._made(self._tensors(result), event, self._sources(numbers))
+        return result
+
+    def enter_holder(self, module: nn.Module) -> None:
+        """A module that holds parameters of hosts under names of its own is called."""
+        self._own.update(id(parameter) for parameter in module.parameters(recurse=False))
+
+    def leave_holder(self, module: nn.Module) -> None:
+        """It has returned."""
+        self._own.subtract(id(parameter) for parameter in module.parameters(recurse=False))
+
+    def holds_some(self, module: nn.Module) -> bool:
+        """Whether a module without parts has a parameter of a host under a name of its own."""
+        own = module.parameters(recurse=False)
+        return not module._modules and any(id(parameter) in self._owners for parameter in own)
+
     def enter_host(self, name: str, read: Any) -> None:
         """A host is called; what happens inside is its own affair."""
-        if not self._inside:
-            event = _Event(host=name)
-            numbers = self._read(self._tensors(read), event)
-            self.calls[name] += 1
-            self.edges.update(dict.fromkeys((source, name) for source in self._sources(numbers)))
+        # Nothing that is asked here is the model's doing.
         self._inside += 1
+        if self._inside > 1:
+            return
+        event, tensors = _Event(host=name), self._tensors(read)
+        sources = self._sources(self._read(tensors, event))
+        self.calls[name] += 1
+        self.edges.update(dict.fromkeys((source, name) for source in sources))
+        for source in sources:
+            if _versions(self._fed[source][0]) != self._fed[source][1]:
+                self.stale.add((source, name))
+        self._fed[name] = tensors, _versions(tensors)
 
     def leave_host(self, name: str, made: Any) -> None:
         """A host has returned."""
@@ -228,16 +281,19 @@ class _Recorder(TorchFunctionMode):
         self._read(self._tensors(output), _Event())
         held = {self._number[id(tensor)]: weakref.ref(tensor) for tensor in self.alive}
         self.alive.clear()
+        self._fed.clear()
         return held
 
     def _tensors(self, tree: Any) -> list[Tensor]:
         return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
-    def _read(self, tensors: list[Tensor], event: _Event) -> list[int]:
+    def _read(self, tensors: list[Tensor], event: _Event, *, lends: bool = True) -> list[int]:
         numbers = []
         for tensor in tensors:
             if id(tensor) in self._owners:
                 self.tied.add(self._owners[id(tensor)])
+                if lends and not self._own[id(tensor)]:
+                    self.lent.add(self._owners[id(tensor)])
             if id(tensor) not in self._number:
                 self._made([tensor], None, ())
             numbers.append(self._number[id(tensor)])
@@ -259,10 +315,33 @@ class _Recorder(TorchFunctionMode):
         return tuple(found)
 
 
+class _Dispatches(TorchDispatchMode):
+    """Tells a recorder of every operation that runs."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._recorder = recorder
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run `func`, under the recorder's eyes."""
+        given = kwargs or {}
+        return self._recorder.dispatched(lambda: func(*args, **given), (args, given))
+
+
 def trace(
-    hosts: Mapping[str, KasminaLayer], forward: Callable[[], Any], *, training: bool = False
+    model: nn.Module,
+    hosts: Mapping[str, KasminaLayer],
+    forward: Callable[[], Any],
+    *,
+    training: bool = False,
 ) -> tuple[Dataflow, list[str]]:
-    """Run `forward` once, traced. The caller has put the model into the mode and keeps its state.
+    """Run `forward` of `model` once, traced; the caller has set the mode and keeps the state.
 
     `training` says which mode that is: dropout must be on there, and off in eval mode.
 
@@ -277,8 +356,13 @@ def trace(
     for name, layer in hosts.items():
         handles.append(layer.register_forward_pre_hook(_entering(recorder, name), with_kwargs=True))
         handles.append(layer.register_forward_hook(_leaving(recorder, name)))
+    for module in model.modules():
+        if not isinstance(module, KasminaLayer | ScriptModule) and recorder.holds_some(module):
+            handles.append(module.register_forward_pre_hook(_holding(recorder.enter_holder)))
+            handles.append(module.register_forward_hook(_holding(recorder.leave_holder)))
     try:
-        with recorder:
+        # Optimised, scripted code would fuse operations into kernels that dispatch nothing.
+        with _unoptimised(), _Dispatches(recorder), recorder:
             output = forward()
     finally:
         for handle in handles:
@@ -290,11 +374,19 @@ def trace(
         pair, along = _pair_from(recorder.values, made_by, number)
         if pair is None or {pair.producer, pair.consumer} & (recorder.tied | hooked):
             continue
+        if (pair.producer, pair.consumer) in recorder.stale:
+            continue
         once = recorder.calls[pair.producer] == recorder.calls[pair.consumer] == 1
         fits = _fits(hosts[pair.producer], hosts[pair.consumer], pair.chain)
         if once and fits and not _escaped(held, along):
             pairs.append(pair)
-    return Dataflow(tuple(recorder.edges), tuple(pairs)), list(recorder.calls)
+    found = Dataflow(tuple(recorder.edges), tuple(pairs), frozenset(recorder.lent))
+    return found, list(recorder.calls)
+
+
+def _unoptimised() -> AbstractContextManager[None]:
+    context: AbstractContextManager[None] = cast("Any", torch.jit).optimized_execution(False)
+    return context
 
 
 def _escaped(held: Mapping[int, weakref.ref[Tensor]], numbers: Iterable[int]) -> bool:
@@ -356,6 +448,11 @@ def _chain_op(
         return None
 
 
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each was written to, which inference tensors do not tell."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
 def _entering(
     recorder: _Recorder, name: str
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -368,5 +465,12 @@ def _entering(
 def _leaving(recorder: _Recorder, name: str) -> Callable[[nn.Module, Any, Any], None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         recorder.leave_host(name, output)
+
+    return hook
+
+
+def _holding(tell: Callable[[nn.Module], None]) -> Callable[..., None]:
+    def hook(module: nn.Module, *_: Any) -> None:
+        tell(module)
 
     return hook

@@ -98,6 +98,8 @@ def unpack(data: bytes, expected_digest: str) -> KernelTemplate:
         manifest = KernelManifest.model_validate_json(parts["manifest"])
         cost = infer(graph, target)
         tensors = safetensors.torch.load(data)
+    except KeyError as error:  # safetensors looks the type up in a table of torch's
+        raise KernelError(f"artifact {found[:12]}: torch has no type {error}") from error
     except (SafetensorError, ValidationError, BlueprintError, ValueError, RecursionError) as error:
         raise KernelError(f"artifact {found[:12]}: {one_line(str(error))}") from error
     expected = KernelManifest.describing(

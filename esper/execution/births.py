@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,12 @@ from esper.contracts.ir import (
 )
 from esper.errors import BlueprintError
 from esper.execution.builders import submodule_name
-from esper.execution.isolation import preserved_buffers, preserved_randomness
+from esper.execution.calls import host_input, unfused
+from esper.execution.isolation import (
+    preserved_buffers,
+    preserved_parameters,
+    preserved_randomness,
+)
 from esper.execution.kasmina_layer import KasminaLayer
 
 Layer = LinearNode | Conv1dNode | Conv2dNode
@@ -95,7 +101,12 @@ def moments(
     wanted = births(bound)
     found: dict[str, Tensor] = {}
     source = source_of(bound)
-    with preserved_randomness(random_seed), preserved_buffers(model):
+    with (
+        preserved_randomness(random_seed),
+        preserved_buffers(model),
+        preserved_parameters(model),
+        unfused(),
+    ):
         for loss_of_batch in losses:
             with _listening(host, source) as calls:
                 loss = loss_of_batch()
@@ -213,26 +224,27 @@ def _listening(host: KasminaLayer, source: str) -> Iterator[list[tuple[Tensor, T
     calls: list[tuple[Tensor, Tensor]] = []
     fed: list[Tensor] = []
 
-    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        fed.append(inputs[0].detach())
+    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        fed.append(host_input(args, kwargs).detach())
 
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hook(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
         leaf = torch.zeros_like(output, requires_grad=True)
+        read = host_input(args, kwargs).detach()
         if source == "producer":
             read = fed.pop(0)
-        elif source == "host":
-            read = inputs[0].detach()
-        else:
+        elif source == "output":
             with torch.no_grad():
-                read = host.host_class.forward(host, inputs[0])
+                read = host.host_class.forward(host, read)
         calls.append((read, leaf))
         return output + leaf
 
-    handles = [host.register_forward_hook(hook)]
+    handles = [host.register_forward_hook(hook, with_kwargs=True)]
     if source == "producer":
         producer = host.site.producer
         assert producer is not None, "bind refuses a graph without a producer to read"
-        handles.append(producer.register_forward_pre_hook(keep))
+        handles.append(producer.register_forward_pre_hook(keep, with_kwargs=True))
     try:
         yield calls
     finally:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from esper.contracts.ir import Graph, GraphSource, KernelTarget
-from esper.errors import BadInput, KernelError
+from esper.errors import BadInput, KernelError, WrapError
 from esper.execution.blending import blend
 from esper.execution.state_layout import KasminaStateLayout, SeedLifecycleState, SlotRecord
 
@@ -85,7 +85,13 @@ class Branch:
             source = self.tap.take()
         elif self.source == "output":
             source = host
-        return blend(out, self.module(source), self.alpha() if self.scaled else None)
+        seed = self.module(source)
+        # A kernel was found to fit its layer when it was bound; a module of anybody's was not.
+        if self.graph is None and seed.shape != host.shape:
+            raise KernelError(
+                f"the seed's output is {tuple(seed.shape)}, its host's {tuple(host.shape)}"
+            )
+        return blend(out, seed, self.alpha() if self.scaled else None)
 
     def alpha(self) -> Tensor:
         """The slot's alpha in the layout, 0-d."""
@@ -132,6 +138,9 @@ class Site:
     `encoders` are the TransformerEncoders around it, innermost first, that pass nested tensors
     to fused layers; `fused` says that it lies in a TransformerEncoderLayer. `trialled` and
     `muted` are the slots that a measurement has switched on or off for now.
+
+    Pickled and copied without what lies outside the layer: the model's Morphology brings it back,
+    where it comes along.
     """
 
     name: str
@@ -146,6 +155,10 @@ class Site:
     trialled: frozenset[int] = frozenset()
     muted: frozenset[int] = frozenset()
     hook: RemovableHandle | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but `target`, `producer` and `encoders`, which would drag the model along."""
+        return self.__dict__ | {"target": _without_model, "producer": None, "encoders": ()}
 
     def record(self, slot: int) -> SlotRecord:
         """The host twin of a slot of this layer."""
@@ -176,3 +189,7 @@ class Site:
                 branch.look_again()
                 parts.append(branch)
         return tuple(parts)
+
+
+def _without_model() -> KernelTarget:
+    raise WrapError("layer", "one copied or unpickled without its model", "a layer of its model")

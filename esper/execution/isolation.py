@@ -80,36 +80,75 @@ def borrowed_buffers(model: nn.Module, own: dict[str, Tensor]) -> Iterator[None]
     """
     # By their place in their modules: a forward may assign a new tensor instead of writing.
     places = {
-        f"{path}.{key}" if path else key: (module._buffers, key)
+        f"{path}.{key}" if path else key: (module, key)
         for path, module in model.named_modules()
-        for key in module._buffers
+        # A scripted module's table is no dict, and is iterated by its keys alone.
+        for key in module._buffers.keys()  # noqa: SIM118
     }
     kept = {}
-    for name, (buffers, key) in places.items():
-        buffer = buffers[key]
+    for name, (module, key) in places.items():
+        buffer = module._buffers[key]
         kept[name] = (buffer, None if buffer is None else buffer.detach().clone())
     with torch.no_grad():
-        for name, (buffers, key) in places.items():
-            buffer = buffers[key]
+        for name, (module, key) in places.items():
+            buffer = module._buffers[key]
             if name not in own:
                 continue
             if buffer is not None and buffer.shape == own[name].shape and writable(buffer):
                 buffer.copy_(own[name])
             else:
-                buffers[key] = own[name].clone()
+                _assign(module, key, own[name].clone())
     try:
         yield
     finally:
         with torch.no_grad():
-            for name, (buffers, key) in places.items():
-                became = buffers[key]
+            for name, (module, key) in places.items():
+                became = module._buffers[key]
                 if became is not None:
                     own[name] = became.detach().clone()
-            for name, (buffers, key) in places.items():
+            for name, (module, key) in places.items():
                 buffer, value = kept[name]
-                buffers[key] = buffer
+                _assign(module, key, buffer)
                 if buffer is not None and writable(buffer):
                     buffer.copy_(value)
+
+
+def _assign(module: nn.Module, key: str, buffer: Tensor | None) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        # Its buffers lie behind torch's own table, which takes no new ones.
+        setattr(module, key, buffer)
+    else:
+        module._buffers[key] = buffer
+
+
+@contextmanager
+def preserved_parameters(model: nn.Module) -> Iterator[None]:
+    """The model's parameters hold the same bits at the end; `max_norm` writes to them.
+
+    Those that nothing has written to are not written to here either.
+    """
+    with torch.no_grad():
+        kept = [
+            (parameter, None if parameter.is_inference() else parameter._version, parameter.clone())
+            for parameter in model.parameters()
+        ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, version, value in kept:
+                # Writing through `data` moves no version.
+                moved = version is None or parameter._version != version
+                if moved or not _same_bits(parameter.data, value):
+                    parameter.copy_(value)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of equal shape do, where that can be told of tensors of their kind."""
+    if type(one) is not Tensor or one.is_meta or one.layout is not torch.strided:
+        return True
+    flat, others = one.reshape(-1), other.reshape(-1)
+    return torch.equal(flat.view(torch.uint8), others.view(torch.uint8))
 
 
 def writable(tensor: Tensor) -> bool:
@@ -128,4 +167,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module in learning:
-            module.__dict__["training"] = True
+            if isinstance(module, torch.jit.ScriptModule):
+                module.training = True
+            else:
+                module.__dict__["training"] = True

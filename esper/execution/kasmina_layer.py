@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar, SupportsIndex, cast
 
 from torch import Tensor, nn
 
@@ -19,7 +19,8 @@ from esper.contracts.ir import Graph, GraphSource, source_of
 from esper.errors import BadInput, one_line
 from esper.execution.artifact import check_target
 from esper.execution.branches import Branch, Site, Tap
-from esper.execution.kernel_cache import KernelCache, instantiate
+from esper.execution.checkpointing import CONTROL_FLOW, Region, current_region, in_backward
+from esper.execution.kernel_cache import KernelCache
 from esper.execution.state_layout import (
     ACTIVE_STATES,
     GROWN_STATES,
@@ -38,6 +39,23 @@ class KasminaLayer(nn.Module):
     host_class: ClassVar[type[nn.Module]]
     live: tuple[Branch | Tap, ...] = ()
     site: Site
+
+    def pickled_plain(self) -> bool:
+        """Whether pickles and copies of the layer are of the class that it was wrapped from.
+
+        They are without seeds. With them a copy stays a host and computes what this one does, but
+        takes no kernels without the model; `shed` and then `release` make it plain.
+        """
+        return type(self) in _IMPORTABLE and "site" in self.__dict__ and not self.site.branches
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Without its ties to the model, which restores them where it comes along."""
+        reduced = super().__reduce_ex__(protocol)
+        if not self.pickled_plain():
+            return reduced
+        _, _, state, *rest = cast("tuple[Any, ...]", reduced)
+        plain = {name: value for name, value in state.items() if name not in {"site", "live"}}
+        return object.__new__, (self.host_class,), plain, *rest
 
     def germinate(
         self,
@@ -97,7 +115,7 @@ class KasminaLayer(nn.Module):
         with site.loads.counting():
             async with cache.using(kernel_id) as template:
                 check_target(template, site.target())
-                module = instantiate(template, generator_seed)
+                module = cache.instantiate(template, generator_seed)
             self.germinate(
                 slot,
                 module,
@@ -269,33 +287,62 @@ class LiveLayer(KasminaLayer):
         """The host's output, with what its seeds add; shapes as the host's.
 
         A seed on trial that raises is left out, and its fault counted; what a fossilized one
-        raises is raised, for it is part of the model.
+        raises is raised, for it is part of the model. A forward that recomputes an earlier one,
+        for activation checkpointing, leaves out what that did, and counts nothing twice.
         """
         out: Tensor = super().forward(input)
         host = out
+        region = current_region()
         for part in self.live:
+            if (part.failing or region is not None) and self._leaves_out(part, region):
+                continue
             try:
                 out = part.join(out, input, host)
             except Exception as error:
-                self._answer_alone(part, error)
+                self._answer_alone(part, error, region)
             else:
                 if part.failing:
-                    self._recovered(part)
+                    self._recovered(part, region)
         return out
 
-    def _answer_alone(self, part: Branch | Tap, error: Exception) -> None:
+    def _leaves_out(self, part: Branch | Tap, region: Region | None) -> bool:
+        """Whether the host answers without `part`: its circuit has opened, now or at first."""
+        if isinstance(part, Tap):
+            return False
+        if region is not None and region.repeats_without(part):
+            return True
+        if not part.failing or (region is not None and region.recomputing):
+            return False
+        # The class stays the live one till the next transition: what was computed with the seed
+        # before its circuit opened may have to be computed again.
+        opened = self.site.record(part.slot).circuit_open
+        if opened and region is not None:
+            region.leave_out(part)
+        return opened
+
+    def _answer_alone(self, part: Branch | Tap, error: Exception, region: Region | None) -> None:
         """Count the fault of a seed on trial; the host's output stands.
 
         Raises:
-            Exception: `error`, where it is no seed's on trial.
+            Exception: `error`, where it is no seed's on trial, or no fault at all, or where the
+                seed raises only as a region is recomputed, whose outputs it is part of already.
         """
-        if isinstance(part, Tap) or not self._on_trial(part):
+        if isinstance(part, Tap) or not self._on_trial(part) or isinstance(error, CONTROL_FLOW):
             raise error
-        part.failing = True
-        self.record_fault(part.slot, f"{type(error).__name__}: {one_line(str(error))}")
+        if not (part.failing and in_backward()):
+            part.failing = True
+            reason = f"{type(error).__name__}: {one_line(str(error))}"
+            self.site.layout.record_fault(self.site.index, part.slot, reason)
+        if region is not None:
+            if region.recomputing:
+                raise error
+            region.leave_out(part)
 
-    def _recovered(self, part: Branch | Tap) -> None:
+    def _recovered(self, part: Branch | Tap, region: Region | None) -> None:
+        """Count the faults of a seed from 0 again, unless it has only repeated itself."""
         assert isinstance(part, Branch)
+        if in_backward() or (region is not None and region.recomputing):
+            return
         part.failing = False
         self.site.layout.clear_faults(self.site.index, part.slot)
 
@@ -387,6 +434,10 @@ _LIVE_CLASSES: dict[type[nn.Module], type[LiveLayer]] = {
         LiveKasminaEmbedding,
     )
 }
+
+
+_IMPORTABLE = frozenset[type]({*KASMINA_CLASSES.values(), *_LIVE_CLASSES.values()})
+"""The classes that a layer has as a host, unless somebody else made one of them."""
 
 
 def live_class(dormant: type[nn.Module]) -> type[LiveLayer]:

@@ -14,11 +14,12 @@ import asyncio
 import threading
 import time
 import traceback
-from collections import Counter, OrderedDict
+import weakref
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Protocol
 
@@ -75,6 +76,14 @@ class CacheStatistics:
     fetch_seconds: float
 
 
+@dataclass(eq=False)
+class _Fetch:
+    """A fetch under way, and the loop that carries it on."""
+
+    loop: asyncio.AbstractEventLoop
+    outcome: Future[KernelTemplate] = field(default_factory=Future)
+
+
 class KernelCache:
     """Least recently used templates go first; pinned ones stay.
 
@@ -102,7 +111,8 @@ class KernelCache:
         self._recent: OrderedDict[str, KernelTemplate] = OrderedDict()
         self._pinned: dict[str, KernelTemplate] = {}
         self._pins: Counter[str] = Counter()
-        self._fetches: dict[str, Future[KernelTemplate]] = {}
+        self._left: deque[str] = deque()  # what `instantiate` pinned and no longer lives
+        self._fetches: dict[str, _Fetch] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._staging: dict[torch.device, Staging] = {}
         self._hits = 0
@@ -150,6 +160,19 @@ class KernelCache:
         finally:
             self.unpin(kernel_id)
 
+    def instantiate(self, template: KernelTemplate, generator_seed: int) -> fx.GraphModule:
+        """The function `instantiate`; the kernel stays pinned as long as the module lives.
+
+        Raises:
+            KernelError, Unavailable: as the function.
+        """
+        module = instantiate(template, generator_seed)
+        kernel_id = template.manifest.kernel
+        self.pin(kernel_id)
+        # A module can go at any moment, also while this thread holds the lock.
+        weakref.finalize(module, self._left.append, kernel_id).atexit = False
+        return module
+
     def prefetch(self, kernel_ids: Iterable[str]) -> None:
         """Have kernels fetched in the background, one after the other.
 
@@ -159,8 +182,9 @@ class KernelCache:
         self._start(self._prefetch(tuple(kernel_ids)))
 
     def pin(self, kernel_id: str) -> None:
-        """Keep the kernel while a seed lives on it; each pin needs its own `unpin`."""
+        """Keep the kernel, once it is here, until `unpin`; each pin needs its own."""
         with self._lock:
+            self._let_go()
             self._pins[kernel_id] += 1
             template = self._recent.get(kernel_id)
             if template is not None:
@@ -175,21 +199,12 @@ class KernelCache:
             ValueError: the kernel is not pinned.
         """
         with self._lock:
-            if self._pins[kernel_id] < 1:
-                raise ValueError(f"unpin: got {kernel_id}; allowed: a pinned kernel")
-            self._pins[kernel_id] -= 1
-            if self._pins[kernel_id]:
-                return
-            del self._pins[kernel_id]
-            template = self._pinned.get(kernel_id)
-            if template is not None:
-                self._recent[kernel_id] = template
-                self._pinned_bytes -= template.nbytes
-                del self._pinned[kernel_id]
+            self._unpin(kernel_id)
 
     def statistics(self) -> CacheStatistics:
         """Counts and sizes now."""
         with self._lock:
+            self._let_go()
             return CacheStatistics(
                 hits=self._hits,
                 misses=self._counts["misses"],
@@ -209,19 +224,35 @@ class KernelCache:
         """The fetch of a kernel, begun unless it is under way."""
         with self._lock:
             fetch = self._fetches.get(kernel_id)
-            if fetch is not None:
+            if fetch is not None and not self._stranded(fetch):
                 self._counts["shared"] += 1
-                return fetch
-            fetch = Future()
+                return fetch.outcome
             # It may have arrived since the caller looked.
             template = self.get(kernel_id)
             if template is not None:
-                fetch.set_result(template)
-                return fetch
+                arrived: Future[KernelTemplate] = Future()
+                arrived.set_result(template)
+                return arrived
             self._counts["misses"] += 1
-            self._fetches[kernel_id] = fetch
-        self._start(self._fetch(kernel_id, fetch))
-        return fetch
+            mine = self._fetches[kernel_id] = _Fetch(self._loop or asyncio.get_running_loop())
+        if fetch is not None:
+            self._tasks = {task for task in self._tasks if task.get_loop() is not fetch.loop}
+            fetch.outcome.set_exception(_broken_off(kernel_id))
+        work = self._fetch(kernel_id, mine)
+        try:
+            self._start(work)
+        except RuntimeError as error:  # the loop is closed
+            work.close()
+            with self._lock:
+                del self._fetches[kernel_id]
+            raise Unavailable(
+                f"kernel {kernel_id}: the event loop that fetches kernels has ended"
+            ) from error
+        return mine.outcome
+
+    def _stranded(self, fetch: _Fetch) -> bool:
+        """Whether nobody carries the fetch on: the loop of whoever began it stands still."""
+        return self._loop is None and not fetch.loop.is_running()
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         """Run `work` on the source's loop."""
@@ -241,25 +272,29 @@ class KernelCache:
                 with suppress(EsperError):
                     await _outcome(self._begin(kernel_id))
 
-    async def _fetch(self, kernel_id: str, fetch: Future[KernelTemplate]) -> None:
+    async def _fetch(self, kernel_id: str, fetch: _Fetch) -> None:
         started = time.perf_counter()
+        found: KernelTemplate | BaseException
         try:
-            template = await self._fetched(kernel_id)
+            found = await self._fetched(kernel_id)
         except BaseException as error:
-            with self._lock:
+            found = error
+        with self._lock:
+            self._fetch_seconds += time.perf_counter() - started
+            if self._fetches.get(kernel_id) is not fetch:
+                return  # whoever waited was told that it had been broken off
+            del self._fetches[kernel_id]
+            if isinstance(found, KernelTemplate):
+                self._keep(kernel_id, found)
+            else:
                 self._counts["failures"] += 1
-                self._fetch_seconds += time.perf_counter() - started
-                del self._fetches[kernel_id]
-            if not isinstance(error, Exception):
-                fetch.set_exception(Unavailable(f"kernel {kernel_id}: its fetch was broken off"))
-                raise
-            fetch.set_exception(error)
+        if isinstance(found, KernelTemplate):
+            fetch.outcome.set_result(found)
+        elif isinstance(found, Exception):
+            fetch.outcome.set_exception(_own(found, kernel_id))
         else:
-            with self._lock:
-                self._fetch_seconds += time.perf_counter() - started
-                del self._fetches[kernel_id]
-                self._keep(kernel_id, template)
-            fetch.set_result(template)
+            fetch.outcome.set_exception(_broken_off(kernel_id))
+            raise found
 
     async def _fetched(self, kernel_id: str) -> KernelTemplate:
         metadata = await self._source.metadata(kernel_id)
@@ -303,8 +338,27 @@ class KernelCache:
         landed = {name: tensor.to(device) for name, tensor in template.tensors.items()}
         return replace(template, tensors=MappingProxyType(landed))
 
+    def _unpin(self, kernel_id: str) -> None:
+        if self._pins[kernel_id] < 1:
+            raise ValueError(f"unpin: got {kernel_id}; allowed: a pinned kernel")
+        self._pins[kernel_id] -= 1
+        if self._pins[kernel_id]:
+            return
+        del self._pins[kernel_id]
+        template = self._pinned.get(kernel_id)
+        if template is not None:
+            self._recent[kernel_id] = template
+            self._pinned_bytes -= template.nbytes
+            del self._pinned[kernel_id]
+
+    def _let_go(self) -> None:
+        """Unpin what `instantiate` pinned for modules that are gone."""
+        while self._left:
+            self._unpin(self._left.popleft())
+
     def _keep(self, kernel_id: str, template: KernelTemplate) -> None:
         """Take a template in, if there is room for it beside the pinned ones; holds the lock."""
+        self._let_go()
         if self._pinned_bytes + template.nbytes > self._max_bytes:
             self._counts["uncached"] += 1
             return
@@ -358,6 +412,21 @@ def _translated(error: Exception, template: KernelTemplate) -> EsperError:
             "as much as is free; see growth.budget.activeSeeds"
         )
     return KernelError(f"kernel {kernel}: can't be built on {device}: {one_line(str(error))}")
+
+
+def _own(error: Exception, kernel_id: str) -> EsperError:
+    """A source's own errors as they are; what it let through may heal if the system said it."""
+    if isinstance(error, EsperError):
+        return error
+    reason = f"kernel {kernel_id}: its source failed: {type(error).__name__}"
+    kind = Unavailable if isinstance(error, OSError | asyncio.TimeoutError) else KernelError
+    translated = kind(f"{reason}: {one_line(str(error))}" if str(error) else reason)
+    translated.__cause__ = error
+    return translated
+
+
+def _broken_off(kernel_id: str) -> Unavailable:
+    return Unavailable(f"kernel {kernel_id}: its fetch was broken off")
 
 
 async def _outcome(fetch: Future[KernelTemplate]) -> KernelTemplate:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from esper.execution.calls import host_input, unfused
 from esper.execution.isolation import evaluating, preserved_buffers, preserved_randomness
 from esper.execution.kasmina_layer import GROWN, KasminaLayer
 from esper.execution.state_layout import ACTIVE_STATES
@@ -143,7 +144,8 @@ def sampling(layers: Mapping[str, nn.Module]) -> Iterator[Samples]:
             handles.append(layer.register_forward_hook(_sampler(name, layer, samples)))
             if isinstance(layer, KasminaLayer) and _active_seeds(layer):
                 handles += _feeding(name, layer, samples)
-        yield samples
+        with unfused():
+            yield samples
     finally:
         for handle in handles:
             handle.remove()
@@ -235,7 +237,7 @@ def _feeding(
 
     def keeping(source: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            whole = _argument(args, kwargs)
+            whole = host_input(args, kwargs)
             fed[source] = _few(whole).clone()
             kind = whole.device.type
             on = torch.is_autocast_enabled(kind)
@@ -273,11 +275,6 @@ def _seed_sums(layers: Mapping[str, nn.Module], samples: Samples) -> dict[tuple[
                 except Exception:  # its own fault, as in training, and not the probe's
                     sums[name, slot] = torch.full((), math.nan, device=source.device)
     return sums
-
-
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    found: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return found
 
 
 def _active_seeds(layer: KasminaLayer) -> list[int]:

@@ -147,14 +147,16 @@ class KasminaStateLayout:
             raise BadInput("decay", decay, "a number from 0 to below 1")
         shape = (layers, slots)
         self.decay = decay
-        self.lifecycle = torch.zeros(shape, dtype=torch.int8, device=device)
-        self.kernel_id = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.alpha = torch.zeros(shape, dtype=torch.float32, device=device)
-        self.health = torch.full(shape, math.nan, dtype=torch.float32, device=device)
-        self.age = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.contribution = torch.full(shape, math.nan, dtype=torch.float32, device=device)
-        self.error_count = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.fallback = torch.zeros(shape, dtype=torch.int32, device=device)
+        # A tensor made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self.lifecycle = torch.zeros(shape, dtype=torch.int8, device=device)
+            self.kernel_id = torch.zeros(shape, dtype=torch.int64, device=device)
+            self.alpha = torch.zeros(shape, dtype=torch.float32, device=device)
+            self.health = torch.full(shape, math.nan, dtype=torch.float32, device=device)
+            self.age = torch.zeros(shape, dtype=torch.int32, device=device)
+            self.contribution = torch.full(shape, math.nan, dtype=torch.float32, device=device)
+            self.error_count = torch.zeros(shape, dtype=torch.int32, device=device)
+            self.fallback = torch.zeros(shape, dtype=torch.int32, device=device)
         self.active = 0
         self.transitions = 0
         self._twin = [[SlotRecord() for _ in range(slots)] for _ in range(layers)]
@@ -223,6 +225,9 @@ class KasminaStateLayout:
             if not 0.0 <= alpha <= 1.0:
                 raise BadInput("alpha", alpha, "a number from 0 to 1")
             record.alpha = float(alpha)
+            # A new tensor: a graph that was not walked back yet has saved views of the old one.
+            with torch.inference_mode(False):
+                self.alpha = self.alpha.clone()
             self.alpha[at] = record.alpha
         if state is not None:
             self.active += (state in ACTIVE_STATES) - (record.state in ACTIVE_STATES)
@@ -326,8 +331,9 @@ class KasminaStateLayout:
 
     def to(self, device: torch.device | str) -> KasminaStateLayout:
         """Move the tensors to `device`, keeping their types; returns self."""
-        for name in self.TENSORS:
-            setattr(self, name, getattr(self, name).to(device))
+        with torch.inference_mode(False):
+            for name in self.TENSORS:
+                setattr(self, name, getattr(self, name).to(device))
         return self
 
     def _smoothed(self, old: float, new: float) -> float:

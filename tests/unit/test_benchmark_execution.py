@@ -22,6 +22,7 @@ from benchmarks import gpu
 from benchmarks.execution import FLAGGED, MEASURES, PREFIXES, Comparing, bars, options, report
 from benchmarks.execution_dormant import (
     LIMIT,
+    PROBE_INTERVAL,
     SEEDS,
     dormant,
     dormant_figures,
@@ -315,11 +316,13 @@ def test_one_round_of_every_case_gives_its_figures(figures) -> None:
             assert figure["microseconds"] > 0
 
 
-def test_an_epoch_is_fifty_steps_and_one_probe() -> None:
-    process = {"bare": [1.0, 2.0], "again": [1.0, 2.0], "dormant": [1.0, 2.0], "probe": [5.0, 10.0]}
+def test_an_epoch_is_fifty_steps_and_its_share_of_a_probe() -> None:
+    process = {arm: [1.0, 2.0] for arm in ("bare", "again", "dormant", "validation")}
+    process["watched"] = [9.0, 18.0]
     found = monitored_figures("mlp-1", Timings(processes=(process,)))
-    assert found["ratio"] == pytest.approx(55 / 50)
-    assert found["probeMicroseconds"] == 7.5e6
+    assert found["ratio"] == pytest.approx((50 + 8 * 50 / PROBE_INTERVAL) / 50)
+    assert found["everyBoundary"]["ratio"] == pytest.approx(58 / 50)
+    assert found["probeMicroseconds"] == 12e6
     assert not found["holds"]
 
 

@@ -74,7 +74,7 @@ class ControllerSpec(ResourceModel):
     """Decisions below it are recorded and not applied."""
     interval_epochs: Annotated[int, Field(ge=1, le=100_000)] = 1
     """Epochs between two decisions."""
-    probe_interval_steps: Annotated[int, Field(ge=1, le=1_000_000_000)] = 500
+    probe_interval_steps: Annotated[int, Field(ge=1, le=1_000_000_000)] = 200
     """Optimiser steps between two probes of the layers while no seed is on trial; with one, every
     boundary is probed."""
     patience_seconds: Annotated[float, Field(gt=0, le=86_400)] | None = None

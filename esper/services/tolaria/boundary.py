@@ -18,7 +18,7 @@ from esper.contracts.ir import source_of
 from esper.contracts.messages import KernelReady, KernelRequested, OonaMessage, TopicNames
 from esper.contracts.operational import AdaptationDecision, SeedTransition, SystemStatePacket
 from esper.errors import EsperError, HubUnavailable, KernelError, one_line
-from esper.execution.kernel_cache import KernelCache, instantiate
+from esper.execution.kernel_cache import KernelCache
 from esper.services.oona_client import Oona, Subscription
 from esper.services.tolaria.engine import stable_seed
 from esper.services.tolaria.growth import BuiltSeed
@@ -317,7 +317,7 @@ class HubKernels:
         drawn = stable_seed(self._seed, layer, slot, kernel.kernel)
         graph = lower(document, target)
         return BuiltSeed(
-            module=instantiate(template, generator_seed=drawn),
+            module=self._cache.instantiate(template, generator_seed=drawn),
             kernel=kernel.kernel,
             graph=graph,
             source=source_of(graph),

@@ -261,13 +261,13 @@ class Engine:
     def probe(self, epoch: int) -> tuple[HealthSignal, ...]:
         """Health signals of every host layer, from a validation and the gradients before it.
 
-        Where no probe is due they are the last ones again; see `Telemetry`.
+        Where no probe is due they are the last ones again, of their epoch; see `Telemetry`.
         """
         if self.telemetry.due:
-            self._read()
-        return health_signals(self.config.session, epoch, self.telemetry.reading)
+            self._read(epoch)
+        return health_signals(self.config.session, self.telemetry.epoch, self.telemetry.reading)
 
-    def _read(self) -> None:
+    def _read(self, epoch: int) -> None:
         if not self.telemetry.sampled:
             indices = torch.arange(min(EVALUATION_BATCH, len(self.datasets.validation)))
             inputs, _ = self._moved(gathered(self.datasets.validation, indices))
@@ -281,7 +281,7 @@ class Engine:
                 self._forward(inputs)
         seeds = tuple((record.site, record.kernel) for record in self.book.in_state(*ACTIVE))
         with self.meter.counting("probe", self.structure_key(), seeds, trial=True):
-            self.telemetry.read()
+            self.telemetry.read(epoch)
 
     # -- snapshots --------------------------------------------------------------------------
 

@@ -2,7 +2,9 @@
 
 What a piece of work costs depends on the model's structure and the shape of its batch, so it is
 counted by torch's own counter the first time that pair comes up and remembered from then on.
-Compiled code hides its operations from the counter, so that first time runs eager.
+Compiled code hides its operations from the counter, so that first time runs eager. So do torch's
+fused transformer layers, which also fill padded positions otherwise: no metered work takes them,
+the first time or later, so that all that is compared is computed in one way.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 
 from torch.utils.flop_counter import FlopCounterMode
+
+from esper.execution.calls import unfused
 
 
 class FlopMeter:
@@ -40,11 +44,12 @@ class FlopMeter:
         name = _digest(key)
         known = self.known.get(name)
         if known is None:
-            with self._eager(), FlopCounterMode(display=False) as counter:
+            with self._eager(), unfused(), FlopCounterMode(display=False) as counter:
                 yield
             known = self.known[name] = int(counter.get_total_flops())
         else:
-            yield
+            with unfused():
+                yield
         self.total += known
         if trial:
             self.trials += known

@@ -5,6 +5,7 @@ Tolaria alone writes the model's structure. This is where it does.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,7 +25,7 @@ from esper.contracts.operational import (
     SeedTransition,
 )
 from esper.core.morphology import Morphology
-from esper.errors import BlueprintError, EsperError, StorageFull
+from esper.errors import BlueprintError, EsperError, StorageFull, one_line
 from esper.execution.blending import ramped_alpha
 from esper.services.tolaria import gates as rules
 from esper.services.tolaria.births import give_birth
@@ -37,6 +38,8 @@ Tell = Callable[[SeedTransition], None]
 TellEvent = Callable[[str, str], None]
 
 NOT_FINITE = "its output is not finite"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,7 @@ def refuse_misfit(document: BlueprintDocument, morphology: Morphology, *, builti
         refusals = misfits
         try:
             graph = lower(document, morphology.target(layer))
+            morphology.refuse_misplaced(layer, graph)
             refusals = too_large
             infer(graph, morphology.target(layer))
         except BlueprintError as refusal:
@@ -171,6 +175,7 @@ class Growth:
                     continue
                 try:
                     graph = lower(document, target)
+                    self._engine.model.morphology.refuse_misplaced(layer, graph)
                     cost = infer(graph, target)
                 except BlueprintError:
                     continue  # e.g. widen at a layer without a traced producer
@@ -251,22 +256,25 @@ class Growth:
             give_birth(self._engine, record, seed.module, seed.graph)
         except StorageFull:
             raise  # says nothing about the blueprint; the run ends here and can be resumed
-        except EsperError as error:
-            record.reason = str(error)
-            self._tell_event(
-                "KernelFailed" if error.permanent else "KernelPutOff", f"{layer}[{slot}]: {error}"
-            )
-            if not error.permanent:
-                record.state = SeedState.DORMANT
+        except Exception as error:
+            # Whatever goes wrong with a kernel, the host can be trained without it.
+            if not isinstance(error, EsperError):
+                _log.exception("%s[%d]: %s", layer, slot, candidate.blueprint)
+            reason = str(error) if isinstance(error, EsperError) else _unexpected(error)
+            if isinstance(error, EsperError) and not error.permanent:
+                self._tell_event("KernelPutOff", f"{layer}[{slot}]: {reason}")
+                record.state, record.reason = SeedState.DORMANT, reason
                 self.book.records[record.site] = record
-                return False, f"put off: {error}"
+                return False, f"put off: {reason}"
+            self._tell_event("KernelFailed", f"{layer}[{slot}]: {reason}")
             # Remembered as a failed trial, so that the search goes on elsewhere.
             self.book.open_trial(record, epoch)
             record.state = SeedState.CULLED
             record.opens_epoch = epoch + rules.embargo_epochs(record.cycle, self._gates)
             self.book.records[record.site] = record
             self.book.update_trial(record, epoch)
-            return False, f"failed: {error}"
+            self._told(record, SeedState.DORMANT, epoch, reason)
+            return False, f"failed: {reason}"
         morphology.germinate(
             layer,
             slot,
@@ -459,3 +467,7 @@ class Growth:
         # A seed's whole life is told under the trace of the health signals it began with.
         with tracing(record.trace_id) if record.trace_id else nullcontext():
             self._tell(transition)
+
+
+def _unexpected(error: Exception) -> str:
+    return f"unexpected {type(error).__name__}: {one_line(str(error))}"

@@ -16,12 +16,13 @@ class Telemetry:
 
     Every boundary is, while a seed is on trial; else one at most every `interval_steps` optimiser
     steps, so that the probes of a dormant model cost next to nothing however short its epochs
-    are. Between two probes `reading` is the last one. An epoch's samples and gradients stay on
-    the device until they are read.
+    are. Between two probes `reading` is the last one, of the end of `epoch`. An epoch's samples
+    and gradients stay on the device until they are read.
     """
 
     def __init__(self, model: MorphableModel, interval_steps: int) -> None:
         self.reading = probes.Reading(layers={}, seeds={})
+        self.epoch = 0
         self._model = model
         self._interval_steps = interval_steps
         self._steps = 0
@@ -54,19 +55,20 @@ class Telemetry:
         if last and self.due:
             self._gradients = probes.gradient_sums(self._model.morphology.layers)
 
-    def read(self) -> None:
+    def read(self, epoch: int) -> None:
         """Make `reading` of the samples, which are then gone, and the last gradients."""
+        self.epoch = epoch
         samples, self._samples = self._samples or probes.Samples(), None
         self.reading = probes.read(self._model.morphology.layers, samples, self._gradients)
         self._steps = 0
 
     def to_state(self) -> dict[str, Any]:
         """JSON-ready, for a checkpoint; samples are not kept beyond their boundary."""
-        return {"steps": self._steps, "layers": self.reading.layers}
+        return {"steps": self._steps, "epoch": self.epoch, "layers": self.reading.layers}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `to_state` gave."""
-        self._steps = state["steps"]
+        self._steps, self.epoch = state["steps"], state["epoch"]
         layers = {name: probes.LayerReading(*one) for name, one in state["layers"].items()}
         self.reading = probes.Reading(layers=layers, seeds={})
         self._samples = None

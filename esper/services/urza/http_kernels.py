@@ -39,7 +39,7 @@ class HttpKernelSource:
     The arguments are those of `HubRequests`.
 
     Raises:
-        ConfigError: no address is set.
+        ConfigError: no address is set, or it is none.
     """
 
     def __init__(

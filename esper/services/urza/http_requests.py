@@ -27,7 +27,7 @@ from esper.utils.logging import current_trace_id
 TRACE_HEADER = "X-Trace-Id"
 MAX_RETRY_AFTER_SECONDS = 30.0
 MAX_PROBLEM_BYTES = 64 * 2**10
-_RETRIED = frozenset({429, 502, 503, 504})
+_RETRIED = frozenset({408, 425, 429})
 _CHUNK_BYTES = 2**20
 
 
@@ -70,10 +70,9 @@ class HubRequest:
 class _TemporaryError(Exception):
     """A request failed in a way that may heal; `after` is how long the hub asks to be left."""
 
-    def __init__(self, reason: str, *, after: float = 0.0, retry: bool = True) -> None:
+    def __init__(self, reason: str, *, after: float = 0.0) -> None:
         super().__init__(reason)
         self.after = after
-        self.retry = retry
 
 
 class HubRequests:
@@ -87,7 +86,7 @@ class HubRequests:
         uniform: a random number between two bounds, for the jitter.
 
     Raises:
-        ConfigError: no address is set.
+        ConfigError: no address is set, or it is none.
     """
 
     def __init__(
@@ -101,6 +100,12 @@ class HubRequests:
     ) -> None:
         if config.url is None:
             raise ConfigError("hub.url", None, "the hub's address, http:// or https://")
+        try:
+            httpx.URL(config.url).host  # noqa: B018 - reading it decodes an internationalised name
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise ConfigError(
+                "hub.url", config.url, f"an address ({one_line(str(error))})"
+            ) from error
         self._config = config
         self._root = config.url.rstrip("/")
         self._sleep = sleep
@@ -159,7 +164,7 @@ class HubRequests:
             except _TemporaryError as error:
                 self._failures += 1
                 attempt += 1
-                if not error.retry or attempt >= most:
+                if attempt >= most:
                     raise HubUnavailable(
                         f"{request.subject}: the hub at {self._config.url} gave no answer in "
                         f"{attempt} attempts: {error}; see hub.url"
@@ -205,10 +210,8 @@ class HubRequests:
         status = response.status_code
         if 200 <= status < 300:
             return
-        if status in _RETRIED:
+        if status in _RETRIED or _broken(status):
             raise _TemporaryError(f"HTTP {status}", after=_retry_after(response))
-        if _broken(status):
-            raise _TemporaryError(f"HTTP {status}", retry=False)
         self._failures += 1
         problem = bytearray()
         async for chunk in response.aiter_raw():
@@ -218,6 +221,13 @@ class HubRequests:
         raise request.refusal(status, bytes(problem[:MAX_PROBLEM_BYTES]))
 
     async def _read(self, response: httpx.Response, request: HubRequest) -> bytes:
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding.lower() != "identity":
+            self._failures += 1
+            raise KernelError(
+                f"{request.subject}: got Content-Encoding {one_line(encoding)} from the hub; "
+                "allowed: identity, which was asked for; see hub.url"
+            )
         data = bytearray()
         async for chunk in response.aiter_raw():
             self._received += len(chunk)

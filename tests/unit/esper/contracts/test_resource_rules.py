@@ -42,7 +42,7 @@ RANGES = [
     ("growth.budget.activeSeeds", 1, 64, 1),
     ("growth.controller.minimumConfidence", 0, 1, 0.01),
     ("growth.controller.intervalEpochs", 1, 100_000, 1),
-    ("growth.controller.probeIntervalSteps", 1, 1_000_000_000, 500),
+    ("growth.controller.probeIntervalSteps", 1, 1_000_000_000, 200),
     ("growth.gates.rampEpochs", 0, 100_000, 1),
     ("growth.gates.holdEpochs", 0, 100_000, 1),
     ("growth.gates.embargoEpochs", 0, 100_000, 1),

@@ -79,7 +79,7 @@ DEFAULTS = {
             "dedicated": False,
             "minimumConfidence": 0.8,
             "intervalEpochs": 1,
-            "probeIntervalSteps": 500,
+            "probeIntervalSteps": 200,
         },
         "gates": {
             "confidenceLevel": 0.95,

@@ -63,6 +63,14 @@ class Listed(nn.Module):
             x = torch.tanh(layer(x))
         return x
 
+class Lends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return torch.relu(self.layer(x)) @ self.layer.weight
+
 def encoder(width):
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(width, 2, 8, batch_first=True), 1)
 
@@ -217,6 +225,15 @@ def test_grown_convolutions_and_layers_with_a_tied_weight(user, tmp_path: Path) 
     result = exported_same(model, "theirmodels:Mixed", {"width": 3}, tmp_path / "run", x)
     assert not torch.equal(result["state"]["tied.weight"], result["state"]["inner.weight"])
     assert result["state"]["second.weight"].shape == (6, 6, 3, 3)
+
+
+def test_a_weight_that_is_read_outside_its_layer_stays(user, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    model = wrap(user.Lends(), x)
+    grow(model, "layer", "low-rank", rank=2)
+    result = exported_same(model, "theirmodels:Lends", {}, tmp_path / "run", x)
+    assert torch.equal(result["state"]["layer.weight"], model.layer.weight)
 
 
 def test_a_seed_that_reads_the_producer_and_is_no_widening(user, tmp_path: Path) -> None:

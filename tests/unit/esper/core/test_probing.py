@@ -176,3 +176,60 @@ def test_autocast_keeps_gradients_after_a_first_call_inside_it() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(2, 4)).float().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Counted(nn.Module):
+    """Writes to a buffer, and replaces another, when scripted too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.BatchNorm1d(4), nn.Linear(4, 4)
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = self.seen + x.mean(0)
+        return self.layer(self.norm(x))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["script", "trace"])
+@pytest.mark.parametrize("probed", [True, False])
+def test_a_scripted_part_is_refused_and_left_alone_and_the_rest_served(
+    how: str, probed: bool
+) -> None:
+    x = torch.randn(5, 4)
+    part = torch.jit.script(Counted()) if how == "script" else torch.jit.trace(nn.Linear(4, 4), x)
+    model = nn.Sequential(part, nn.Linear(4, 2)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    wrap(model, x if probed else None)
+    if not probed:
+        with torch.no_grad():
+            model(x)
+    else:
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert list(model.morphology.layers) == ["1"]
+    # A traced layer shows no kind that could have been a host's.
+    assert model.morphology.refused == (
+        {"0.layer": "it is scripted"} if how == "script" else {"0": "it is scripted"}
+    )
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("way", ["renormalised", "data"])
+def test_weights_that_a_forward_writes_to_are_as_before_the_probe(way: str) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(9, 4, max_norm=0.5 if way == "renormalised" else None)
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            if way == "data":
+                self.words.weight.data.mul_(0.5)
+            return self.layer(self.words(x))
+
+    model = Writes()
+    weight, version = model.words.weight.detach().clone(), model.layer.weight._version
+    wrap(model, torch.arange(9)[None])
+    assert torch.equal(model.words.weight, weight)
+    assert model.layer.weight._version == version

@@ -276,3 +276,80 @@ class TwoModes(nn.Module):
 )
 def test_a_pair_is_one_in_both_modes(kind, pairs) -> None:
     assert pairs_of(TwoModes(kind), torch.randn(2, 4)) == pairs
+
+
+def mean_of(x: torch.Tensor) -> torch.Tensor:
+    return x.mean()
+
+
+class Copied(torch.autograd.Function):
+    """A function that autograd runs past torch's functions."""
+
+    @staticmethod
+    def forward(_context, x):
+        return x * 2
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["script", "trace", "module", "function"])
+@pytest.mark.parametrize("calls", [1, 4])
+def test_scripted_readers_of_a_producer_are_readers(how: str, calls: int) -> None:
+    class Scripted(nn.Module):
+        def forward(self, x):
+            return x.mean()
+
+    readers = {
+        "script": lambda: torch.jit.script(mean_of),
+        "trace": lambda: torch.jit.trace(mean_of, torch.randn(3, 6)),
+        "module": lambda: torch.jit.script(Scripted()),
+        "function": lambda: Copied.apply,
+    }
+    reader = readers[how]()
+
+    class Aside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.second(torch.relu(x)) + reader(x).mean()
+
+    model = Aside()
+    # Scripted code is optimised after a few calls.
+    for _ in range(calls - 1):
+        model(torch.randn(3, 4))
+    assert pairs_of(model, torch.randn(3, 4)) == {}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_edges_lead_through_scripted_code() -> None:
+    double = torch.jit.script(doubled)
+    model = Functional(double)
+    assert wrap(model, torch.randn(2, 4)).morphology.edges == (("first", "second"),)
+    assert model.morphology.pairs == ()
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x * 2)
+
+
+@pytest.mark.parametrize("when", ["between", "after"])
+def test_a_producers_input_that_is_written_to_before_the_consumer_reads_makes_no_pair(
+    when: str,
+) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            x = x.clone()
+            hidden = self.first(x)
+            if when == "between":
+                x[:, 0].mul_(2)
+            out = self.second(torch.relu(hidden))
+            return out + x.mul_(3)
+
+    found = pairs_of(Writes(), torch.randn(2, 4))
+    assert found == ({} if when == "between" else {("first", "second"): ["relu"]})

@@ -391,3 +391,45 @@ def test_groups_are_refused() -> None:
     bound = bound_at(model, "0", graph_of(X, first | {"groups": 2, "init": "gradient"}, last))
     with pytest.raises(BlueprintError, match="groups 2"):
         births(bound)
+
+
+def test_a_layer_called_by_keyword_is_read_as_one_called_by_position() -> None:
+    class Called(nn.Module):
+        def __init__(self, keyword: bool) -> None:
+            super().__init__()
+            self.first, self.head, self.keyword = nn.Linear(5, 4), nn.Linear(4, 3), keyword
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.keyword:
+                return self.head(input=torch.relu(self.first(input=x)))
+            return self.head(torch.relu(self.first(x)))
+
+    x = drawn(7, 5)
+    for layer, blueprint in (("first", "bottleneck-mlp"), ("head", "widen"), ("head", OUTPUT)):
+        found = []
+        for keyword in (True, False):
+            model = wrapped(Called(keyword), x)
+            arguments = GRADIENT if isinstance(blueprint, str) else {}
+            bound = bound_at(model, layer, blueprint, **arguments)
+            found.append(measured(model, layer, bound, loss_on(model, x)))
+        assert found[0].keys() == found[1].keys() != set()
+        assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+OUTPUT = graph_of(
+    {"op": "input", "id": "x", "source": "output"},
+    {"op": "linear", "id": "down", "input": "x", "features": 2, "init": "gradient"},
+    {"op": "linear", "id": "up", "input": "down", "features": "out", "init": "zero"},
+)
+
+
+def test_weights_that_a_forward_writes_to_are_as_before_the_birth() -> None:
+    model = nn.Sequential(nn.Embedding(9, 6, max_norm=0.1), Dense())
+    x = torch.arange(9)
+    wrap(model, x)
+    with torch.no_grad():
+        model[0].weight.mul_(10)
+    before = model[0].weight.detach().clone()
+    bound = bound_at(model, "1.first", "bottleneck-mlp", **GRADIENT)
+    measured(model, "1.first", bound, loss_on(model, x))
+    assert torch.equal(model[0].weight, before)

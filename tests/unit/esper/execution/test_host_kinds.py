@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from esper.core import unwrap, wrap
 from esper.core.model_wrapper import LayerSelection
 from esper.core.morphology import ROOT
+from esper.errors import KernelError
 from esper.execution.kasmina_layer import KasminaLinear
 from esper.execution.state_layout import SeedLifecycleState as S
 from tests.unit.esper.core.growing import GRAFTING
@@ -153,6 +154,31 @@ def test_the_host_answers_for_a_seed_on_trial_that_raises() -> None:
     seed.broken = False
     assert same(wrapped(x), bare(x)), "the circuit stays open"
     assert isinstance(wrapped[0], KasminaLinear)
+
+
+@pytest.mark.parametrize("states", [DORMANT_TO_GRAFTING, TO_FOSSIL])
+@pytest.mark.parametrize("shape", [(3, 3, 4), (1, 3, 4), (3, 1), (4,), ()])
+def test_a_seed_whose_output_has_another_shape_than_its_hosts_is_at_fault(shape, states) -> None:
+    class Misshapen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scale * torch.ones(shape)
+
+    bare, wrapped = linear_pair()
+    grow(wrapped, "0", Misshapen(), states)
+    x = torch.randn(3, 5)
+    if states is TO_FOSSIL:
+        with pytest.raises(KernelError, match="the seed's output is"):
+            wrapped(x)
+        return
+    wrapped.morphology.set_alpha("0", 0, 1.0)
+    assert same(wrapped(x), bare(x))
+    assert wrapped.morphology.record("0", 0).fault == (
+        f"KernelError: the seed's output is {shape}, its host's (3, 4)"
+    )
 
 
 def test_what_a_fossilized_seed_raises_is_raised() -> None:

@@ -230,3 +230,17 @@ def test_an_expanded_buffer_is_no_obstacle(kept: Callable[..., None]) -> None:
     model.register_buffer("wide", buffer)
     kept(model, lambda: None)
     assert model.wide is buffer
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_scripted_module_gets_its_mode_and_its_buffers_back() -> None:
+    model = nn.Sequential(torch.jit.script(nn.BatchNorm1d(3)), nn.Linear(3, 3))
+    before, own = buffer_bits(model), {}
+    with borrowed_buffers(model, own):
+        model(torch.randn(4, 3))
+    assert buffer_bits(model) == before
+    with borrowed_buffers(model, own):
+        assert buffer_bits(model) != before
+    with evaluating(model):
+        assert not model[0].training
+    assert model[0].training

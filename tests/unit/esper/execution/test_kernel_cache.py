@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 
 import pytest
 
 import esper.execution
 from esper.contracts.kernels import KernelMetadata
-from esper.errors import HubUnavailable, KernelError
+from esper.errors import EsperError, HubUnavailable, KernelError, Unavailable
 from esper.execution.kernel_cache import DEFAULT_MAX_BYTES, KernelCache
 from tests.unit.esper.execution.kernel_shelf import Shelf, room_for, size
 
@@ -306,3 +307,125 @@ def test_the_package_exports_what_the_audit_names() -> None:
         assert getattr(esper.execution, name).__name__ == name
     with pytest.raises(AttributeError, match="KernelCaches"):
         _ = esper.execution.KernelCaches
+
+
+class Moody(Shelf):
+    """Hangs, or raises, until it is well."""
+
+    mood: Exception | None = None
+    hangs = False
+
+    async def metadata(self, kernel_id: str) -> KernelMetadata:
+        if self.hangs:
+            await asyncio.sleep(3600)
+        if self.mood is not None:
+            raise self.mood
+        return await super().metadata(kernel_id)
+
+
+def test_a_fetch_whose_loop_was_left_standing_is_begun_anew() -> None:
+    shelf = Moody()
+    kernel = shelf.stock(3)
+    shelf.hangs = True
+    cache = KernelCache(shelf)
+    loop = asyncio.new_event_loop()
+    with pytest.raises(TimeoutError):
+        loop.run_until_complete(asyncio.wait_for(cache.load(kernel), 0.01))
+    shelf.hangs = False
+    template = asyncio.run(asyncio.wait_for(cache.load(kernel), 10))
+    assert template.manifest.kernel == kernel
+    assert cache.statistics().entries == 1
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    loop.run_until_complete(asyncio.sleep(0))  # the first one ends, and takes nothing away
+    loop.close()
+    assert cache.get(kernel) is template
+
+
+def test_who_waits_for_a_fetch_that_is_broken_off_is_told() -> None:
+    shelf = Moody()
+    kernel = shelf.stock(3)
+    shelf.hangs = True
+    cache = KernelCache(shelf)
+    refusals: list[str] = []
+    begun = threading.Event()
+
+    def wait() -> None:
+        begun.wait()
+        with pytest.raises(Unavailable, match="broken off") as refusal:
+            asyncio.run(asyncio.wait_for(cache.load(kernel), 10))
+        refusals.append(str(refusal.value))
+
+    async def ask() -> None:
+        asking = asyncio.create_task(cache.load(kernel))
+        await asyncio.sleep(0)
+        begun.set()
+        while not cache.statistics().shared and waiting.is_alive():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        asking.cancel()
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    asyncio.run(ask())
+    waiting.join(10)
+    assert len(refusals) == 1
+
+
+def test_a_cache_that_outlives_its_loop_says_so_every_time() -> None:
+    shelf = Shelf()
+    kernel = shelf.stock(3)
+    loop = asyncio.new_event_loop()
+    loop.close()
+    cache = KernelCache(shelf, loop=loop)
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="event loop that fetches kernels has ended"):
+            asyncio.run(asyncio.wait_for(cache.load(kernel), 10))
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (ConnectionResetError("reset by peer"), Unavailable),
+        (TimeoutError(), Unavailable),
+        (LookupError("gone"), KernelError),
+        (HubUnavailable("away"), HubUnavailable),
+    ],
+)
+def test_what_a_source_lets_through_becomes_an_error_of_ours(
+    raised: Exception, expected: type[EsperError]
+) -> None:
+    async def scenario() -> None:
+        shelf = Moody()
+        kernels = [shelf.stock(units) for units in (2, 3)]
+        shelf.mood = raised
+        cache = KernelCache(shelf)
+        with pytest.raises(expected) as refusal:
+            await cache.load(kernels[0])
+        assert type(refusal.value) is expected
+        assert str(raised) in str(refusal.value)
+        cache.prefetch(kernels)
+        shelf.mood = None
+        for kernel in kernels:
+            assert (await cache.load(kernel)).manifest.kernel == kernel
+
+    asyncio.run(scenario())
+
+
+def test_a_kernel_stays_while_a_seed_lives_on_it() -> None:
+    async def scenario() -> None:
+        shelf = Shelf()
+        first, second, third = (shelf.stock(units) for units in (2, 3, 4))
+        cache = KernelCache(shelf, room_for(shelf, [second, third]))
+        module = cache.instantiate(await cache.load(first), generator_seed=0)
+        assert cache.statistics().pinned == 1
+        for kernel in (second, third, second):
+            await cache.load(kernel)
+        assert cache.get(first) is not None
+        del module
+        gc.collect()
+        assert cache.statistics().pinned == 0
+        for kernel in (second, third):
+            await cache.load(kernel)
+        assert cache.get(first) is None
+
+    asyncio.run(scenario())

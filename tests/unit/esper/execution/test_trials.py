@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from esper.core import MorphableModel, wrap
 from esper.execution.isolation import seed_everything
@@ -206,3 +208,118 @@ def test_streams_and_buffers_are_put_back_when_the_loss_fails() -> None:
         shadow(case, case.batches[0][0], torch.zeros(7, dtype=torch.long))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(map(torch.equal, before, case.model.buffers()))
+
+
+# -- under reentrant checkpointing, which autograd.grad does not reach ----------------------------
+
+
+class Checkpointed(nn.Module):
+    """A stem, and blocks in checkpoints; the last one is called twice, once outside of any."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 5)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh()) for _ in range(2)
+        )
+        self.scale = nn.Parameter(torch.ones(5))
+        self.head = nn.Linear(5, 3)
+        self.reentrant = reentrant
+
+    def scaled(self, scale: Tensor) -> Tensor:
+        return scale * 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = self._run(block, x)
+        return self.head(self.blocks[1][0](x) * self._run(self.scaled, self.scale))
+
+    def _run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return function(x)
+        return checkpoint(function, x, use_reentrant=self.reentrant)
+
+
+def checkpointed(reentrant: bool | None, layer: str) -> Case:
+    torch.manual_seed(0)
+    model = wrap(Checkpointed(reentrant), torch.randn(2, 4))
+    grow(model, layer, "bottleneck-mlp", (S.TRAINING,), units=3)
+    batches = [(torch.randn(5, 4), torch.randint(3, (5,))) for _ in range(3)]
+    return Case(model.train(), (layer, 0), batches)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("layer", ["stem", "blocks.0.0", "blocks.1.0", "head"])
+def test_a_seed_learns_the_same_with_and_without_checkpoints(layer: str, reentrant: bool) -> None:
+    case, plain = checkpointed(reentrant, layer), checkpointed(None, layer)
+    for x, y in case.batches:
+        loss, gradients = shadow(case, x, y)
+        expected_loss, expected = shadow(plain, x, y)
+        torch.testing.assert_close(loss, expected_loss)
+        torch.testing.assert_close(gradients, expected)
+        assert all(gradient is not None and bool(gradient.any()) for gradient in gradients)
+    assert case.model.morphology.record(layer, 0).fallbacks == 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("layer", ["stem", "blocks.0.0", "blocks.1.0", "head"])
+def test_the_host_is_the_same_to_the_bit_beside_a_trial_in_checkpoints(
+    layer: str, reentrant: bool
+) -> None:
+    case = checkpointed(reentrant, layer)
+    other = copy.deepcopy(case)
+    assert course(case, trying=True) == course(other, trying=False)
+
+
+def test_a_trial_in_checkpoints_leaves_every_gradient_and_its_hooks_alone() -> None:
+    case = checkpointed(True, "blocks.0.0")
+    model = case.model
+    (x, y), stepped = case.batches[0], []
+    x.requires_grad_()
+    F.cross_entropy(model(x), y).backward()
+    for parameter in model.morphology.host_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: stepped.append(p))
+        parameter.register_hook(lambda gradient: stepped.append(gradient))
+    for parameter in case.seed:
+        parameter.grad = torch.full_like(parameter, 7.0)
+    before = {leaf: (leaf.grad, leaf.grad.clone()) for leaf in (x, *model.parameters())}
+    model.head.weight.requires_grad_(False)
+    shadow(case, x, y)
+    for leaf, (gradient, value) in before.items():
+        assert leaf.grad is gradient
+        assert torch.equal(gradient, value)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["head.weight"]
+    assert stepped == []
+
+    model.stem.register_forward_hook(lambda _m, _i, out: out.register_hook(_fail) and None)
+    with pytest.raises(ZeroDivisionError):
+        shadow(case, x, y)
+    for leaf, (gradient, value) in before.items():
+        assert leaf.grad is gradient
+        assert torch.equal(gradient, value)
+    F.cross_entropy(model.head(torch.randn(5, 5)), y).backward()
+    assert len(stepped) == 2, "the hooks are back"
+
+
+def _fail(gradient: Tensor) -> Tensor:
+    raise ZeroDivisionError
+
+
+def test_a_seed_that_no_gradient_reaches_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Unreached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.head = nn.Linear(4, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(checkpoint(self.block, x, use_reentrant=True))
+
+    model = wrap(Unreached(), torch.randn(2, 4, requires_grad=True))
+    grow(model, "block", "bottleneck-mlp", (S.TRAINING,))
+    case = Case(model, ("block", 0), [])
+    for _ in range(3):
+        _, gradients = shadow(case, torch.randn(2, 4), torch.randint(3, (2,)))
+        assert gradients == [None] * len(case.seed)
+    assert [record.message for record in caplog.records if "learned nothing" in record.message]
+    assert len(caplog.records) == 1

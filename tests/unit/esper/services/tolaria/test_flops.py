@@ -136,3 +136,19 @@ def test_counting_does_not_change_a_bit_of_the_work(net: str, training: bool) ->
     assert meter.total > 0 or (net, training) == ("attentive", False)
     assert len(counted) == len(remembered)
     assert all(map(torch.equal, counted, remembered))
+
+
+def test_fused_transformer_layers_are_counted_whole_and_padding_is_filled_as_when_watched() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1).eval()
+    x, padding = torch.randn(4, 5, 8), torch.zeros(4, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    meter, outputs = FlopMeter(), []
+    for _ in range(2):
+        with torch.no_grad(), meter.counting("evaluation"):
+            outputs.append(encoder(x, src_key_padding_mask=padding))
+    # Four projections, the two products of attention, the two layers of 16 units.
+    weights, scores = 4 * 8 * 8 + 2 * 8 * 16, 2 * 5 * 8
+    assert meter.total == 2 * 2 * 4 * 5 * (weights + scores)
+    assert torch.equal(*outputs)
+    assert torch.backends.mha.get_fastpath_enabled()

@@ -17,7 +17,7 @@ from esper.contracts.operational import (
     SeedTransition,
     SystemStatePacket,
 )
-from esper.errors import HubUnavailable
+from esper.errors import HubUnavailable, KernelError
 from esper.services.tolaria.growth import BuiltSeed
 from esper.services.tolaria.news import News
 from esper.services.tolaria.objective import Classification
@@ -187,3 +187,30 @@ def test_a_hub_that_is_away_for_a_while_is_asked_again() -> None:
     assert ("KernelPutOff", "hidden.1[0]: hub: got connection refused") in told.events
     assert told.transitions[0].current is S.GERMINATED
     assert told.rows[-1]["active"][0]["state"] == "training"
+
+
+@pytest.mark.parametrize(
+    ("refusal", "reason"),
+    [
+        (KernelError("kernel k: got SHA-256 1; allowed: 2"), "kernel k: got SHA-256 1; allowed: 2"),
+        (LookupError("F4"), "unexpected LookupError: F4"),
+    ],
+)
+def test_a_kernel_that_can_not_be_had_is_a_trial_that_failed(
+    refusal: Exception, reason: str
+) -> None:
+    kernels = BuiltHere(refusal)
+
+    def mend(told: Germinates) -> None:
+        if len(told.rows) == 3:
+            kernels.refusal = None
+
+    told = run(kernels, mend)
+    assert losses(told) == losses(run(BuiltHere(HubUnavailable("no kernels today"))))
+    assert ("KernelFailed", f"hidden.1[0]: {reason}") in told.events
+    moves = [(one.previous, one.current, one.reason) for one in told.transitions]
+    assert moves[:2] == [
+        (S.DORMANT, S.CULLED, reason),
+        (S.CULLED, S.DORMANT, "the embargo is over"),
+    ]
+    assert told.rows[-1]["active"][0]["state"] == "training", "a later retry succeeds"
