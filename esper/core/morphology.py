@@ -80,6 +80,7 @@ class Morphology:
         self.__dict__.update(state)
         for name, link in links.items():
             link.site.target = partial(self.target, name)
+            link.site.admit = partial(self.refuse_misplaced, name)
             link.restore(self.layers[name])
 
     @property
@@ -174,9 +175,7 @@ class Morphology:
         `module`; without it the seed can't be written into a checkpoint's structure, and folds or
         exports only as the module it is. Raises as `refuse_misplaced`.
         """
-        host = self._probed_layer(layer)
-        self.refuse_misplaced(layer, graph)
-        host.germinate(slot, module, kernel=kernel, source=source, graph=graph)
+        self._probed_layer(layer).germinate(slot, module, kernel=kernel, source=source, graph=graph)
 
     def refuse_misplaced(self, layer: str, graph: Graph | None) -> None:
         """Raise BlueprintError where a bound graph reads other positions and the layer may not."""
@@ -355,6 +354,7 @@ class Morphology:
                 index,
                 self.layout,
                 partial(self.target, name),
+                partial(self.refuse_misplaced, name),
                 self.loads,
                 producer=None if pair is None else self.layers[pair.producer],
             )

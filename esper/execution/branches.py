@@ -133,7 +133,8 @@ class LoadStatistics:
 class Site:
     """What a layer knows as a host: its place in the layout, its neighbours, its seeds.
 
-    `target` says what a kernel for the layer is compiled for, `loads` counts those of the model.
+    `target` says what a kernel for the layer is compiled for, `admit` refuses the graph of a seed
+    that has no place here, `loads` counts the model's kernels.
 
     `encoders` are the TransformerEncoders around it, innermost first, that pass nested tensors
     to fused layers; `fused` says that it lies in a TransformerEncoderLayer. `trialled` and
@@ -147,6 +148,7 @@ class Site:
     index: int
     layout: KasminaStateLayout
     target: Callable[[], KernelTarget]
+    admit: Callable[[Graph | None], None]
     loads: LoadStatistics
     fused: bool = False
     encoders: tuple[nn.TransformerEncoder, ...] = ()
@@ -157,8 +159,9 @@ class Site:
     hook: RemovableHandle | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but `target`, `producer` and `encoders`, which would drag the model along."""
-        return self.__dict__ | {"target": _without_model, "producer": None, "encoders": ()}
+        """All but what would drag the model along."""
+        model = {"target": _without_model, "admit": _any_seed, "producer": None, "encoders": ()}
+        return self.__dict__ | model
 
     def record(self, slot: int) -> SlotRecord:
         """The host twin of a slot of this layer."""
@@ -193,3 +196,7 @@ class Site:
 
 def _without_model() -> KernelTarget:
     raise WrapError("layer", "one copied or unpickled without its model", "a layer of its model")
+
+
+def _any_seed(graph: Graph | None) -> None:
+    """A layer without its model can't tell what its neighbours would feel."""

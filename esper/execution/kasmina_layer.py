@@ -73,9 +73,11 @@ class KasminaLayer(nn.Module):
         it was built from.
 
         Raises:
-            BadInput: the slot is not dormant, or no producer was traced for the layer.
+            BadInput: the slot is not dormant, no producer was traced for the layer, or the seed
+                would read positions that it may not.
         """
         self._refuse_without_producer(slot, source)
+        self.site.admit(graph)
         self.site.layout.transition(self.site.index, slot, SeedLifecycleState.GERMINATED)
         self.site.layout.write(self.site.index, slot, kernel=kernel)
         self.attach(slot, module, source=source, graph=graph)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from esper.contracts.blueprints import lower
 from esper.core import wrap
 from esper.errors import BlueprintError
+from esper.execution.builders import build
 from esper.services.tolaria.data import Datasets
 from esper.services.tolaria.engine import Engine
 from esper.services.tolaria.growth import Growth, refuse_misfit
@@ -44,3 +48,19 @@ def test_they_are_no_candidates_and_the_reason_is_told() -> None:
     with pytest.raises(BlueprintError, match="another dimension than the batch in front"):
         refuse_misfit(mixer, model.morphology, builtin=False)
     refuse_misfit(mixer, model.morphology, builtin=True)
+
+
+def test_the_layer_itself_refuses_them_too() -> None:
+    model = wrap(TimeFirst(), torch.randn(2, 5, 6))
+    layer = model.morphology.layers["layer"]
+    for document in documents("attention", "bottleneck-mlp"):
+        graph = lower(document, model.morphology.target("layer"))
+        module = build(graph, model.morphology.target("layer"), generator_seed=0)
+        if document.name == "attention":
+            with pytest.raises(BlueprintError, match="another dimension than the batch in front"):
+                layer.germinate(0, module, kernel="k", graph=graph)
+        else:
+            layer.germinate(0, module, kernel="k", graph=graph)
+    again = pickle.loads(pickle.dumps(model)).morphology.layers["layer"]
+    with pytest.raises(BlueprintError):
+        again.site.admit(lower(documents("attention")[0], model.morphology.target("layer")))
