@@ -265,7 +265,7 @@ def _fault(part: ServerProcess, fault: str, seconds: float) -> None:
 
 def _compare(undisturbed: Path, disturbed: Path, outcome: Outcome) -> None:
     for name in LOGS:
-        one, two = (_timeless(directory / name) for directory in (undisturbed, disturbed))
+        one, two = (timeless(directory / name) for directory in (undisturbed, disturbed))
         outcome.figures[name] = len(two)
         pairs = enumerate(zip(one, two, strict=False))
         first = next((n for n, (expected, found) in pairs if expected != found), None)
@@ -338,7 +338,8 @@ def _check_database(stack: Stack, outcome: Outcome) -> None:
     outcome.check(without == unsettled == 0, f"{without} kernels without an artifact")
 
 
-def _timeless(path: Path) -> list[dict[str, Any]]:
+def timeless(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log, without when they were written."""
     return [
         {name: value for name, value in line.items() if name not in ("time", "seconds")}
         for line in _lines(path)
