@@ -223,8 +223,7 @@ def _disturb(
     """
     chance = random.Random(plan.seed)
     parts = list(stack.parts.items())
-    in_turn = [(name, part, fault) for fault in FAULTS for name, part in parts]
-    chance.shuffle(in_turn)
+    in_turn = _in_turn(parts, chance)
     kernels: list[str] = []
     for number in range(plan.faults):
         if sessions.go_on():
@@ -243,6 +242,17 @@ def _disturb(
         outcome.faults.append(f"{fault} {name}")
         time.sleep(chance.uniform(plan.shortest, plan.longest))
     return kernels
+
+
+def _in_turn(
+    parts: Sequence[tuple[str, ServerProcess]], chance: random.Random
+) -> list[tuple[str, ServerProcess, str]]:
+    """Every part once, in one way or the other; then every part in the way that is left."""
+    first = [(name, part, chance.choice(FAULTS)) for name, part in parts]
+    second = [(name, part, FAULTS[1 - FAULTS.index(fault)]) for name, part, fault in first]
+    chance.shuffle(first)
+    chance.shuffle(second)
+    return first + second
 
 
 def _wait_for_progress(directory: Path) -> None:

@@ -18,8 +18,9 @@ def test_ten_faults_lose_nothing(tmp_path: Path) -> None:
     outcome = run(manifest, tmp_path / "runs", plan, said.append)
     assert outcome.broken == [], "\n".join(said)
     assert len(outcome.faults) == 10
-    # Of each part a fault, of one kind or the other, and both kinds among them.
-    assert {fault.partition(" ")[0] for fault in outcome.faults} == {"kill", "freeze"}
+    kinds, parts = (set(words) for words in zip(*map(str.split, outcome.faults), strict=True))
+    assert kinds == {"kill", "freeze"}
+    assert parts == {"redis", "postgres", "s3", "urza", "tezzeret-1", "tezzeret-2", "tamiyo"}
     assert outcome.figures["transitions"] > 10
     assert outcome.figures["kernels"] >= 4
 
