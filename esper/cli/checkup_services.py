@@ -48,7 +48,7 @@ def postgres(config: EsperConfig) -> Answer:
     """The database at `database.url`, which Urza talks to."""
 
     async def ask() -> str:
-        import asyncpg  # type: ignore[import-untyped]
+        import asyncpg
 
         url = config.database.url.replace("postgresql+asyncpg", "postgresql", 1)
         connection = await asyncpg.connect(url)
