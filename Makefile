@@ -99,6 +99,18 @@ bench-services: ## Measure bus, object store, hub and log beside plain libraries
 bench-%: setup
 	@$(BIN)/python -m benchmarks.$* $(ARGUMENTS)
 
+.PHONY: services
+services: setup ## Start Redis, Postgres, S3 and every service as processes; Ctrl-C stops them
+	@$(BIN)/python -m tools.services $(ARGUMENTS)
+
+.PHONY: examples-services
+examples-services: setup ## Run each example in one process and over the services: equal to the bit
+	@$(BIN)/python -m tools.examples_services $(ARGUMENTS)
+
+.PHONY: chaos-services
+chaos-services: setup ## Kill and freeze every service in turn while a session trains; nothing is lost
+	@$(BIN)/python -m tools.chaos_services $(ARGUMENTS)
+
 .PHONY: clean
 clean: ## Remove what the commands above made: .venv, caches, runs/demo
 	@rm -rf $(VENV) $(DEMO) .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache \

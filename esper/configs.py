@@ -622,9 +622,10 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
 def _from_environment(variables: Mapping[str, str]) -> dict[str, tuple[object, str]]:
     given: dict[str, tuple[object, str]] = {}
     for variable in sorted(variables):
-        if not variable.startswith(ENVIRONMENT_PREFIX) or _SERVICE_LINK.search(variable):
-            continue
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+        linked = name not in NAMES and _SERVICE_LINK.search(variable)
+        if not variable.startswith(ENVIRONMENT_PREFIX) or linked:
+            continue
         given[name] = (_typed(variables[variable]), f"environment {variable}")
     return given
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import platform
-import socket
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
+from esper.cli import checkup_services
 from esper.configs import EsperConfig
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "runtime": ("torch", "safetensors", "numpy", "httpx"),
-    "hub": ("sqlalchemy", "aiosqlite"),
+    "hub": ("sqlalchemy", "aiosqlite", "asyncpg", "alembic", "fastapi", "uvicorn", "jwt"),
+    "bus": ("redis",),
+    "s3": ("boto3",),
     "report": ("matplotlib",),
     "zoo": ("mnist1d", "sklearn"),
     "bench": ("rliable", "peft", "cachetools"),
@@ -27,7 +29,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 REQUIRED = ("runtime", "hub")
 """The extras without which `esper run` can't work."""
 
-_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+_DISTRIBUTIONS = {"sklearn": "scikit-learn", "jwt": "pyjwt"}
 _RUN = Path("runs/example")
 
 
@@ -76,9 +78,24 @@ def checks(config: EsperConfig) -> Iterator[Check]:
             detail = f"no {', '.join(absent)}; install with: pip install 'esper[{extra}]'"
             yield Check(f"extra {extra}", status, detail)
     here = config.inside(_RUN)
-    yield _database(Path(here.database.url.partition(":///")[2].partition("?")[0]))
-    yield _folder("storage", Path(here.storage.folder))
-    yield _bus(here.redis.url)
+    if here.database.url.startswith("postgresql"):
+        yield _elsewhere("database", checkup_services.postgres(here))
+    else:
+        yield _database(Path(here.database.url.partition(":///")[2].partition("?")[0]))
+    if here.storage.bucket is not None:
+        yield _elsewhere("storage", checkup_services.bucket(here))
+    else:
+        yield _folder("storage", Path(here.storage.folder))
+    for name, url, ask in (
+        ("bus", here.redis.url, checkup_services.bus),
+        ("hub", here.hub.url, checkup_services.hub),
+    ):
+        yield Check(name, "ok", "in-process") if url is None else _elsewhere(name, ask(here))
+
+
+def _elsewhere(name: str, answer: checkup_services.Answer) -> Check:
+    answers, detail = answer
+    return Check(name, "ok" if answers else "failed", detail)
 
 
 def _database(path: Path) -> Check:
@@ -104,15 +121,3 @@ def _folder(name: str, folder: Path) -> Check:
     if not os.access(existing, os.W_OK | os.X_OK):
         return Check(name, "failed", f"{existing} can't be written")
     return Check(name, "ok", f"{existing} can be written")
-
-
-def _bus(url: str | None) -> Check:
-    if url is None:
-        return Check("bus", "ok", "in-process")
-    try:
-        parts = urlsplit(url)
-        address = (parts.hostname or "localhost", parts.port or 6379)
-        with socket.create_connection(address, timeout=2):
-            return Check("bus", "ok", f"{address[0]}:{address[1]} accepts connections")
-    except (OSError, ValueError) as error:
-        return Check("bus", "failed", f"{urlsplit(url).hostname}: {error}")

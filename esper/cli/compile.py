@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 from typing import TYPE_CHECKING
 
 from esper.cli.output import write_json, write_result
@@ -29,6 +28,8 @@ def execute(arguments: argparse.Namespace, config: EsperConfig) -> int:
         KernelError: the hub does not know the kernel, or it can't be compiled.
         Unavailable: the hub does not answer, or the compilation was killed from outside.
     """
+    import asyncio
+
     from esper.contracts.enums import BlueprintState
     from esper.errors import KernelError
 
@@ -44,6 +45,8 @@ def execute(arguments: argparse.Namespace, config: EsperConfig) -> int:
 
 async def _compiled(kernel: str, config: EsperConfig) -> CompiledKernel:
     """The kernel once it is settled: by this process, or by the worker that has it."""
+    import asyncio
+
     from esper.cli.serving import worker_name
     from esper.cli.wiring import hub_elsewhere
     from esper.contracts.enums import BlueprintState

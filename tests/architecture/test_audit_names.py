@@ -23,7 +23,6 @@ from esper.contracts.operational import Candidate, ControllerSettings, LayerDesc
 from esper.zoo.data import digits
 
 LATER = {
-    "esper.services.oona_client.OonaClient": "the bus over Redis Streams",
     "esper.services.tamiyo.policy.TamiyoPolicyGNN": "the learned policy",
     "esper.services.tamiyo.policy.PolicyConfig": "the learned policy",
     "esper.services.tamiyo.training.TamiyoTrainer": "the learned policy",
@@ -57,6 +56,7 @@ USED = {
     "esper.services.urza.database": ("DatabaseConfig",),
     "esper.services.urza.main": ("create_app", "serve"),
     "esper.services.urza.models": ("Blueprint", "CompiledKernel"),
+    "esper.services.oona_client": ("OonaClient",),
     "esper.services.tezzeret.worker": ("TezzeretWorker",),
     "esper.services.tamiyo.analyzer": ("ModelGraphAnalyzer", "LayerNode", "GraphTopology"),
     "esper.services.tamiyo.main": ("TamiyoService",),
@@ -465,6 +465,31 @@ def test_logging(tmp_path):
     formatter = named("esper.utils.logging", "OptimizedStructuredFormatter")("tolaria")
     written, formatted = json.loads(path.read_text()), json.loads(formatter.format(record))
     assert written["message"] == formatted["message"] == f"run {trace}"
+
+
+def test_oona_client(redis_server, redis_namespace, model):
+    topics = named("esper.contracts.messages", "TopicNames")
+    settings = named("esper.configs", "RedisConfig")(
+        url=redis_server.url, namespace=redis_namespace
+    )
+    message = named("esper.contracts.messages", "OonaMessage").carrying(
+        topics.PACKETS, packet_of(model), named("esper.contracts.enums", "ComponentType").TOLARIA
+    )
+
+    async def there_and_back():
+        client = named("esper.services.oona_client", "OonaClient")
+        tolaria, tamiyo = client(settings, scope="session"), client(settings, scope=None)
+        await tolaria.publish(message)
+        packets = await tamiyo.subscribe({topics.PACKETS}, "tamiyo")
+        came = await packets.receive()
+        await packets.acknowledge(came)
+        await tolaria.close()
+        await tamiyo.close()
+        return came
+
+    came = asyncio.run(there_and_back())
+    assert came.scope == "session"
+    assert came.open() == message.open()
 
 
 def test_s3_client(s3_bucket, model, document):

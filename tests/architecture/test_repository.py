@@ -43,11 +43,17 @@ PUBLIC_NAMES = {
 
 COMMON_OPTIONS = {"-h", "--help", "--config", "--set", "--debug"}
 COMMANDS = {
-    "run": {"--resume", "--output-dir", "--overwrite", "--json", "--no-live", "--quiet", "FILE"},
+    "run": {
+        *("--resume", "--output-dir", "--overwrite", "--json", "--no-live", "--quiet", "FILE"),
+        *("--hub", "--bus"),
+    },
     "validate": {"--json", "FILE"},
     "report": {"--json", "D"},
     "crds": {"--output-dir", "--check"},
     "doctor": {"--json"},
+    "serve": {"SERVICE", "FILE", "--output-dir"},
+    "compile": {"--kernel", "--json"},
+    "token": {"--role", "--subject", "--namespace", "--days", "--json"},
 }
 
 HEAVY = {"torch", "numpy", "pydantic", "rich", "yaml", "sqlalchemy", "matplotlib", "asyncio"}

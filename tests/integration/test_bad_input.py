@@ -488,12 +488,16 @@ def test_a_resumed_run_stays_where_it_is(place, capsys):
 
 
 @pytest.mark.parametrize(
-    ("setting", "url"), [("redis.url", "redis://localhost"), ("hub.url", "http://localhost:8080")]
+    ("setting", "missing", "url"),
+    [
+        ("redis.url", "hub.url", "redis://localhost"),
+        ("hub.url", "redis.url", "http://localhost:8080"),
+    ],
 )
-def test_a_service_elsewhere_that_the_run_would_pass_over_is_refused(place, capsys, setting, url):
+def test_a_bus_or_a_hub_alone_is_refused(place, capsys, setting, missing, url):
     path = write_session(place, SESSION)
     argv = ("run", path, "--output-dir", "D", "--set", f"{setting}={url}")
-    refused(capsys, place, argv, (setting, "a URL", "one process"))
+    refused(capsys, place, argv, (missing, "None", f"because {setting} is set"))
 
 
 def test_two_processes_never_run_in_one_directory(place, server, capsys):

@@ -9,18 +9,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from sqlalchemy import URL, event, make_url, text
+from sqlalchemy import URL, AdaptedConnection, event, make_url, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, IntegrityError, InvalidatePoolError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
     async_sessionmaker,
     create_async_engine,
 )
-from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, PoolProxiedConnection
 
 from esper.configs import DatabaseConfig, without_password
 from esper.errors import ConfigError, EsperError, HubUnavailable
@@ -128,6 +128,21 @@ class Database:
         finally:
             await session.close()
 
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncSession]:
+        """A session for one statement that only reads.
+
+        On Postgres it is a transaction by itself, and its beginning and end are not sent.
+
+        Raises:
+            ConfigError: Postgres refuses the user, the password or the database's name.
+            HubUnavailable: the database does not answer.
+        """
+        async with self.transaction() as session:
+            if not self.is_sqlite:
+                await session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+            yield session
+
     async def health(self) -> bool:
         """Whether the database answers."""
         try:
@@ -143,7 +158,7 @@ class Database:
             ConfigError: Postgres refuses the user, the password or the database's name.
             HubUnavailable: the database does not answer.
         """
-        async with self.transaction() as session:
+        async with self.reading() as session:
             await session.execute(text("SELECT 1"))
 
     def statistics(self) -> PoolStatistics:
@@ -164,7 +179,6 @@ def _engine(config: DatabaseConfig, url: URL) -> AsyncEngine:
         pool_size=_num_connections(config, url),
         max_overflow=0,
         pool_timeout=config.pool_timeout_seconds,
-        pool_pre_ping=config.pre_ping,
         pool_recycle=-1 if _in_memory(url) else int(config.pool_recycle_seconds),
         connect_args=_connect_arguments(config, url),
         # Parameters hold manifests and digests: nothing that a log needs.
@@ -172,7 +186,30 @@ def _engine(config: DatabaseConfig, url: URL) -> AsyncEngine:
     )
     if _is_sqlite(url):
         event.listen(engine.sync_engine, "connect", _prepare)
+    elif config.pre_ping:
+        event.listen(engine.sync_engine, "checkout", _refuse_dead)
     return engine
+
+
+def _refuse_dead(
+    connection: AdaptedConnection, entry: ConnectionPoolEntry, borrowed: PoolProxiedConnection
+) -> None:
+    """Have the pool replace a connection that has ended, before anything is asked over it.
+
+    SQLAlchemy's own pre-ping sends three messages, a transaction around nothing; one is enough.
+    """
+    # Here, because SQLite needs none of it.
+    from asyncpg import InterfaceError, PostgresError
+
+    try:
+        connection.run_async(_ping)
+    except (PostgresError, InterfaceError, OSError) as error:
+        raise InvalidatePoolError from error
+
+
+async def _ping(connection: Any) -> None:
+    """Have asyncpg's `connection` answer something."""
+    await connection.execute("SELECT 1")
 
 
 def _num_connections(config: DatabaseConfig, url: URL) -> int:

@@ -127,12 +127,16 @@ class _Server(uvicorn.Server):
 
 @contextlib.contextmanager
 def _listening(config: UrzaConfig) -> Iterator[socket.socket]:
-    try:
-        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        listener = socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        raise ConfigError(
-            "urza.port", f"{config.host}:{config.port}", f"an address to listen on ({error})"
-        ) from error
-    with listener:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    # asyncio sends small answers at once only over sockets that say they are TCP's; the others wait
+    # 40 ms for the caller's delayed acknowledgement.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((config.host, config.port))
+            listener.listen(BACKLOG)
+        except OSError as error:
+            raise ConfigError(
+                "urza.port", f"{config.host}:{config.port}", f"an address to listen on ({error})"
+            ) from error
         yield listener

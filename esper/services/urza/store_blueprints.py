@@ -44,12 +44,16 @@ class HubBlueprints(HubRows):
         self, document: BlueprintDocument, *, session: str | None = None
     ) -> tuple[Stored[Blueprint], bool]:
         """As `put_blueprint`, with its version, and whether this call made it."""
-        row, made, used = models.Blueprint, False, session is not None
+        row, used = models.Blueprint, session is not None
         query = kept(select(row).where(row.digest == document.digest), row, used=used)
         async with self._database.transaction(writing=used) as transaction:
             found = await transaction.scalar(query)
             if found is None:
-                made = await insert_unless_there(transaction, row.of(Blueprint.proposed(document)))
+                blueprint = Blueprint.proposed(document)
+                if await insert_unless_there(transaction, row.of(blueprint)):
+                    if session is not None:
+                        await mark_used(transaction, session, digest=document.digest)
+                    return Stored[Blueprint](item=blueprint, version=1), True
                 found = await blueprint_row(transaction, document.digest)
             if found.archived_at is not None:
                 await transaction.execute(
@@ -60,7 +64,7 @@ class HubBlueprints(HubRows):
                 await transaction.refresh(found)
             if session is not None:
                 await mark_used(transaction, session, digest=document.digest)
-            return found.as_stored(), made
+            return found.as_stored(), False
 
     async def blueprint(self, digest: str) -> Blueprint:
         """The blueprint of that digest.
@@ -76,7 +80,7 @@ class HubBlueprints(HubRows):
         Raises:
             BlueprintNotFound: there is none.
         """
-        async with self._database.transaction() as session:
+        async with self._database.reading() as session:
             return (await blueprint_row(session, digest)).as_stored()
 
     async def blueprints(self) -> tuple[Blueprint, ...]:

@@ -103,7 +103,7 @@ class HubKernels(HubRows):
         Raises:
             KernelNotFound: there is none.
         """
-        async with self._database.transaction() as session:
+        async with self._database.reading() as session:
             return (await kernel_row(session, kernel)).as_stored()
 
     async def kernels(
@@ -201,7 +201,7 @@ class HubKernels(HubRows):
             KernelNotFound: there is no such kernel.
             KernelError: it is not compiled.
         """
-        async with self._database.transaction() as session:
+        async with self._database.reading() as session:
             row = await kernel_row(session, kernel)
         figures = None if row.figures is None else KernelFigures.model_validate(row.figures)
         return SimpleCompiledKernelContract.of(row.as_asset(), figures).metadata()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import TypeVar
+from functools import cache
+from typing import TypeVar, cast
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, and_, literal, or_, select, tuple_
+from sqlalchemy import ColumnElement, Select, Table, and_, literal, or_, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
+from sqlalchemy.sql.dml import ReturningInsert
 
 from esper.contracts.base import utc_now
 from esper.contracts.enums import BlueprintState
@@ -121,9 +123,15 @@ async def insert_unless_there(session: AsyncSession, row: models.Base) -> bool:
         for attribute in row.__mapper__.column_attrs
         if getattr(row, attribute.key) is not None
     }
-    make = sqlite.insert if _dialect(session) == "sqlite" else postgresql.insert
-    made = make(type(row)).values(values).on_conflict_do_nothing().returning(literal(1))
-    return await session.scalar(made) is not None
+    made = await session.execute(_insert_statement(type(row), _dialect(session)), values)
+    return made.scalar() is not None
+
+
+@cache
+def _insert_statement(model: type[models.Base], dialect: str) -> ReturningInsert[tuple[int]]:
+    """Built once: what a statement is made of costs more than sending it."""
+    make = sqlite.insert if dialect == "sqlite" else postgresql.insert
+    return make(cast("Table", model.__table__)).on_conflict_do_nothing().returning(literal(1))
 
 
 async def mark_used(

@@ -110,7 +110,7 @@ class HubSessions(HubRows):
         Raises:
             NotFound: there is none.
         """
-        async with self._database.transaction() as session:
+        async with self._database.reading() as session:
             return (await session_row(session, uid)).as_stored()
 
     async def sessions(self) -> tuple[TrainingSession, ...]:

@@ -288,6 +288,10 @@ def test_variables_of_a_kubernetes_service_are_no_settings():
     assert load({}, environment) == EsperConfig()
 
 
+def test_a_setting_that_ends_like_such_a_variable_is_read():
+    assert load({}, {"ESPER_URZA__PORT": "9000"}).urza.port == 9000
+
+
 def test_the_process_environment_is_read_by_default(monkeypatch):
     monkeypatch.setenv("ESPER_DATABASE__POOL_SIZE", "9")
     assert EsperConfig.load().database.pool_size == 9

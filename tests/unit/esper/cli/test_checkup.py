@@ -77,13 +77,66 @@ def test_a_folder_must_be_writable(empty_directory, monkeypatch, writable):
     assert look()["storage"].status == ("ok" if writable else "failed")
 
 
-def test_the_bus_is_in_process_or_must_accept_connections():
-    assert look()["bus"].detail == "in-process"
+def test_bus_and_hub_are_in_process_unless_an_address_is_set():
+    found = look()
+    assert (found["bus"].detail, found["hub"].detail) == ("in-process", "in-process")
+
+
+def test_a_bus_elsewhere_must_answer_to_its_password(redis_server):
+    check = look(redis__url=redis_server.url)["bus"]
+    assert (check.status, "answers" in check.detail) == ("ok", True)
+    wrong = look(redis__url=redis_server.url.replace(redis_server.password, "not-it"))["bus"]
+    assert wrong.status == "failed"
+    for shown in (check.detail, wrong.detail):
+        assert redis_server.password not in shown
+        assert "not-it" not in shown
+    assert wrong.detail.startswith("redis.url")
+
+
+def test_a_database_elsewhere_must_answer_to_its_password(postgres_server):
+    check = look(database__url=postgres_server.url)["database"]
+    assert check.status == "ok"
+    assert "(PostgreSQL 18" in check.detail
+    url = postgres_server.url.replace(postgres_server.password, "not-it")
+    wrong = look(database__url=url)["database"]
+    assert wrong.status == "failed"
+    assert wrong.detail.startswith("database.url")
+    assert "not-it" not in wrong.detail
+    assert postgres_server.password not in check.detail
+
+
+def test_a_bucket_must_be_there_and_open(s3_bucket):
+    settings = {
+        "storage__bucket": s3_bucket.name,
+        "storage__endpoint_url": s3_bucket.endpoint_url,
+        "storage__region": s3_bucket.region,
+        "storage__access_key_id": s3_bucket.access_key_id,
+    }
+    check = look(**settings, storage__secret_access_key=s3_bucket.secret_access_key)["storage"]
+    assert check.status == "ok", check.detail
+    wrong = look(**settings, storage__secret_access_key="not-it")["storage"]
+    assert wrong.status == "failed"
+    assert "storage." in wrong.detail
+    assert "not-it" not in wrong.detail
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "url"),
+    [
+        ("bus", "redis__url", "redis://127.0.0.1:{port}/0"),
+        ("bus", "redis__url", "redis://127.0.0.1:seven"),
+        ("hub", "hub__url", "http://127.0.0.1:{port}"),
+        ("database", "database__url", "postgresql+asyncpg://u:secret@127.0.0.1:{port}/d"),
+    ],
+)
+def test_what_does_not_answer_is_named_by_its_setting(name, setting, url):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert look(redis__url=f"redis://127.0.0.1:{port}/0")["bus"].status == "ok"
-    assert look(redis__url=f"redis://127.0.0.1:{port}/0")["bus"].status == "failed"
-    assert look(redis__url="redis://127.0.0.1:seven")["bus"].status == "failed"
+    check = look(**{setting: url.format(port=port)})[name]
+    assert check.status == "failed"
+    assert check.detail.startswith(setting.replace("__", "."))
+    assert "secret" not in check.detail
+    assert "\n" not in check.detail
 
 
 def test_an_absent_extra_says_how_to_install_it(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -69,6 +70,23 @@ def test_a_token_lasts_as_long_as_it_says() -> None:
     now = int(datetime.now(UTC).timestamp())
     assert tokens().caller("Bearer " + forged(exp=now - LEEWAY_SECONDS + 2)).role is Role.ADMIN
     assert "expired" in refusal(forged(exp=now - LEEWAY_SECONDS - 2))
+
+
+def test_a_token_that_was_good_is_refused_once_it_has_expired() -> None:
+    token = forged(exp=int(time.time()) - LEEWAY_SECONDS + 2)
+    read = tokens()
+    # Within the leeway it is read anew each time, and not remembered as good for ever.
+    assert read.caller(f"Bearer {token}").role is Role.ADMIN
+    time.sleep(2.1)
+    with pytest.raises(Unauthorized, match="expired"):
+        read.caller(f"Bearer {token}")
+
+
+def test_only_so_many_good_tokens_are_remembered() -> None:
+    read = tokens()
+    for number in range(600):
+        assert read.caller("Bearer " + forged(sub=f"me-{number}")).subject == f"me-{number}"
+    assert len(read._known) <= 256
 
 
 @pytest.mark.parametrize(

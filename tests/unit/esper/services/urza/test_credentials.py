@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import quote
+from uuid import uuid4
 
 import pytest
 from redis.asyncio import Redis
@@ -14,7 +16,11 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError
 from redis.exceptions import ConnectionError as RedisAway
 
+from esper.configs import RedisConfig
+from esper.contracts.enums import ComponentType
+from esper.contracts.messages import KernelReady, OonaMessage, TopicNames
 from esper.errors import BusUnavailable, ConfigError
+from esper.services.oona_client import OonaClient
 from esper.services.urza.auth import Role
 from esper.services.urza.redis_users import RedisUser, RedisUsers
 from tests.unit.esper.services.urza.hubs import Place
@@ -136,6 +142,47 @@ def test_a_namespaces_user_reaches_its_sessions(place, redis_server, redis_names
             assert (await client.get("/api/v1/sessions/", headers=token)).status_code == 200
             put = await client.post("/api/v1/blueprints/", json={}, headers=token)
             assert put.status_code == 403
+
+    asyncio.run(life())
+
+
+def test_the_bus_works_with_the_credentials_alone(place, redis_server, redis_namespace):
+    def bus(issued: dict[str, Any], scope: str | None) -> OonaClient:
+        user = quote(issued["redisUsername"], safe="")
+        url = f"redis://{user}:{issued['redisPassword']}@127.0.0.1:{redis_server.port}/0"
+        return OonaClient(
+            RedisConfig(url=url, namespace=redis_namespace, discovery_seconds=0.1), scope=scope
+        )
+
+    def message(trace: str) -> OonaMessage:
+        told = KernelReady(kernel="0" * 40, blueprint="gain", error="it does not fit")
+        return OonaMessage.carrying(
+            TopicNames.KERNEL_READY, told, ComponentType.TEZZERET, trace, scope="uid-1"
+        )
+
+    async def life() -> None:
+        async with serving(settings(place, redis_server.url)) as client:
+            mine = bus(await made(client, "uid-1", redis_namespace), "uid-1")
+            path = f"/internal/namespaces/{redis_namespace}/credentials"
+            tamiyos = bus((await client.post(path)).json(), None)
+            try:
+                everything = await tamiyos.subscribe({TopicNames.KERNEL_READY}, "tamiyo")
+                own = await mine.subscribe({TopicNames.KERNEL_READY}, "tolaria")
+                for sender in (mine, tamiyos):
+                    sent = message(uuid4().hex)
+                    await sender.publish(sent)
+                    for receiver in (everything, own):
+                        came = await asyncio.wait_for(receiver.receive(), 30)
+                        assert (came.id, came.scope) == (sent.id, "uid-1")
+                        await receiver.acknowledge(came)
+                assert await mine.health()
+                assert await tamiyos.health()
+                for reader in (mine, tamiyos):
+                    kept = [came.id async for came in reader.history({TopicNames.KERNEL_READY})]
+                    assert len(kept) == 2
+            finally:
+                await mine.close()
+                await tamiyos.close()
 
     asyncio.run(life())
 

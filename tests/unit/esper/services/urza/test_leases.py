@@ -543,8 +543,8 @@ def test_in_whatever_order_a_kernel_has_one_holder_and_one_result(place):
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=25,
-            stateful_step_count=25,
+            max_examples=12,
+            stateful_step_count=20,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),

@@ -1,0 +1,392 @@
+"""`make chaos-services`: a session trains and kernels compile while their services fail.
+
+Every service in turn, and then at random, is killed or frozen and started again, while one session
+trains with unlimited patience and workers compile blueprints. In the end nothing may be lost:
+
+- the session's metrics, transitions and decisions are those of a run without faults;
+- each transition was published, in order, and no receiver that drops what it has heard already
+  applies one twice;
+- the database holds one accepted result for each kernel, and every artifact has its digest.
+
+A second session with finite patience runs through the same faults: it ends, and every decision
+that it stopped waiting for is in its record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from esper.configs import EsperConfig
+from esper.contracts.blueprints import KernelTarget, LayerGeometry, builtin
+from esper.contracts.enums import BlueprintState
+from esper.contracts.messages import OonaMessage, TopicNames
+from esper.contracts.operational import SeedTransition
+from esper.errors import Unavailable
+from esper.services.oona_client import OonaClient
+from esper.services.urza.http_client import HttpUrza
+from tools.servers.process import ServerProcess
+from tools.stack import DATABASE, Stack
+
+LOGS = ("metrics.jsonl", "events.jsonl", "decisions.jsonl")
+FAULTS = ("kill", "freeze")
+_OPEN = (BlueprintState.PROPOSED, BlueprintState.COMPILING)
+SETTINGS = {
+    "tezzeret": {"poll_seconds": 0.2, "lease_seconds": 3},
+    "tolaria": {"republish_seconds": 1, "kernel_poll_seconds": 0.2},
+    "redis": {
+        "discovery_seconds": 0.2,
+        "claim_idle_seconds": 3,
+        "read_timeout_seconds": 1,
+        "max_backoff_seconds": 1,
+    },
+    "hub": {
+        "read_timeout_seconds": 2,
+        "max_backoff_seconds": 1,
+        "breaker_reset_seconds": 0.5,
+    },
+}
+"""Times short enough that faults of a second are felt."""
+
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Outcome:
+    """What a chaos run came to; `broken` names what did not hold, in a line each."""
+
+    faults: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, holds: bool, what: str) -> None:
+        """Note `what` unless it holds."""
+        if not holds:
+            self.broken.append(what)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much chaos: `faults` in all, blueprints compiling meanwhile, and what chance starts with.
+
+    A fault lasts between `shortest` and `longest` seconds; as long at most is the time between two.
+    """
+
+    faults: int = 50
+    blueprints: int = 20
+    seed: int = 0
+    shortest: float = 0.1
+    longest: float = 1.5
+
+
+def run(manifest: Path, folder: Path, plan: Plan, say: Callable[[str], None] = print) -> Outcome:
+    """Train `manifest` without faults, then through `plan`, and compare."""
+    outcome = Outcome()
+    with Stack(folder / "stack", workers=2, settings=SETTINGS) as stack:
+        undisturbed = _session(stack, manifest, folder / "undisturbed")
+        outcome.check(undisturbed.wait() == 0, "the undisturbed session did not end well")
+        say("the undisturbed session has ended")
+        config = EsperConfig.load(file=stack.client_settings)
+        started = time.monotonic()
+        sessions = _Sessions(stack, manifest, folder)
+        kernels = _disturb(stack, plan, config, sessions, outcome, say)
+        outcome.check(sessions.wait(), "a disturbed session did not end well")
+        say(f"the last disturbed session has ended after {time.monotonic() - started:.0f} s")
+        for directory in sessions.directories:
+            _compare(folder / "undisturbed", directory, outcome)
+            asyncio.run(_check_news(config, directory, outcome))
+        asyncio.run(_check_kernels(config, kernels, outcome))
+        _check_database(stack, outcome)
+        outcome.figures |= {
+            "seconds": round(time.monotonic() - started, 1),
+            "sessions": len(sessions.directories),
+        }
+    return outcome
+
+
+class _Sessions:
+    """Equal sessions, one after the other, so that one is always at work."""
+
+    def __init__(self, stack: Stack, manifest: Path, folder: Path) -> None:
+        self._stack = stack
+        self._manifest = manifest
+        self._folder = folder
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.directories: list[Path] = []
+
+    def go_on(self) -> bool:
+        """See to it that one is at work; whether another had to be begun."""
+        if self._processes and self._processes[-1].poll() is None:
+            return False
+        self.directories.append(self._folder / f"disturbed-{len(self.directories) + 1}")
+        self._processes.append(_session(self._stack, self._manifest, self.directories[-1]))
+        return True
+
+    def wait(self) -> bool:
+        """Wait for the last one; whether all ended well."""
+        return not any(process.wait() for process in self._processes)
+
+
+def run_impatient(
+    manifest: Path, folder: Path, plan: Plan, say: Callable[[str], None] = print
+) -> Outcome:
+    """Train `manifest` with a second's patience while the controller is away: it ends."""
+    outcome = Outcome()
+    documents = list(yaml.safe_load_all(manifest.read_text()))
+    growth = documents[0]["spec"].setdefault("growth", {})
+    growth.setdefault("controller", {})["patienceSeconds"] = 1.0
+    impatient = manifest.with_name("impatient.yaml")
+    impatient.write_text(yaml.safe_dump_all(documents))
+    with Stack(folder / "stack", workers=1, settings=SETTINGS) as stack:
+        stack.tamiyo.kill()
+        session = _session(stack, impatient, folder / "impatient")
+        outcome.check(session.wait() == 0, "the impatient session did not end well")
+    decisions = _lines(folder / "impatient" / "decisions.jsonl")
+    waited = [one for one in decisions if "waited for a decision" in one["reason"]]
+    epochs = documents[0]["spec"]["training"]["epochs"]
+    outcome.figures["waitedOut"] = len(waited)
+    outcome.check(
+        len(waited) == len(decisions) == epochs - 1,
+        f"{len(waited)} waited-out decisions are recorded; allowed: one for each of "
+        f"{epochs - 1} boundaries",
+    )
+    say(f"the impatient session recorded {len(waited)} waited-out decisions")
+    return outcome
+
+
+def _session(stack: Stack, manifest: Path, directory: Path) -> subprocess.Popen[bytes]:
+    """A session over the stack, as a process."""
+    log = (directory.parent / f"{directory.name}.log").open("wb")
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "esper", "run", str(manifest), "--quiet"),
+            *("--output-dir", str(directory), "--config", str(stack.client_settings)),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
+
+
+async def _request_kernels(config: EsperConfig, widths: Iterable[int]) -> list[str]:
+    """Ask the hub for a kernel of a new blueprint each; returns their ids."""
+    asked = []
+    async with HttpUrza(config.hub) as hub:
+        for width in widths:
+            document = builtin("bottleneck-mlp", {"units": width + 2})
+            layer = LayerGeometry(kind="Linear", inputs=8 + width, outputs=4)
+            target = KernelTarget(layer=layer, input_shape=(8 + width,), output_shape=(4,))
+            await _patiently(partial(hub.put_blueprint, document))
+            kernel = await _patiently(partial(hub.request_kernel, document.digest, target))
+            asked.append(kernel.kernel)
+    return asked
+
+
+async def _patiently(ask: Callable[[], Awaitable[Result]]) -> Result:
+    """What the hub answers, once it does."""
+    for _ in range(600):
+        try:
+            return await ask()
+        except Unavailable:
+            await asyncio.sleep(0.1)
+    return await ask()
+
+
+def _disturb(
+    stack: Stack,
+    plan: Plan,
+    config: EsperConfig,
+    sessions: _Sessions,
+    outcome: Outcome,
+    say: Callable[[str], None],
+) -> list[str]:
+    """Each part once in each way, in turn, then any at random, until the faults are used up.
+
+    Returns the kernels that were asked for meanwhile, some before each fault.
+    """
+    chance = random.Random(plan.seed)
+    parts = list(stack.parts.items())
+    in_turn = _in_turn(parts, chance)
+    kernels: list[str] = []
+    for number in range(plan.faults):
+        if sessions.go_on():
+            say(f"session {len(sessions.directories)} begins")
+            _wait_for_progress(sessions.directories[-1])
+        due = range(len(kernels), plan.blueprints * (number + 1) // plan.faults)
+        kernels += asyncio.run(_request_kernels(config, due))
+        name, part, fault = (
+            in_turn[number]
+            if number < len(in_turn)
+            else (*chance.choice(parts), chance.choice(FAULTS))
+        )
+        seconds = chance.uniform(plan.shortest, plan.longest)
+        say(f"fault {number + 1} of {plan.faults}: {fault} {name} for {seconds:.1f} s")
+        _fault(part, fault, seconds)
+        outcome.faults.append(f"{fault} {name}")
+        time.sleep(chance.uniform(plan.shortest, plan.longest))
+    return kernels
+
+
+def _in_turn(
+    parts: Sequence[tuple[str, ServerProcess]], chance: random.Random
+) -> list[tuple[str, ServerProcess, str]]:
+    """Every part once, in one way or the other; then every part in the way that is left."""
+    first = [(name, part, chance.choice(FAULTS)) for name, part in parts]
+    second = [(name, part, FAULTS[1 - FAULTS.index(fault)]) for name, part, fault in first]
+    chance.shuffle(first)
+    chance.shuffle(second)
+    return first + second
+
+
+def _wait_for_progress(directory: Path) -> None:
+    """Wait until the session has reached its first boundary: before, there is nothing to lose."""
+    deadline = time.monotonic() + 60
+    while not _lines(directory / "metrics.jsonl") and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _fault(part: ServerProcess, fault: str, seconds: float) -> None:
+    if fault == "kill":
+        part.kill()
+        time.sleep(seconds)
+        part.start()
+    else:
+        part.freeze()
+        time.sleep(seconds)
+        part.thaw()
+
+
+def _compare(undisturbed: Path, disturbed: Path, outcome: Outcome) -> None:
+    for name in LOGS:
+        one, two = (timeless(directory / name) for directory in (undisturbed, disturbed))
+        outcome.figures[name] = len(two)
+        pairs = enumerate(zip(one, two, strict=False))
+        first = next((n for n, (expected, found) in pairs if expected != found), None)
+        outcome.check(
+            one == two,
+            f"{disturbed.name}/{name}: {len(one)} lines without faults, {len(two)} with; "
+            f"the first difference: {first}",
+        )
+
+
+async def _check_kernels(config: EsperConfig, kernels: Sequence[str], outcome: Outcome) -> None:
+    """Wait for every kernel, and verify every artifact in the hub."""
+    async with HttpUrza(config.hub) as hub:
+        deadline = time.monotonic() + 120
+        for kernel in kernels:
+            state = BlueprintState.PROPOSED
+            while state in _OPEN and time.monotonic() < deadline:
+                state = (await _patiently(partial(hub.kernel, kernel))).state
+                await asyncio.sleep(0.05)
+            outcome.check(state is BlueprintState.CHARACTERIZED, f"kernel {kernel} is {state}")
+        compiled = await hub.kernels([BlueprintState.CHARACTERIZED])
+        for made in compiled:
+            data = await _patiently(partial(hub.artifact, made.kernel))
+            found = hashlib.sha256(data).hexdigest()
+            outcome.check(
+                found == made.artifact_digest,
+                f"kernel {made.kernel}: its artifact has digest {found}",
+            )
+        outcome.figures["kernels"] = len(compiled)
+
+
+async def _check_news(config: EsperConfig, directory: Path, outcome: Outcome) -> None:
+    """Every transition is on the bus, once for whoever drops what it has heard, and in order."""
+    annotations = yaml.safe_load((directory / "manifest.yaml").read_text().split("---\n")[0])
+    uid = annotations["metadata"]["annotations"]["esper.dev/uid"]
+    bus = OonaClient(config.redis, scope=uid)
+    heard: dict[str, OonaMessage] = {}
+    published = 0
+    try:
+        async for message in bus.history({TopicNames.TRANSITIONS}, uid):
+            published += 1
+            heard.setdefault(message.id, message)
+    finally:
+        await bus.close()
+    told = [
+        SeedTransition.model_validate(
+            {name: value for name, value in line.items() if name not in ("time", "type")}
+        )
+        for line in _lines(directory / "events.jsonl")
+        if line["type"] == "transition"
+    ]
+    applied = [message.open() for message in heard.values()]
+    outcome.figures |= {"transitions": len(told), "transitionsPublished": published}
+    outcome.check(
+        applied == told, f"{len(told)} transitions were told, {len(applied)} arrived or in disorder"
+    )
+
+
+def _check_database(stack: Stack, outcome: Outcome) -> None:
+    """One accepted result a kernel, and no row in the middle of something."""
+    rows = stack.postgres.execute(
+        "SELECT count(*), count(DISTINCT kernel), "
+        "count(*) FILTER (WHERE artifact_digest IS NULL), "
+        "count(*) FILTER (WHERE state <> 'characterized') FROM compiled_kernels",
+        DATABASE,
+    )
+    kernels, distinct, without, unsettled = (int(value) for value in rows.split("|"))
+    outcome.figures["rows"] = kernels
+    outcome.check(kernels == distinct, f"{kernels} rows for {distinct} kernels")
+    outcome.check(without == unsettled == 0, f"{without} kernels without an artifact")
+
+
+def timeless(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log, without when they were written."""
+    return [
+        {name: value for name, value in line.items() if name not in ("time", "seconds")}
+        for line in _lines(path)
+    ]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the chaos and print what it came to as JSON; 0 where everything held."""
+    parser = argparse.ArgumentParser(prog="make chaos-services", description=__doc__)
+    parser.add_argument("--faults", type=int, default=50)
+    parser.add_argument("--blueprints", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="what chance starts with")
+    parser.add_argument(
+        "--session", type=Path, default=Path("examples/01-mnist1d-mlp/session.yaml")
+    )
+    parser.add_argument("--folder", type=Path, help="kept; by default a temporary one")
+    arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    plan = Plan(faults=arguments.faults, blueprints=arguments.blueprints, seed=arguments.seed)
+    with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
+        folder = (arguments.folder or Path(temporary)).resolve()
+        outcome = run(arguments.session, folder / "patient", plan)
+        impatient = run_impatient(arguments.session, folder / "impatient", plan)
+    result = {
+        "faults": outcome.faults,
+        "figures": outcome.figures | impatient.figures,
+        "broken": outcome.broken + impatient.broken,
+    }
+    sys.stdout.write(json.dumps(result) + "\n")
+    return 1 if result["broken"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
