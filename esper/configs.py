@@ -20,14 +20,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 import yaml
-from pydantic import (
-    PrivateAttr,
-    ValidationError,
-)
+from pydantic import PrivateAttr, ValidationError
 from pydantic.fields import FieldInfo
 
-from esper.errors import ConfigError, OutputError
-from esper.sections import (
+from esper.config_sections import (
     LOG_NAMES,
     RUN_DIRECTORY,
     ComponentConfig,
@@ -42,12 +38,14 @@ from esper.sections import (
     UrzaConfig,
     parse_levels,
 )
+from esper.errors import ConfigError, OutputError
 
 __all__ = [
     "DEFAULT_FILE",
     "ENVIRONMENT_PREFIX",
     "HIDDEN",
     "LOG_NAMES",
+    "MAXIMUM_FILE_BYTES",
     "NAMES",
     "RUN_DIRECTORY",
     "SECRETS",

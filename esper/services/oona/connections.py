@@ -73,7 +73,8 @@ class RedisConnections:
                 config.url,
                 max_connections=size or config.pool_size,
                 timeout=config.read_timeout_seconds,
-                socket_timeout=config.read_timeout_seconds,
+                # One limit for a whole batch, in `execute`: one for each answer is what costs most.
+                socket_timeout=None,
                 socket_connect_timeout=config.connect_timeout_seconds,
                 retry=Retry(NoBackoff(), 0),
                 protocol=2,
@@ -97,15 +98,19 @@ class RedisConnections:
         """
         replies: list[Reply] = []
         connection: Connection | None = None
+        limit = self._config.connect_timeout_seconds + self._config.read_timeout_seconds
         try:
-            connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
-            await connection.send_packed_command(b"".join(commands), check_health=False)
-            for _ in commands:
-                try:
-                    replies.append(await connection.read_response())
-                except ResponseError as refusal:
-                    replies.append(refusal)
-        except (RedisError, OSError) as error:
+            async with asyncio.timeout(limit) as timing:
+                connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
+                now = asyncio.get_running_loop().time()
+                timing.reschedule(now + self._config.read_timeout_seconds)
+                await connection.send_packed_command(b"".join(commands), check_health=False)
+                for _ in commands:
+                    try:
+                        replies.append(await connection.read_response())
+                    except ResponseError as refusal:
+                        replies.append(refusal)
+        except (RedisError, OSError) as error:  # TimeoutError is one
             raise self.translated(error) from error
         finally:
             if connection is not None:
@@ -154,7 +159,7 @@ class RedisConnections:
                 f"{self.shown}, refused by Redis ({one_line(str(error))})",
                 "a user with its password that may use the streams of redis.namespace",
             )
-        reason = one_line(f"{type(error).__name__}: {error}")
+        reason = one_line(f"{type(error).__name__}: {error}".removesuffix(": "))
         verb = "refuses" if isinstance(error, ResponseError) else "does not answer"
         return BusUnavailable(f"Redis at {self.shown} {verb}: {reason}; see redis.url")
 

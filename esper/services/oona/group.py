@@ -21,6 +21,7 @@ from esper.services.oona.counting import ReceivingCounts
 from esper.services.oona.streams import (
     FIELD,
     Entry,
+    Position,
     dead_key,
     entries_of,
     packed,
@@ -140,7 +141,7 @@ class ConsumerGroup:
             self._counts.claimed += len(claimed)
             again = await self._claimed(key, unseen, self._claim_ms, keep_count=True)
             taken += [entry for _, entry in (*claimed, *again)]
-        return taken
+        return sorted(taken, key=lambda entry: Position.of(entry.id))
 
     async def own(self, known: Collection[tuple[bytes, bytes]]) -> list[Entry]:
         """What is pending here and not in `known`: answers that got lost on their way."""

@@ -7,7 +7,6 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from esper.configs import RedisConfig
 from esper.contracts.messages import OonaMessage
@@ -19,14 +18,6 @@ from esper.services.oona.outbox import Outbox
 from esper.services.oona.streams import Entry, Position, entries_of, opened
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Arrived:
-    """A message read from Redis and not handed out yet."""
-
-    entry: Entry
-    message: OonaMessage
 
 
 class RedisSubscription:
@@ -56,7 +47,8 @@ class RedisSubscription:
         self._counts = counts
         self._prefetch = prefetch
         self._forget = forget
-        self._ready: deque[_Arrived] = deque()
+        self._ready: deque[Entry] = deque()
+        self._unreadable: deque[tuple[Entry, str]] = deque()
         self._held: dict[str, list[Entry]] = {}
         self._held_names: set[tuple[bytes, bytes]] = set()
         self._acknowledged: set[tuple[bytes, bytes]] | None = None
@@ -82,12 +74,19 @@ class RedisSubscription:
         """
         while True:
             self._require_open()
-            arrived = self._next()
-            if arrived is not None:
-                self._held.setdefault(arrived.message.id, []).append(arrived.entry)
-                self._held_names.add(arrived.entry.name)
+            entry = self._next()
+            if entry is not None:
+                try:
+                    # Not sooner: what is read one by one lies warm in the processor's cache.
+                    message = opened(entry)
+                except ValueError as error:
+                    self._unreadable.append((entry, one_line(str(error))))
+                    self._demand.set()
+                    continue
+                self._held.setdefault(message.id, []).append(entry)
+                self._held_names.add(entry.name)
                 self._counts.received += 1
-                return arrived.message
+                return message
             self._waiting += 1
             self._demand.set()
             try:
@@ -135,12 +134,12 @@ class RedisSubscription:
         await self._connections.close()
         await self._outbox.flush(self._config.read_timeout_seconds)
         with contextlib.suppress(EsperError):
-            await self._group.give_back({arrived.entry.name for arrived in self._ready})
+            await self._group.give_back({entry.name for entry in self._ready})
         self._held.clear()
         self._held_names.clear()
         self._forget(self)
 
-    def _next(self) -> _Arrived | None:
+    def _next(self) -> Entry | None:
         if asyncio.get_running_loop().time() > self._fresh_until:
             # Others may have taken over what was read ahead; if not, it comes again.
             self._ready.clear()
@@ -152,16 +151,18 @@ class RedisSubscription:
         # Not for ever: until Python 3.12 a cancellation is lost where a time limit ends in time.
         while not self._closed:
             await self._demand.wait()
-            if self._ready or not self._waiting:
+            if not self._unreadable and (self._ready or not self._waiting):
                 self._demand.clear()
                 continue
             try:
                 if recovering:
                     await self._recover()
                     recovering = False
-                await self._look_around()
-                if not self._ready:
-                    await self._read()
+                await self._set_aside()
+                if self._waiting:
+                    await self._look_around()
+                    if not self._ready:
+                        await self._read()
                 failures = 0
             except BusUnavailable as error:
                 failures += 1
@@ -189,7 +190,7 @@ class RedisSubscription:
             return
         if isinstance(reply, Exception):
             raise self._connections.translated(reply)
-        await self._take(_read_entries(reply))
+        self._take(_read_entries(reply))
 
     async def _look_around(self) -> None:
         """Once a period: find new streams, and take over what others have left."""
@@ -200,7 +201,7 @@ class RedisSubscription:
         found = await self._group.left_behind(self._prefetch, self._known())
         if not found:  # else there may be more, and what is left comes before what is new
             self._looked = now
-        await self._take(found)
+        self._take(found)
 
     async def _recover(self) -> None:
         """Find what Redis has given to this consumer in answers that never came."""
@@ -209,21 +210,24 @@ class RedisSubscription:
             await self._outbox.flush(self._config.read_timeout_seconds)
             await self._group.discover()
             found = await self._group.own(self._known())
-            await self._take([e for e in found if e.name not in self._acknowledged])
+            self._take([e for e in found if e.name not in self._acknowledged])
         finally:
             self._acknowledged = None
 
-    async def _take(self, entries: list[Entry]) -> None:
-        """Make entries ready, in the order of the server; what can't be read is set aside."""
+    async def _set_aside(self) -> None:
+        """Move what can't be read to the dead letters; nobody could."""
+        while self._unreadable:
+            entry, reason = self._unreadable[0]
+            await self._group.set_aside(entry, f"it holds no message: {reason}", 1)
+            self._unreadable.popleft()
+
+    def _take(self, entries: list[Entry]) -> None:
+        """Make entries ready, those of several streams in the order of the server."""
         if not self._ready:
             self._fresh_until = self._fresh_from_now()
-        entries.sort(key=lambda entry: Position.of(entry.id))
-        for entry in entries:
-            try:
-                self._ready.append(_Arrived(entry, opened(entry)))
-            except ValueError as error:
-                reason = f"it holds no message: {one_line(str(error))}"
-                await self._group.set_aside(entry, reason, 1)
+        if len(self._group.keys) > 1:
+            entries.sort(key=lambda entry: Position.of(entry.id))
+        self._ready.extend(entries)
         if self._ready:
             self._wake()
 
@@ -239,7 +243,8 @@ class RedisSubscription:
                     self._fresh_until = until
 
     def _known(self) -> set[tuple[bytes, bytes]]:
-        return self._held_names | {arrived.entry.name for arrived in self._ready}
+        unreadable = {entry.name for entry, _ in self._unreadable}
+        return self._held_names | {entry.name for entry in self._ready} | unreadable
 
     def _fresh_from_now(self) -> float:
         """Until when nobody else takes over what is refreshed now, with a margin for the way."""

@@ -8,10 +8,10 @@ a command that all messages of a stream share is packed once.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from esper.contracts.messages import OonaMessage, TopicNames
 
@@ -21,6 +21,7 @@ TELEMETRY = frozenset({TopicNames.PACKETS})
 FIELD = b"message"
 _NO_SCOPE = "-"
 _KEPT_PREFIXES = 4096
+_MESSAGE = TypeAdapter(OonaMessage)  # writes bytes at once
 
 
 class Position(NamedTuple):
@@ -36,8 +37,7 @@ class Position(NamedTuple):
         return cls(int(milliseconds), int(sequence))
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """An entry of a stream; `text` is the message as JSON, None where the entry is trimmed away."""
 
     key: bytes
@@ -47,7 +47,7 @@ class Entry:
     @property
     def name(self) -> tuple[bytes, bytes]:
         """What tells it apart from all others."""
-        return self.key, self.id
+        return self[:2]
 
 
 def stream_key(namespace: str, scope: str, topic: TopicNames) -> bytes:
@@ -65,6 +65,7 @@ def stream_pattern(namespace: str) -> bytes:
     return f"esper:{namespace}:*".encode()
 
 
+@lru_cache(maxsize=4096)
 def scope_and_topic(key: bytes) -> tuple[str, str]:
     """The scope and the topic of a stream; of any other key, something that is no topic."""
     parts = key.decode(errors="replace").split(":", 3)
@@ -85,7 +86,7 @@ def opened(entry: Entry) -> OonaMessage:
     if entry.text is None:
         raise ValueError("it is trimmed away")
     try:
-        message = OonaMessage.model_validate_json(entry.text)
+        message = _MESSAGE.validate_json(entry.text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -118,7 +119,7 @@ class Appending:
         prefix = self._prefixes.get((scope, message.topic))
         if prefix is None:
             prefix = self._prefix(scope, message.topic)
-        text = message.model_dump_json(by_alias=True).encode()
+        text = _MESSAGE.dump_json(message, by_alias=True)
         return b"%b$%d\r\n%b\r\n" % (prefix, len(text), text)
 
     def _prefix(self, scope: str, topic: TopicNames) -> bytes:
@@ -137,7 +138,12 @@ def entries_of(key: bytes, rows: Iterable[object]) -> list[Entry]:
     for row in rows:
         if not isinstance(row, list) or not isinstance(row[0], bytes):
             continue
-        fields = row[1] if isinstance(row[1], list) else []
-        text = next((v for k, v in zip(fields[::2], fields[1::2], strict=True) if k == FIELD), None)
-        found.append(Entry(key, row[0], text if text is not None or not fields else b""))
+        fields = row[1]
+        if not isinstance(fields, list):
+            found.append(Entry(key, row[0], None))
+        elif len(fields) == 2 and fields[0] == FIELD:
+            found.append(Entry(key, row[0], fields[1]))
+        else:
+            values = dict(zip(fields[::2], fields[1::2], strict=True))
+            found.append(Entry(key, row[0], values.get(FIELD, b"")))
     return found

@@ -50,7 +50,9 @@ class TezzeretWorker:
         Raises:
             BusUnavailable: the bus is closed, or does not answer.
         """
-        return await self._bus.subscribe({TopicNames.KERNEL_REQUESTED}, CONSUMER_GROUP)
+        # One at a time: what this worker has not begun, another can do meanwhile.
+        topics = {TopicNames.KERNEL_REQUESTED}
+        return await self._bus.subscribe(topics, CONSUMER_GROUP, prefetch=1)
 
     async def run(self, subscription: Subscription) -> None:
         """Answer requests until cancelled or until the bus closes."""

@@ -290,7 +290,7 @@ def test_what_is_no_message_is_set_aside_at_once(server, redis_namespace, text):
             raw(server, "XADD", key, "*", FIELD, text)
             await bus.publish(ready(1))
             assert numbers(await drained(subscription, 1)) == [1]
-            assert bus.statistics().dead == 1
+            await until(lambda: bus.statistics().dead == 1)
             assert numbers([m async for m in bus.history({READY})]) == [1]
 
     run(life())

@@ -45,7 +45,7 @@ class Remembering(InProcessOona):
         self.kept += messages
         await super().publish(*messages)
 
-    async def subscribe(self, topics, group):
+    async def subscribe(self, topics, group, *, prefetch=None):
         if self.refusing:
             self.refusing -= 1
             raise BusUnavailable("the bus is away")

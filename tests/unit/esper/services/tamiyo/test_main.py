@@ -218,7 +218,7 @@ class ClosingSubscription:
 
 
 class ForeignBus(InProcessOona):
-    async def subscribe(self, topics, group):
+    async def subscribe(self, topics, group, *, prefetch=None):
         return ClosingSubscription()
 
 

@@ -307,7 +307,7 @@ def test_the_service_outlasts_a_hub_that_is_away(tmp_path, caplog):
 
 def test_what_does_not_pass_ends_the_service_and_is_told(tmp_path):
     class Refusing(InProcessOona):
-        async def subscribe(self, topics, group):
+        async def subscribe(self, topics, group, *, prefetch=None):
             raise KernelError("something permanent")
 
     async def life():

@@ -47,6 +47,7 @@ def compilations():
     return [
         process
         for server in psutil.Process().children()
+        if "forkserver" in " ".join(server.cmdline())  # not Postgres, nor what another test started
         for process in server.children(recursive=True)
         if process.status() != psutil.STATUS_ZOMBIE
     ]

@@ -1,4 +1,7 @@
-"""Esper's settings by section: names, types, bounds and defaults; `configs` reads them."""
+"""The sections of `EsperConfig`: each setting with its type, its bounds and its default.
+
+A setting's description says what is allowed, for the message that refuses something else.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,7 @@ def _address(value: str | None) -> str | None:
 
 
 class Section(BaseModel):
-    """A group of settings; frozen, and what a person typed is never in its errors."""
+    """One section: closed and frozen; what it refuses is not repeated in the error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
