@@ -24,10 +24,11 @@ from esper.utils.transfers import CHUNK_BYTES, Reading, Receipt, gathered, verif
 MAX_KEY_CHARACTERS = 512
 
 # Segments begin with a letter or a digit. So there is no "..", no absolute path and no hidden
-# name; the files that a put has not finished are hidden and can't be asked for.
+# name; the files that a put has not finished have none, or a hidden one that can't be asked for.
 _SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _KEY = re.compile(rf"{_SEGMENT}(/{_SEGMENT})*")
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_OPEN_FILES = Path("/proc/self/fd")
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS})
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -149,7 +150,7 @@ def require_key(key: str) -> None:
 class FolderStore:
     """An `ObjectStore` in a folder: one file an object, its path the key.
 
-    A put writes to a hidden file beside the target, syncs it, gives it its name and syncs the
+    A put writes to a file without a name, syncs it, gives it its name and syncs the
     folders: after a crash at any moment an object is there whole or not at all.
     """
 
@@ -304,8 +305,15 @@ def _write_atomically(target: Path, data: bytes) -> bool:
 
 
 def _begin(target: Path) -> IO[bytes]:
-    """A hidden file beside the target, whose folder is made where there is none."""
+    """A file without a name beside the target, whose folder is made where there is none.
+
+    Where the system has no such thing it is a hidden file, which a kill would leave behind.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
+    if _OPEN_FILES.is_dir():
+        with contextlib.suppress(OSError, AttributeError):
+            unnamed = os.open(target.parent, os.O_TMPFILE | os.O_WRONLY, 0o600)
+            return open(unnamed, "wb", buffering=0)
     return tempfile.NamedTemporaryFile(
         prefix=".", suffix=".part", dir=target.parent, buffering=0, delete=False
     )
@@ -327,23 +335,36 @@ def _name(file: IO[bytes], target: Path) -> bool:
     """Give a file its name unless another has it; whether none had."""
     os.fsync(file.fileno())
     try:
-        os.link(file.name, target)
+        _link(file, target)
     except FileExistsError:
         if target.is_file():
             return False
         raise
     except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
+        if error.errno not in _NO_HARD_LINKS or not isinstance(file.name, str):
             raise
         # Where two write at once here, both are told that they stored it; the bytes are equal.
         os.replace(file.name, target)
     return True
 
 
+def _link(file: IO[bytes], target: Path) -> None:
+    if isinstance(file.name, str):
+        os.link(file.name, target)
+        return
+    descriptors = os.open(_OPEN_FILES, os.O_RDONLY)
+    try:
+        # With a folder given, the link that stands for the open file is followed.
+        os.link(str(file.name), target, src_dir_fd=descriptors)
+    finally:
+        os.close(descriptors)
+
+
 def _forget(file: IO[bytes]) -> None:
     file.close()
-    with contextlib.suppress(OSError):
-        os.unlink(file.name)
+    if isinstance(file.name, str):
+        with contextlib.suppress(OSError):
+            os.unlink(file.name)
 
 
 def _sync_folder(path: Path) -> None:

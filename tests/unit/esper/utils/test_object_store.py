@@ -147,7 +147,7 @@ class Crash(BaseException):
 
 
 def test_a_crash_between_write_and_name_leaves_no_object(tmp_path, monkeypatch):
-    def crash(*_: object) -> None:
+    def crash(*_: object, **__: object) -> None:
         raise Crash
 
     with monkeypatch.context() as patch:
@@ -165,22 +165,30 @@ def test_a_process_killed_before_the_name_is_given_leaves_nothing_to_be_read(tmp
     process = os.fork()
     if process == 0:
         # As kill -9 would: no handler and no cleaning up runs.
-        os.link = lambda *_: os._exit(9)
+        os.link = lambda *_, **__: os._exit(9)
         FolderStore(tmp_path)._put(KEY, b"half")
         os._exit(0)
     _, status = os.waitpid(process, 0)
 
     assert os.waitstatus_to_exitcode(status) == 9
-    assert get(tmp_path, KEY) is None
+    assert files_under(tmp_path) == []
     assert put(tmp_path, KEY, b"whole")
     assert get(tmp_path, KEY) == b"whole"
+
+
+def test_where_every_file_needs_a_name_it_is_a_hidden_one(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "O_TMPFILE")
+    assert put(tmp_path, KEY, b"bytes")
+    assert not put(tmp_path, KEY, b"bytes")
+    assert get(tmp_path, KEY) == b"bytes"
+    assert files_under(tmp_path) == [tmp_path / KEY]
 
 
 def test_bytes_are_on_disk_before_they_get_their_name(tmp_path, monkeypatch):
     order: list[str] = []
     sync, name = os.fsync, os.link
     monkeypatch.setattr(os, "fsync", lambda fd: (order.append("sync"), sync(fd))[1])
-    monkeypatch.setattr(os, "link", lambda *at: (order.append("name"), name(*at))[1])
+    monkeypatch.setattr(os, "link", lambda *at, **by: (order.append("name"), name(*at, **by))[1])
 
     put(tmp_path, KEY, b"bytes")
 
