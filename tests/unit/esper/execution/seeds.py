@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -37,3 +41,13 @@ def grow(wrapped, layer: str, seed: nn.Module, states=(), slot: int = 0, **argum
     wrapped.morphology.germinate(layer, slot, seed, kernel="test", **arguments)
     for state in states:
         wrapped.morphology.transition(layer, slot, state)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage is collected inside: what others' callbacks do then would be counted."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.execution_models import CASES, CLASSES, Case, flag_wrapped, twin
-from benchmarks.execution_timing import collecting_no_garbage
 from esper.core import unwrap, wrap
 from esper.core.model_wrapper import LayerSelection, MorphableModel
 from esper.execution.kasmina_layer import KASMINA_CLASSES
 from esper.execution.state_layout import SeedLifecycleState as S
+from tests.unit.esper.execution.seeds import no_collection
 
 BATCH = 3
 EVERY_KIND = LayerSelection(types=[kind.__name__ for kind in KASMINA_CLASSES])
@@ -98,7 +98,7 @@ def python_calls(call: Callable[[], object]) -> Counter[tuple[str, str]]:
             calls[event, argument.__qualname__] += 1
 
     call()  # what torch sets up when first called is nobody's cost
-    with collecting_no_garbage():  # others' callbacks at a collection would be counted
+    with no_collection():  # others' callbacks at a collection would be counted
         sys.setprofile(note)
         try:
             call()

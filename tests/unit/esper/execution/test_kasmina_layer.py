@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.execution_timing import collecting_no_garbage
 from esper.core import wrap
 from esper.errors import BadInput
 from esper.execution.kasmina_layer import KasminaConv2d, KasminaLayer, KasminaLinear
@@ -24,6 +23,7 @@ from tests.unit.esper.execution.seeds import (
     Scaling,
     grow,
     linear_pair,
+    no_collection,
 )
 
 
@@ -39,7 +39,7 @@ def python_calls(function) -> Counter:
             calls[event] += 1
 
     # A collection of garbage makes calls of its own.
-    with collecting_no_garbage():
+    with no_collection():
         sys.setprofile(note)
         try:
             function()
