@@ -22,11 +22,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import _StopRecomputationError
 
 from esper.core.morphology import ROOT, Morphology
 from esper.errors import ManifestError, WorkFailed, WrapError, one_line
 from esper.execution.branches import Branch
+from esper.execution.checkpointing import CONTROL_FLOW
 from esper.execution.kasmina_layer import KasminaLayer
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -90,7 +90,7 @@ class CompiledBlock:
         before = self.graph_calls
         try:
             output = code.call(*args, **kwargs)
-        except _StopRecomputationError:
+        except CONTROL_FLOW:
             raise  # checkpointing has what it needs
         except Exception as error:
             uncompilable = isinstance(error, torch._dynamo.exc.TorchDynamoException)
