@@ -8,8 +8,8 @@ trains with unlimited patience and workers compile blueprints. In the end nothin
   applies one twice;
 - the database holds one accepted result for each kernel, and every artifact has its digest.
 
-A second session with finite patience runs through the same faults: it ends, and every decision
-that it stopped waiting for is in its record.
+Then sessions with finite patience run, one without any controller and others through as many
+faults: they end, and every decision that they stopped waiting for is in their record.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ import hashlib
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +37,7 @@ import yaml
 
 from esper.configs import EsperConfig
 from esper.contracts.blueprints import KernelTarget, LayerGeometry, builtin
-from esper.contracts.enums import BlueprintState
+from esper.contracts.enums import BlueprintState, DecisionAction
 from esper.contracts.messages import OonaMessage, TopicNames
 from esper.contracts.operational import SeedTransition
 from esper.errors import Unavailable
@@ -46,6 +48,8 @@ from tools.stack import DATABASE, Stack
 
 LOGS = ("metrics.jsonl", "events.jsonl", "decisions.jsonl")
 FAULTS = ("kill", "freeze")
+IMPATIENT = 0.5
+WAITED = "waited for a decision"
 _OPEN = (BlueprintState.PROPOSED, BlueprintState.COMPILING)
 SETTINGS = {
     "tezzeret": {"poll_seconds": 0.2, "lease_seconds": 3},
@@ -147,28 +151,55 @@ class _Sessions:
 def run_impatient(
     manifest: Path, folder: Path, plan: Plan, say: Callable[[str], None] = print
 ) -> Outcome:
-    """Train `manifest` with a second's patience while the controller is away: it ends."""
+    """Train `manifest` with `IMPATIENT` seconds' patience: it ends, and says what it waited for.
+
+    First the controller is away from beginning to end, so no decision comes at all; then all
+    services go through `plan`.
+    """
     outcome = Outcome()
     documents = list(yaml.safe_load_all(manifest.read_text()))
     growth = documents[0]["spec"].setdefault("growth", {})
-    growth.setdefault("controller", {})["patienceSeconds"] = 1.0
-    impatient = manifest.with_name("impatient.yaml")
+    growth.setdefault("controller", {})["patienceSeconds"] = IMPATIENT
+    boundaries = documents[0]["spec"]["training"]["epochs"] - 1
+    # A copy, with the code beside it: the manifest's own folder is somebody's.
+    impatient = shutil.copytree(manifest.parent, folder / "session") / manifest.name
     impatient.write_text(yaml.safe_dump_all(documents))
     with Stack(folder / "stack", workers=1, settings=SETTINGS) as stack:
         stack.tamiyo.kill()
-        session = _session(stack, impatient, folder / "impatient")
-        outcome.check(session.wait() == 0, "the impatient session did not end well")
-    decisions = _lines(folder / "impatient" / "decisions.jsonl")
-    waited = [one for one in decisions if "waited for a decision" in one["reason"]]
-    epochs = documents[0]["spec"]["training"]["epochs"]
-    outcome.figures["waitedOut"] = len(waited)
-    outcome.check(
-        len(waited) == len(decisions) == epochs - 1,
-        f"{len(waited)} waited-out decisions are recorded; allowed: one for each of "
-        f"{epochs - 1} boundaries",
-    )
-    say(f"the impatient session recorded {len(waited)} waited-out decisions")
+        session = _session(stack, impatient, folder / "without-controller")
+        outcome.check(session.wait() == 0, "the session without a controller did not end well")
+        stack.tamiyo.start()
+        config = EsperConfig.load(file=stack.client_settings)
+        sessions = _Sessions(stack, impatient, folder)
+        _disturb(stack, replace(plan, blueprints=0), config, sessions, outcome, say)
+        outcome.check(sessions.wait(), "an impatient session did not end well")
+    waited = _check_waiting(folder / "without-controller", boundaries, outcome)
+    outcome.check(waited == boundaries, f"{waited} of {boundaries} decisions came from nowhere")
+    through = [_check_waiting(one, boundaries, outcome) for one in sessions.directories]
+    outcome.figures |= {"waitedOut": waited, "waitedOutThroughFaults": sum(through)}
+    say(f"the impatient sessions recorded {waited} and {through} waited-out decisions")
     return outcome
+
+
+def _check_waiting(directory: Path, boundaries: int, outcome: Outcome) -> int:
+    """A decision for each boundary, and in the record each that the log says was given up."""
+    decisions = _lines(directory / "decisions.jsonl")
+    recorded = [one for one in decisions if WAITED in one["reason"]]
+    log = directory.with_suffix(".log").read_text()
+    given_up = len(set(re.findall(r"packet (\d+) got no decision:", log)))
+    name = directory.name
+    outcome.check(
+        len(decisions) == boundaries, f"{name}: {len(decisions)} decisions at {boundaries} ends"
+    )
+    outcome.check(
+        len(recorded) == given_up,
+        f"{name}: {given_up} decisions were given up, {len(recorded)} of them are recorded",
+    )
+    outcome.check(
+        all(one["action"] == DecisionAction.WAIT for one in recorded),
+        f"{name}: a decision that never came is not to wait",
+    )
+    return len(recorded)
 
 
 def _session(stack: Stack, manifest: Path, directory: Path) -> subprocess.Popen[bytes]:
@@ -380,7 +411,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcome = run(arguments.session, folder / "patient", plan)
         impatient = run_impatient(arguments.session, folder / "impatient", plan)
     result = {
-        "faults": outcome.faults,
+        "faults": outcome.faults + impatient.faults,
         "figures": outcome.figures | impatient.figures,
         "broken": outcome.broken + impatient.broken,
     }

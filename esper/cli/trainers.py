@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,10 +16,12 @@ from torch import nn
 from esper.cli.preparing import Prepared
 from esper.cli.wiring import bus_elsewhere, hub_elsewhere
 from esper.configs import EsperConfig
+from esper.contracts.assets import TrainingSession
 from esper.contracts.blueprints import Graph
 from esper.contracts.enums import SessionOutcome
 from esper.contracts.operational import AdaptationDecision, SeedTransition, SessionEvent
 from esper.core.model_wrapper import MorphableModel
+from esper.errors import EsperError, Interrupted
 from esper.execution.builders import build
 from esper.execution.kernel_cache import KernelCache, KernelSource
 from esper.services.oona_client import InProcessOona, Oona
@@ -28,6 +32,10 @@ from esper.services.tolaria.patience import IN_PROCESS, Patience
 from esper.services.tolaria.snapshots import Snapshot
 from esper.services.tolaria.trainer import Observer, TolariaTrainer
 from esper.services.urza.client import UrzaClient, in_process_urza
+
+FAREWELL_SECONDS = 5.0
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +142,10 @@ async def _trainer(
     )
     try:
         session = await wait.outlast(partial(hub.register_session, prepared.asset()))
+        if session.outcome is not SessionOutcome.RUNNING:
+            # An earlier part of it ended; live again, what it uses is kept.
+            alive = session.changed(outcome=SessionOutcome.RUNNING)
+            session = await wait.outlast(partial(hub.update_session, alive))
         for document in prepared.documents:
             await wait.outlast(partial(hub.put_blueprint, document, session=scope))
         trainer = TolariaTrainer(
@@ -154,15 +166,30 @@ async def _trainer(
             structure = progress.snapshot.structure
             prepared.model.morphology.restore(structure, partial(_rebuilt, prepared.model))
             trainer.restore(progress.snapshot, progress.told)
-        yield trainer
-        await controller.finish()
-        ended = session.model_copy(
-            update={"outcome": SessionOutcome.SUCCEEDED, "epoch": trainer.epoch}
-        )
-        await patience.begin().outlast(partial(hub.update_session, ended))
+        try:
+            yield trainer
+            await controller.finish()
+            ended = session.changed(outcome=SessionOutcome.SUCCEEDED, epoch=trainer.epoch)
+            await patience.begin().outlast(partial(hub.update_session, ended))
+        except Interrupted:
+            broken = session.changed(outcome=SessionOutcome.INTERRUPTED, epoch=trainer.epoch)
+            await _try_to_tell(hub, broken)
+            raise
+        except Exception:
+            broken = session.changed(outcome=SessionOutcome.FAILED, epoch=trainer.epoch)
+            await _try_to_tell(hub, broken)
+            raise
     finally:
         await controller.close()
         await kernels.close()
+
+
+async def _try_to_tell(hub: UrzaClient, session: TrainingSession) -> None:
+    """Tell the hub how a session broke off; a hub that is away does not hold up the end."""
+    try:
+        await asyncio.wait_for(hub.update_session(session), FAREWELL_SECONDS)
+    except (EsperError, TimeoutError) as error:
+        _log.warning("the hub does not know that the session %s: %s", session.outcome, error)
 
 
 def _rebuilt(model: MorphableModel, entry: Mapping[str, Any]) -> nn.Module:

@@ -28,6 +28,8 @@ def test_ten_faults_lose_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_with_finite_patience_a_session_ends_and_says_what_it_waited_for(tmp_path: Path) -> None:
     manifest = write_session(tmp_path / "session")
-    outcome = run_impatient(manifest, tmp_path / "runs", Plan(), lambda line: None)
-    assert outcome.broken == []
+    said: list[str] = []
+    plan = Plan(faults=4, longest=1.0)
+    outcome = run_impatient(manifest, tmp_path / "runs", plan, said.append)
+    assert outcome.broken == [], "\n".join(said)
     assert outcome.figures["waitedOut"] == 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,13 @@ import pytest
 import yaml
 
 from esper.cli.main import main
+from esper.cli.preparing import prepare
+from esper.cli.trainers import embedded_trainer
+from esper.configs import EsperConfig
+from esper.contracts.enums import SessionOutcome
+from esper.contracts.manifests import parse_manifest
+from esper.errors import Interrupted
+from esper.services.urza.client import in_process_urza
 from tests.integration.sessions import document
 
 OBJECTIVES = '''
@@ -100,3 +108,31 @@ def test_a_part_of_the_spec_that_would_be_passed_over_is_refused(
     assert main(["run", manifest, "--output-dir", "D"]) == 2
     assert "spec.training.logicalShards: got 4; allowed: nothing" in capsys.readouterr().err
     assert not (place / "D").exists()
+
+
+def test_the_hub_knows_how_a_session_stands(tmp_path: Path) -> None:
+    prepared = prepare(parse_manifest(yaml.safe_dump(document({})), "test"), tmp_path)
+    config = EsperConfig().inside(tmp_path)
+
+    async def outcome() -> tuple[SessionOutcome, bool]:
+        async with in_process_urza(config.database, Path(config.storage.folder)) as hub:
+            session = await hub.session("small")
+            return session.outcome, session.ended_at is None
+
+    async def lives(end: BaseException | None) -> None:
+        async with embedded_trainer(prepared, config):
+            assert await outcome() == (SessionOutcome.RUNNING, True)
+            if end is not None:
+                raise end
+
+    async def life() -> None:
+        with pytest.raises(Interrupted):
+            await lives(Interrupted("asked to stop"))
+        assert await outcome() == (SessionOutcome.INTERRUPTED, True)
+        with pytest.raises(RuntimeError):
+            await lives(RuntimeError("the objective gave up"))
+        assert await outcome() == (SessionOutcome.FAILED, False)
+        await lives(None)
+        assert await outcome() == (SessionOutcome.SUCCEEDED, False)
+
+    asyncio.run(life())

@@ -37,7 +37,9 @@ class HubSessions(HubRows):
     """Training sessions and the credentials that were made for them."""
 
     async def register_session(self, session: TrainingSession) -> TrainingSession:
-        """The session of that uid: `session` itself the first time, as stored from then on.
+        """The session of that uid: `session` the first time, as stored from then on.
+
+        When it was made and changed is told by the hub's clock, as for all else in it.
 
         Raises:
             BadInput: its id is that of another session.
@@ -46,8 +48,11 @@ class HubSessions(HubRows):
 
     async def add_session(self, session: TrainingSession) -> tuple[Stored[TrainingSession], bool]:
         """As `register_session`, with its version, and whether this call made it."""
+        row, now = models.TrainingSession.of(session), self._clock()
+        row.created_at = row.updated_at = now
+        row.ended_at = now if session.outcome in _ENDED else None
         async with self._database.transaction() as transaction:
-            made = await insert_unless_there(transaction, models.TrainingSession.of(session))
+            made = await insert_unless_there(transaction, row)
             try:
                 return (await session_row(transaction, session.uid)).as_stored(), made
             except NotFound:
@@ -79,7 +84,7 @@ class HubSessions(HubRows):
                 if came != stored:
                     raise BadInput(f"session.{field}", str(came), str(stored))
             check_version(f"session {session.name}", row, version)
-            change(row, session.updated_at)
+            change(row, self._clock())
             row.outcome = session.outcome
             row.epoch, row.epochs = session.epoch, session.epochs
             row.num_layers, row.num_slots = session.num_layers, session.num_slots

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from functools import cache
 
 import pytest
 
-from esper.contracts.assets import Seed
+from esper.contracts.assets import Seed, TrainingSession
 from esper.contracts.blueprints import kernel_id
 from esper.contracts.enums import BlueprintState, SeedState, SessionOutcome
 from esper.contracts.kernels import KernelMetadata
@@ -245,12 +246,20 @@ def test_blueprints_are_validated_under_a_lease(live):
     live(life)
 
 
+def untimed(session: TrainingSession) -> TrainingSession:
+    never = datetime.fromtimestamp(0, UTC)
+    return session.model_copy(update={"created_at": never, "updated_at": never})
+
+
 def test_sessions(live):
     async def life(hub: UrzaClient) -> None:
-        session = trained()
+        yesterday = datetime.now(UTC) - timedelta(days=1)
+        session = trained(created_at=yesterday, updated_at=yesterday)
         await refused(hub.update_session(session), NotFound)
-        assert await hub.register_session(session) == session
-        assert await hub.register_session(trained(epochs=9)) == session
+        stored = await hub.register_session(session)
+        assert untimed(stored) == untimed(session)
+        assert stored.created_at == stored.updated_at > yesterday + timedelta(hours=23)
+        assert await hub.register_session(trained(epochs=9)) == stored
         await hub.put_blueprint(DOCUMENT, session=session.uid)
         kernel = (await hub.request_kernel(DOCUMENT.digest, target(), session=session.uid)).kernel
         seed = Seed(
@@ -262,7 +271,9 @@ def test_sessions(live):
             kernel=kernel,
         )
         changed = session.changed(epoch=3, seeds=(seed,))
-        assert await hub.update_session(changed) == changed
+        now = await hub.update_session(changed)
+        assert untimed(now) == untimed(changed)
+        assert now.created_at == stored.created_at < now.updated_at
         ended = await hub.update_session(changed.changed(outcome=SessionOutcome.SUCCEEDED))
         assert ended.ended_at is not None
         await refused(hub.update_session(session.changed(name="another")), BadInput)
