@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import Annotated, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
@@ -31,6 +31,23 @@ def _no_truth_value(value: object) -> object:
 
 
 Number = BeforeValidator(_no_truth_value)
+Real = Annotated[float, Number]
+Whole = Annotated[int, Number]
+
+
+def _seconds(default: float, what: str, *, most: int, least: int | None = None) -> Any:
+    """A setting of so many seconds; without `least` of more than none."""
+    bounds = f"up to {most}" if least is None else f"{least} to {most}"
+    described = f"seconds {what}, {bounds}"
+    if least is None:
+        return Field(default, gt=0, le=most, description=described)
+    return Field(default, ge=least, le=most, description=described)
+
+
+def _whole(default: int, what: str, *, least: int, most: int | None = None) -> Any:
+    """A setting of a whole number."""
+    bounds = f"at least {least}" if most is None else f"{least} to {most}"
+    return Field(default, ge=least, le=most, description=f"{what}: {bounds}")
 
 
 def _header_safe(value: SecretStr | None) -> SecretStr | None:
@@ -96,27 +113,13 @@ class DatabaseConfig(Section):
             "{run} is the run's directory",
         ),
     ] = f"sqlite+aiosqlite:///{RUN_DIRECTORY}/hub/urza.sqlite"
-    pool_size: Annotated[
-        int, Number, Field(ge=1, le=100, description="connections at most, 1 to 100")
-    ] = 5
-    pool_timeout_seconds: Annotated[
-        float,
-        Number,
-        Field(gt=0, le=600, description="seconds to wait for a free connection, up to 600"),
-    ] = 30.0
+    pool_size: Whole = _whole(5, "connections at most", least=1, most=100)
+    pool_timeout_seconds: Real = _seconds(30.0, "to wait for a free connection", most=600)
     pre_ping: Annotated[
         bool, Field(description="true or false: test a pooled connection before it is used")
     ] = True
-    pool_recycle_seconds: Annotated[
-        float,
-        Number,
-        Field(gt=0, le=86_400, description="seconds that a connection is kept, up to 86400"),
-    ] = 1800.0
-    statement_timeout_seconds: Annotated[
-        float,
-        Number,
-        Field(gt=0, le=3600, description="seconds for one statement on Postgres, up to 3600"),
-    ] = 30.0
+    pool_recycle_seconds: Real = _seconds(1800.0, "that a connection is kept", most=86_400)
+    statement_timeout_seconds: Real = _seconds(30.0, "for one statement on Postgres", most=3600)
 
 
 class HubConfig(Section):
@@ -141,35 +144,15 @@ class HubConfig(Section):
         AfterValidator(_header_safe),
         Field(description="the bearer token, visible ASCII characters, or null: none is sent"),
     ] = None
-    connect_timeout_seconds: Annotated[
-        float,
-        Number,
-        Field(gt=0, le=600, description="seconds to wait for a connection, up to 600"),
-    ] = 5.0
-    read_timeout_seconds: Annotated[
-        float, Number, Field(gt=0, le=600, description="seconds to wait for more bytes, up to 600")
-    ] = 15.0
-    timeout_seconds: Annotated[
-        float, Number, Field(gt=0, le=3600, description="seconds for a whole request, up to 3600")
-    ] = 300.0
-    attempts: Annotated[
-        int, Number, Field(ge=1, le=20, description="times that a request is tried, 1 to 20")
-    ] = 4
-    backoff_seconds: Annotated[
-        float, Number, Field(ge=0, le=60, description="seconds, up to 60")
-    ] = 0.25
-    max_backoff_seconds: Annotated[
-        float, Number, Field(ge=0, le=600, description="seconds, up to 600")
-    ] = 10.0
-    breaker_failures: Annotated[
-        int, Number, Field(ge=1, le=1000, description="failures in a row, 1 to 1000")
-    ] = 5
-    breaker_reset_seconds: Annotated[
-        float, Number, Field(gt=0, le=3600, description="seconds, up to 3600")
-    ] = 30.0
-    max_artifact_bytes: Annotated[
-        int, Number, Field(ge=2**10, description="bytes of one artifact, at least 1024")
-    ] = 512 * 2**20
+    connect_timeout_seconds: Real = _seconds(5.0, "to wait for a connection", most=600)
+    read_timeout_seconds: Real = _seconds(15.0, "to wait for more bytes", most=600)
+    timeout_seconds: Real = _seconds(300.0, "for a whole request", most=3600)
+    attempts: Whole = _whole(4, "times that a request is tried", least=1, most=20)
+    backoff_seconds: Real = _seconds(0.25, "before a second try", least=0, most=60)
+    max_backoff_seconds: Real = _seconds(10.0, "between two tries", least=0, most=600)
+    breaker_failures: Whole = _whole(5, "failures in a row", least=1, most=1000)
+    breaker_reset_seconds: Real = _seconds(30.0, "that a failing hub is left alone", most=3600)
+    max_artifact_bytes: Whole = _whole(512 * 2**20, "bytes of one artifact", least=2**10)
 
 
 class UrzaConfig(Section):
@@ -178,9 +161,7 @@ class UrzaConfig(Section):
     host: Annotated[
         str, Field(min_length=1, max_length=253, description="an address to listen on")
     ] = "127.0.0.1"
-    port: Annotated[
-        int, Number, Field(ge=0, le=65535, description="a port, 0 to 65535; 0: any free one")
-    ] = 8000
+    port: Whole = _whole(8000, "a port (0: any free one)", least=0, most=65535)
     signing_key: Annotated[
         SecretStr | None,
         Field(
@@ -189,28 +170,16 @@ class UrzaConfig(Section):
             "in all processes of one hub",
         ),
     ] = None
-    max_body_bytes: Annotated[
-        int, Number, Field(ge=2**10, le=2**26, description="bytes of one request, 1024 to 67108864")
-    ] = 2**20
-    max_artifact_bytes: Annotated[
-        int, Number, Field(ge=2**10, le=2**31 - 1, description="bytes of one artifact, from 1024")
-    ] = 512 * 2**20
-    lease_seconds: Annotated[
-        float,
-        Number,
-        Field(ge=1, le=86_400, description="seconds that a claim lasts unheard, 1 to 86400"),
-    ] = 60.0
-    credential_days: Annotated[
-        int, Number, Field(ge=1, le=3650, description="days that a session's credentials last")
-    ] = 90
-    upkeep_seconds: Annotated[
-        float,
-        Number,
-        Field(gt=0, le=3600, description="seconds between looks at Redis and revocations"),
-    ] = 5.0
-    shutdown_seconds: Annotated[
-        int, Number, Field(ge=1, le=600, description="seconds for requests to end, 1 to 600")
-    ] = 10
+    max_body_bytes: Whole = _whole(2**20, "bytes of one request", least=2**10, most=2**26)
+    max_artifact_bytes: Whole = _whole(
+        512 * 2**20, "bytes of one artifact", least=2**10, most=2**31 - 1
+    )
+    lease_seconds: Real = _seconds(60.0, "that a claim lasts unheard", least=1, most=86_400)
+    credential_days: Whole = _whole(
+        90, "days that a session's credentials last", least=1, most=3650
+    )
+    upkeep_seconds: Real = _seconds(5.0, "between looks at Redis and revocations", most=3600)
+    shutdown_seconds: Whole = _whole(10, "seconds for requests to end", least=1, most=600)
 
 
 class RedisConfig(Section):
@@ -236,65 +205,26 @@ class RedisConfig(Section):
             "another's",
         ),
     ] = "default"
-    pool_size: Annotated[
-        int, Number, Field(ge=1, le=100, description="connections kept open, 1 to 100")
-    ] = 8
-    connect_timeout_seconds: Annotated[
-        float,
-        Number,
-        Field(gt=0, le=600, description="seconds to wait for a connection, up to 600"),
-    ] = 5.0
-    read_timeout_seconds: Annotated[
-        float, Number, Field(gt=0, le=600, description="seconds to wait for an answer, up to 600")
-    ] = 5.0
-    attempts: Annotated[
-        int, Number, Field(ge=1, le=20, description="times that a request is tried, 1 to 20")
-    ] = 4
-    backoff_seconds: Annotated[
-        float, Number, Field(ge=0, le=60, description="seconds, up to 60")
-    ] = 0.1
-    max_backoff_seconds: Annotated[
-        float, Number, Field(ge=0, le=600, description="seconds, up to 600")
-    ] = 5.0
-    buffer_messages: Annotated[
-        int,
-        Number,
-        Field(ge=1, le=10**6, description="messages that may wait to be sent, 1 to 1000000"),
-    ] = 1000
-    prefetch_messages: Annotated[
-        int,
-        Number,
-        Field(ge=1, le=10**4, description="messages read from Redis at once, 1 to 10000"),
-    ] = 100
-    stream_length: Annotated[
-        int,
-        Number,
-        Field(ge=10, le=10**7, description="messages kept of each stream, about; 10 to 10000000"),
-    ] = 10_000
-    claim_idle_seconds: Annotated[
-        float,
-        Number,
-        Field(
-            gt=0,
-            le=86_400,
-            description="seconds until the messages of a silent receiver go to another, up to "
-            "86400",
-        ),
-    ] = 30.0
-    max_deliveries: Annotated[
-        int,
-        Number,
-        Field(ge=1, le=1000, description="deliveries before a message is set aside, 1 to 1000"),
-    ] = 8
-    discovery_seconds: Annotated[
-        float,
-        Number,
-        Field(
-            gt=0,
-            le=600,
-            description="seconds between looks for new streams and left messages, up to 600",
-        ),
-    ] = 1.0
+    pool_size: Whole = _whole(8, "connections kept open", least=1, most=100)
+    connect_timeout_seconds: Real = _seconds(5.0, "to wait for a connection", most=600)
+    read_timeout_seconds: Real = _seconds(5.0, "to wait for an answer", most=600)
+    attempts: Whole = _whole(4, "times that a request is tried", least=1, most=20)
+    backoff_seconds: Real = _seconds(0.1, "before a second try", least=0, most=60)
+    max_backoff_seconds: Real = _seconds(5.0, "between two tries", least=0, most=600)
+    buffer_messages: Whole = _whole(1000, "messages that may wait to be sent", least=1, most=10**6)
+    prefetch_messages: Whole = _whole(100, "messages read from Redis at once", least=1, most=10**4)
+    stream_length: Whole = _whole(
+        10_000, "messages kept of each stream, about", least=10, most=10**7
+    )
+    claim_idle_seconds: Real = _seconds(
+        30.0, "until the messages of a silent receiver go to another", most=86_400
+    )
+    max_deliveries: Whole = _whole(
+        8, "deliveries before a message is set aside", least=1, most=1000
+    )
+    discovery_seconds: Real = _seconds(
+        1.0, "between looks for new streams and left messages", most=600
+    )
 
 
 class StorageConfig(Section):
@@ -347,20 +277,10 @@ class StorageConfig(Section):
         AfterValidator(_header_safe),
         Field(description="visible ASCII characters, given with storage.access_key_id, or null"),
     ] = None
-    pool_size: Annotated[
-        int, Number, Field(ge=1, le=100, description="connections kept open, 1 to 100")
-    ] = 8
-    connect_timeout_seconds: Annotated[
-        float,
-        Number,
-        Field(gt=0, le=600, description="seconds to wait for a connection, up to 600"),
-    ] = 5.0
-    read_timeout_seconds: Annotated[
-        float, Number, Field(gt=0, le=600, description="seconds to wait for more bytes, up to 600")
-    ] = 15.0
-    attempts: Annotated[
-        int, Number, Field(ge=1, le=20, description="times that a request is tried, 1 to 20")
-    ] = 4
+    pool_size: Whole = _whole(8, "connections kept open", least=1, most=100)
+    connect_timeout_seconds: Real = _seconds(5.0, "to wait for a connection", most=600)
+    read_timeout_seconds: Real = _seconds(15.0, "to wait for more bytes", most=600)
+    attempts: Whole = _whole(4, "times that a request is tried", least=1, most=20)
     checksum: Annotated[
         Literal["sha256", "none"],
         Field(
@@ -373,51 +293,27 @@ class StorageConfig(Section):
 class TezzeretConfig(Section):
     """How the forge's workers look for work, and what a compilation may cost."""
 
-    poll_seconds: Annotated[
-        float,
-        Number,
-        Field(gt=0, le=3600, description="seconds between two looks for work, up to 3600"),
-    ] = 2.0
-    lease_seconds: Annotated[
-        float,
-        Number,
-        Field(
-            ge=1,
-            le=3600,
-            description="seconds after which the work of a silent worker is another's, 1 to 3600",
-        ),
-    ] = 30.0
-    compile_seconds: Annotated[
-        float, Number, Field(gt=0, le=86_400, description="seconds, up to 86400")
-    ] = 300.0
-    compile_memory_bytes: Annotated[
-        int,
-        Number,
-        Field(ge=64 * 2**20, description="bytes that a compilation may allocate, from 67108864"),
-    ] = 4 * 2**30
+    poll_seconds: Real = _seconds(2.0, "between two looks for work", most=3600)
+    lease_seconds: Real = _seconds(
+        30.0, "after which the work of a silent worker is another's", least=1, most=3600
+    )
+    compile_seconds: Real = _seconds(300.0, "for one compilation", most=86_400)
+    compile_memory_bytes: Whole = _whole(
+        4 * 2**30, "bytes that a compilation may allocate", least=64 * 2**20
+    )
 
 
 class TolariaConfig(Section):
     """How a trainer waits for services elsewhere; for how long, its session says."""
 
-    republish_seconds: Annotated[
-        float,
-        Number,
-        Field(gt=0, le=3600, description="seconds until a question is asked again, up to 3600"),
-    ] = 10.0
-    kernel_poll_seconds: Annotated[
-        float,
-        Number,
-        Field(gt=0, le=3600, description="seconds between two looks for a kernel, up to 3600"),
-    ] = 1.0
+    republish_seconds: Real = _seconds(10.0, "until a question is asked again", most=3600)
+    kernel_poll_seconds: Real = _seconds(1.0, "between two looks for a kernel", most=3600)
 
 
 class ComponentConfig(Section):
     """What every component shares: its kernel cache, its log and its health endpoints."""
 
-    kernel_cache_bytes: Annotated[
-        int, Number, Field(ge=2**20, description="bytes, at least 1048576 (1 MiB)")
-    ] = 512 * 2**20
+    kernel_cache_bytes: Whole = _whole(512 * 2**20, "bytes", least=2**20)
     log_level: Annotated[LogLevel, Field(description="one of " + ", ".join(get_args(LogLevel)))] = (
         "warning"
     )
@@ -432,11 +328,7 @@ class ComponentConfig(Section):
     log_file: Annotated[
         str | None, Field(min_length=1, description="a file, or null: standard error")
     ] = None
-    log_queue_records: Annotated[
-        int,
-        Number,
-        Field(ge=1, le=10**7, description="log records that may wait, 1 to 10000000"),
-    ] = 10_000
+    log_queue_records: Whole = _whole(10_000, "log records that may wait", least=1, most=10**7)
     health_host: Annotated[
         str, Field(min_length=1, description="an address of this machine to listen on")
     ] = "127.0.0.1"
