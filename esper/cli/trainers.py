@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -73,7 +72,7 @@ async def embedded_trainer(
     `config` names real places (see `EsperConfig.inside`).
     """
     bus = InProcessOona()
-    async with in_process_urza(config.database, Path(config.storage.folder)) as hub:
+    async with in_process_urza(config.database, config.storage) as hub:
         services = (TezzeretService(bus, hub), TamiyoService(bus))
         try:
             for service in services:

@@ -185,7 +185,7 @@ async def compiled(model, document, directory):
     target = model.morphology.target(next(iter(model.morphology.layers)))
     name = kernel_id(document.digest, target)
     Path(config.storage.folder).parent.mkdir(parents=True)
-    async with in_process_urza(config.database, Path(config.storage.folder)) as hub:
+    async with in_process_urza(config.database, config.storage) as hub:
         await hub.put_blueprint(document)
         bus = InProcessOona()
         worker = named("esper.services.tezzeret.worker", "TezzeretWorker")(bus, hub)

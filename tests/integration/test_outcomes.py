@@ -115,7 +115,7 @@ def test_the_hub_knows_how_a_session_stands(tmp_path: Path) -> None:
     config = EsperConfig().inside(tmp_path)
 
     async def outcome() -> tuple[SessionOutcome, bool]:
-        async with in_process_urza(config.database, Path(config.storage.folder)) as hub:
+        async with in_process_urza(config.database, config.storage) as hub:
             session = await hub.session("small")
             return session.outcome, session.ended_at is None
 

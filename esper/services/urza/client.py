@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
-from pathlib import Path
 from typing import Protocol
 
-from esper.configs import DatabaseConfig
+from esper.configs import DatabaseConfig, StorageConfig
 from esper.contracts.assets import Blueprint, CompiledKernel, TrainingSession
 from esper.contracts.blueprints import BlueprintDocument, KernelTarget
 from esper.contracts.enums import BlueprintState
@@ -135,17 +134,24 @@ class UrzaClient(Protocol):
 
 
 @asynccontextmanager
-async def in_process_urza(database: DatabaseConfig, artifacts: Path) -> AsyncIterator[UrzaClient]:
-    """The hub in this process, over that database and that folder, closed at the end.
+async def in_process_urza(
+    database: DatabaseConfig, storage: StorageConfig
+) -> AsyncIterator[UrzaClient]:
+    """The hub in this process, over that database and that store, closed at the end.
 
     Raises:
-        ConfigError: the database's URL can't be read.
+        ConfigError: the database's URL can't be read, or the store's settings contradict each
+            other.
         HubUnavailable: the database can't be opened.
     """
     # Whoever speaks to a hub elsewhere needs no database library.
     from esper.services.urza.database import Database
     from esper.services.urza.store import UrzaHub
-    from esper.utils.object_store import FolderStore
+    from esper.utils.object_store import open_store
 
-    async with Database(database) as opened:
-        yield UrzaHub(opened, FolderStore(artifacts))
+    store = open_store(storage)
+    try:
+        async with Database(database) as opened:
+            yield UrzaHub(opened, store)
+    finally:
+        await store.close()

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from esper.configs import DatabaseConfig
+from esper.configs import DatabaseConfig, StorageConfig
 from esper.contracts.blueprints import BlueprintDocument, builtin, kernel_id
 from esper.contracts.enums import BlueprintState
 from esper.contracts.messages import KernelReady, TopicNames
@@ -62,7 +62,7 @@ class Flaky:
 @asynccontextmanager
 async def hub_in(folder):
     settings = DatabaseConfig(url=f"sqlite+aiosqlite:///{folder}/urza.sqlite")
-    async with in_process_urza(settings, folder / "artifacts") as hub:
+    async with in_process_urza(settings, StorageConfig(folder=str(folder / "artifacts"))) as hub:
         for document in (LOW_RANK, LOUD):
             await hub.put_blueprint(document)
         yield hub

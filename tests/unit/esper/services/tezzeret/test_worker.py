@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from esper.configs import DatabaseConfig, StorageConfig
 from esper.contracts.blueprints import (
     BlueprintDocument,
     KernelTarget,
@@ -23,7 +24,6 @@ from esper.services.oona_client import InProcessOona, Subscription
 from esper.services.tezzeret.main import TezzeretService
 from esper.services.tezzeret.worker import CONSUMER_GROUP, TezzeretWorker
 from esper.services.urza.client import UrzaClient, in_process_urza
-from esper.services.urza.database import DatabaseConfig
 
 LOW_RANK = builtin("low-rank", {"rank": 2})
 # It answers every input with something other than 0, so it would change its host at birth.
@@ -69,7 +69,7 @@ def carrying(payload: KernelRequested) -> OonaMessage:
 @asynccontextmanager
 async def hub_in(folder: Path) -> AsyncIterator[UrzaClient]:
     settings = DatabaseConfig(url=f"sqlite+aiosqlite:///{folder}/urza.sqlite")
-    async with in_process_urza(settings, folder / "artifacts") as hub:
+    async with in_process_urza(settings, StorageConfig(folder=str(folder / "artifacts"))) as hub:
         for document in (LOW_RANK, LOUD):
             await hub.put_blueprint(document)
         yield hub

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from esper.configs import DatabaseConfig
+from esper.configs import DatabaseConfig, StorageConfig
 from esper.contracts.assets import TrainingSession
 from esper.contracts.enums import ComponentType, DecisionAction, SeedState
 from esper.contracts.messages import KernelReady, OonaMessage, TopicNames
@@ -209,7 +209,7 @@ def test_news_that_the_bus_does_not_take_come_later_and_in_order(seconds):
 @asynccontextmanager
 async def hub_in(folder):
     settings = DatabaseConfig(url=f"sqlite+aiosqlite:///{folder}/urza.sqlite")
-    async with in_process_urza(settings, folder / "artifacts") as hub:
+    async with in_process_urza(settings, StorageConfig(folder=str(folder / "artifacts"))) as hub:
         for document in (LOW_RANK, LOUD):
             await hub.put_blueprint(document)
         await hub.register_session(

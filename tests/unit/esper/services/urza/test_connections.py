@@ -21,7 +21,7 @@ from tests.unit.esper.services.urza.hubs import DOCUMENT, Place, opened
 CLIENTS = """
 import asyncio, json, sys
 from pathlib import Path
-from esper.configs import DatabaseConfig
+from esper.configs import DatabaseConfig, StorageConfig
 from esper.contracts.blueprints import BlueprintDocument
 from esper.services.urza.client import in_process_urza
 
@@ -29,7 +29,7 @@ async def main():
     url, folder, document, clients = sys.argv[1:]
     blueprint = BlueprintDocument.model_validate_json(document)
     settings = DatabaseConfig(url=url, pool_size=4)
-    async with in_process_urza(settings, Path(folder)) as hub:
+    async with in_process_urza(settings, StorageConfig(folder=folder)) as hub:
         print("ready", flush=True)
         sys.stdin.readline()
         made = await asyncio.gather(*(hub.put_blueprint(blueprint) for _ in range(int(clients))))
