@@ -188,7 +188,8 @@ async def _try_to_tell(hub: UrzaClient, session: TrainingSession) -> None:
     try:
         await asyncio.wait_for(hub.update_session(session), FAREWELL_SECONDS)
     except (EsperError, TimeoutError) as error:
-        _log.warning("the hub does not know that the session %s: %s", session.outcome, error)
+        # Whoever runs it is told why it broke off; that the hub is not is of less weight.
+        _log.info("the hub does not know that the session %s: %s", session.outcome, error)
 
 
 def _rebuilt(model: MorphableModel, entry: Mapping[str, Any]) -> nn.Module:
