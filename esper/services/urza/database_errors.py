@@ -30,7 +30,7 @@ def translated(error: BaseException, url: URL) -> EsperError:
 
     ConfigError, StorageFull and BadInput are permanent; all else is HubUnavailable.
     """
-    state = _sqlstate(error)
+    state = sqlstate(error)
     shown = url.render_as_string(hide_password=True)
     if state in _REFUSED:
         return ConfigError("database.url", shown, _REFUSED[state])
@@ -43,7 +43,7 @@ def translated(error: BaseException, url: URL) -> EsperError:
     return HubUnavailable(f"Urza's database does not answer: {_reason(cause)} (database.url)")
 
 
-def _sqlstate(error: BaseException | None) -> str | None:
+def sqlstate(error: BaseException | None) -> str | None:
     """Postgres's code for what went wrong, wherever in the chain the driver left it."""
     while error is not None:
         for carrier in (error, getattr(error, "orig", None)):

@@ -91,6 +91,7 @@ class Leased(Row):
 
     Without `lease_expires_at` the claim ends only when it is given up: that of the worker in the
     hub's own process. `lease_token` outlasts the work: it says whose result was accepted.
+    `attempts` are the leases so far that did not end by themselves.
     """
 
     __abstract__ = True
@@ -98,6 +99,7 @@ class Leased(Row):
     claimed_by: Mapped[str | None] = mapped_column(String(253))
     lease_token: Mapped[str | None] = mapped_column(String(32))
     lease_expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    attempts: Mapped[int] = mapped_column(Integer, default=0, server_default=text("0"))
 
 
 class Blueprint(Leased):

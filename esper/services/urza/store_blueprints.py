@@ -11,8 +11,10 @@ from esper.errors import BlueprintNotFound, Conflict, ConflictReason
 from esper.services.contracts import DEFAULT_PAGE_ITEMS, BlueprintFilter, Page, Stored
 from esper.services.urza import models
 from esper.services.urza.store_rows import (
+    Collided,
     HubRows,
     blueprint_row,
+    bring_back,
     change,
     check_version,
     in_states,
@@ -21,6 +23,7 @@ from esper.services.urza.store_rows import (
     mark_used,
     of_session,
     page_of,
+    retried,
 )
 
 
@@ -40,6 +43,7 @@ class HubBlueprints(HubRows):
         """
         return (await self.add_blueprint(document, session=session))[0].item
 
+    @retried
     async def add_blueprint(
         self, document: BlueprintDocument, *, session: str | None = None
     ) -> tuple[Stored[Blueprint], bool]:
@@ -56,12 +60,10 @@ class HubBlueprints(HubRows):
                     return Stored[Blueprint](item=blueprint, version=1), True
                 found = await blueprint_row(transaction, document.digest)
             if found.archived_at is not None:
-                await transaction.execute(
-                    update(row)
-                    .where(row.id == found.id, row.archived_at.is_not(None))
-                    .values(archived_at=None, version=row.version + 1)
-                )
-                await transaction.refresh(found)
+                await bring_back(transaction, row, found.id)
+                found = await transaction.scalar(query.execution_options(populate_existing=True))
+                if found is None:
+                    raise Collided(f"blueprint {document.digest} was deleted at the same moment")
             if session is not None:
                 await mark_used(transaction, session, digest=document.digest)
             return found.as_stored(), False
@@ -115,6 +117,7 @@ class HubBlueprints(HubRows):
             items = tuple(found.as_stored() for found in rows)
         return Page[Stored[Blueprint]](items=items, next_cursor=after)
 
+    @retried
     async def update_blueprint(
         self,
         digest: str,
@@ -135,11 +138,21 @@ class HubBlueprints(HubRows):
             check_version(f"blueprint {digest}", row, version)
             given = {"name": name, "description": description}
             changed = {key: value for key, value in given.items() if value is not None}
+            was = row.document["name"]
             document = BlueprintDocument.model_validate({**row.document, **changed})
             row.document = document.to_wire()
             change(row, self._clock())
+            if document.name != was:
+                # Kernels are shown with their blueprint's name.
+                kernel = models.CompiledKernel
+                await session.execute(
+                    update(kernel)
+                    .where(kernel.blueprint_id == row.id)
+                    .values(version=kernel.version + 1, updated_at=kernel.updated_at)
+                )
             return row.as_stored()
 
+    @retried
     async def archive_blueprint(
         self, digest: str, *, version: int | None = None
     ) -> Stored[Blueprint]:
@@ -157,6 +170,7 @@ class HubBlueprints(HubRows):
                 change(row, row.archived_at)
             return row.as_stored()
 
+    @retried
     async def delete_blueprint(self, digest: str, *, version: int | None = None) -> bool:
         """Remove a blueprint, its kernels and their artifacts; whether there was one.
 
@@ -166,18 +180,17 @@ class HubBlueprints(HubRows):
         kernel = models.CompiledKernel
         async with self._database.transaction(writing=True) as session:
             try:
-                # Kernels before their blueprint, the order in which claims lock them.
-                blueprint = await blueprint_row(session, digest)
-                await session.execute(
-                    select(kernel.id)
-                    .where(kernel.blueprint_id == blueprint.id)
-                    .order_by(kernel.id)
-                    .with_for_update()
-                )
-                await session.refresh(blueprint, with_for_update=True)
+                blueprint = await blueprint_row(session, digest, lock=True)
             except BlueprintNotFound:
                 return False
             check_version(f"blueprint {digest}", blueprint, version)
+            # A session that begins to use a kernel of it at this moment is waited for.
+            await session.execute(
+                select(kernel.id)
+                .where(kernel.blueprint_id == blueprint.id)
+                .order_by(kernel.id)
+                .with_for_update()
+            )
             await _refuse_in_use(session, blueprint)
             found = select(kernel.artifact_digest).where(kernel.blueprint_id == blueprint.id)
             artifacts = (await session.scalars(found)).all()

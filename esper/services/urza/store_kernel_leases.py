@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, and_, or_, update
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy import and_, or_, update
 
 from esper.contracts.assets import CompiledKernel
 from esper.contracts.blueprints import BlueprintDocument, KernelTarget
@@ -16,26 +14,31 @@ from esper.contracts.kernels import KernelMetadata
 from esper.errors import KernelError
 from esper.services.contracts import KernelClaim
 from esper.services.urza import models
-from esper.services.urza.leases import (
-    BULK,
-    NO_LEASE,
-    extend,
-    free_of,
-    lease,
-    lease_end,
-    lost,
-    next_free,
+from esper.services.urza.leases import BULK, NO_LEASE, Leases
+from esper.services.urza.store_rows import (
+    HubRows,
+    artifact_key,
+    kernel_row,
+    lock_artifact,
+    retried,
+    shortened,
 )
-from esper.services.urza.store_rows import HubRows, artifact_key, kernel_row, shortened
 
-_PROPOSED, _COMPILING = BlueprintState.PROPOSED, BlueprintState.COMPILING
-_CHARACTERIZED, _FAILED = BlueprintState.CHARACTERIZED, BlueprintState.FAILED
-_UNSETTLED = (_PROPOSED, _COMPILING)
+_COMPILING, _CHARACTERIZED = BlueprintState.COMPILING, BlueprintState.CHARACTERIZED
+_LEASES = Leases(
+    "kernel",
+    models.CompiledKernel,
+    models.CompiledKernel.kernel,
+    _COMPILING,
+    kernel_row,
+    models.CompiledKernel.blueprint.has(models.Blueprint.archived_at.is_(None)),
+)
 
 
 class HubKernelLeases(HubRows):
     """Kernels on their way from proposed to characterized or failed."""
 
+    @retried
     async def claim_kernel(self, kernel: str, worker: str) -> bool:
         """Whether `worker` may now compile the kernel: it was free, or its own claim already.
 
@@ -51,7 +54,7 @@ class HubKernelLeases(HubRows):
             claimed = await session.scalar(
                 update(row)
                 .where(row.kernel == kernel)
-                .where(or_(free_of(row, _COMPILING, self._clock()), own))
+                .where(or_(_LEASES.free(self._clock()), own))
                 .values(
                     {
                         **NO_LEASE,
@@ -61,41 +64,50 @@ class HubKernelLeases(HubRows):
                         "version": row.version + 1,
                     }
                 )
-                .returning(row.blueprint_id)
+                .returning(row.id)
                 .execution_options(**BULK)
             )
             if claimed is None:
                 await kernel_row(session, kernel)
-                return False
-            await _move_blueprint(session, claimed, _COMPILING, (_PROPOSED,), self._clock())
-        return True
+        return claimed is not None
 
-    async def claim_next_kernel(self, worker: str, lease_seconds: float) -> KernelClaim | None:
+    @retried
+    async def claim_next_kernel(
+        self, worker: str, lease_seconds: float, *, token: str | None = None
+    ) -> KernelClaim | None:
         """Lease the oldest kernel that nobody compiles; None where there is none.
+
+        What was tried before comes after what was not. Whoever asks again under the same `token`
+        gets what it has.
 
         Raises:
             BadInput: a worker without a name, or a lease that is too long or not positive.
         """
-        row = models.CompiledKernel
-        return await self._leased(
-            worker, lease_seconds, row.id == next_free(row, _COMPILING, self._clock())
-        )
+        async with self._database.transaction() as session:
+            row = await _LEASES.claim(session, worker, token, self._clock(), lease_seconds)
+            return None if row is None else _claim(row)
 
+    @retried
     async def lease_kernel(
-        self, kernel: str, worker: str, lease_seconds: float
+        self, kernel: str, worker: str, lease_seconds: float, *, token: str | None = None
     ) -> KernelClaim | None:
         """Lease that kernel; None where it is settled, archived, or another worker has it.
+
+        Whoever asks again under the same `token` gets what it has.
 
         Raises:
             KernelNotFound: there is no such kernel.
             BadInput: a worker without a name, or a lease that is too long or not positive.
         """
-        claim = await self._leased(worker, lease_seconds, models.CompiledKernel.kernel == kernel)
-        if claim is None:
-            async with self._database.transaction() as session:
+        async with self._database.transaction() as session:
+            now = self._clock()
+            row = await _LEASES.claim(session, worker, token, now, lease_seconds, name=kernel)
+            if row is None:
                 await kernel_row(session, kernel)
-        return claim
+                return None
+            return _claim(row)
 
+    @retried
     async def heartbeat_kernel(self, kernel: str, token: str, lease_seconds: float) -> datetime:
         """Keep a lease for that long from now; returns when it ends.
 
@@ -104,38 +116,19 @@ class HubKernelLeases(HubRows):
             Conflict: the lease is lost, or its result was accepted.
             BadInput: a lease that is too long or not positive.
         """
-        row = models.CompiledKernel
         async with self._database.transaction() as session:
-            end = await extend(
-                session,
-                row,
-                row.kernel == kernel,
-                _COMPILING,
-                token,
-                lease_end(self._clock(), lease_seconds),
-            )
-            if end is None:
-                await kernel_row(session, kernel)
-                raise lost(f"kernel {kernel}")
-        return end
+            return await _LEASES.extend(session, kernel, token, self._clock(), lease_seconds)
 
-    async def release_kernel(self, kernel: str, worker: str, *, token: str | None = None) -> None:
-        """Give up `worker`'s claim, so that anyone may compile the kernel; else do nothing."""
-        row = models.CompiledKernel
+    @retried
+    async def release_kernel(
+        self, kernel: str, worker: str, *, token: str | None = None, blamed: bool = False
+    ) -> None:
+        """Give up `worker`'s claim, so that anyone may compile the kernel; else do nothing.
+
+        Where the kernel itself ended the attempt it is `blamed`, and the attempt counts.
+        """
         async with self._database.transaction() as session:
-            await session.execute(
-                update(row)
-                .where(row.kernel == kernel, row.state == _COMPILING)
-                .where(row.claimed_by == worker, row.lease_token.is_not_distinct_from(token))
-                .values(
-                    {
-                        **NO_LEASE,
-                        "state": _PROPOSED,
-                        "updated_at": self._clock(),
-                        "version": row.version + 1,
-                    }
-                )
-            )
+            await _LEASES.release(session, kernel, worker, token, self._clock(), blamed=blamed)
 
     async def check_lease(self, kernel: str, token: str) -> CompiledKernel:
         """The kernel, whose result under that token would be accepted, or was.
@@ -146,8 +139,7 @@ class HubKernelLeases(HubRows):
         """
         async with self._database.transaction() as session:
             row = await kernel_row(session, kernel)
-            if row.lease_token != token:
-                raise lost(f"kernel {kernel}")
+            _LEASES.settled(row, token)
             return row.as_asset()
 
     async def complete_kernel(
@@ -174,9 +166,13 @@ class HubKernelLeases(HubRows):
         settled = await self._settled_already(metadata, token)
         if settled is not None:
             return settled
-        # The bytes before the row: whoever sees the row finds the bytes, also after a crash.
-        await self._store.put(artifact_key(digest), data)
-        return await self._settle_compiled(metadata, token)
+        while True:
+            # The bytes before the row: whoever sees the row finds the bytes, also after a crash.
+            await self._store.put(artifact_key(digest), data)
+            done = await self._settle_compiled(metadata, token)
+            if done is not None:
+                return done
+            # Another kernel with the same bytes was deleted in between, and took them along.
 
     async def complete_uploaded_kernel(
         self, metadata: KernelMetadata, *, token: str | None = None
@@ -191,14 +187,13 @@ class HubKernelLeases(HubRows):
             Conflict: the lease is lost, or without `token` another worker has one.
         """
         settled = await self._settled_already(metadata, token)
-        if settled is not None:
-            return settled
-        if not await self._store.exists(artifact_key(metadata.artifact_digest)):
+        done = settled or await self._settle_compiled(metadata, token)
+        if done is None:
             raise KernelError(
                 f"kernel {metadata.kernel}: its artifact {metadata.artifact_digest} is not in "
                 "the store; upload it first"
             )
-        return await self._settle_compiled(metadata, token)
+        return done
 
     async def fail_kernel(
         self, kernel: str, error: str, *, token: str | None = None
@@ -209,27 +204,9 @@ class HubKernelLeases(HubRows):
             KernelNotFound: there is no such kernel.
             Conflict: the lease is lost, or without `token` another worker has one.
         """
-        return await self._settle(kernel, token, _FAILED, error=shortened(error))
+        return await self._settle_failed(kernel, token, shortened(error))
 
-    async def _leased(
-        self, worker: str, lease_seconds: float, which: ColumnElement[bool]
-    ) -> KernelClaim | None:
-        now, token, row = self._clock(), secrets.token_hex(16), models.CompiledKernel
-        until = lease_end(now, lease_seconds)
-        async with self._database.transaction() as session:
-            claimed = await lease(session, row, which, _COMPILING, worker, token, now, until)
-            if claimed is None:
-                return None
-            await _move_blueprint(session, claimed.blueprint_id, _COMPILING, (_PROPOSED,), now)
-            document = claimed.blueprint.document
-        return KernelClaim(
-            kernel=claimed.kernel,
-            blueprint=BlueprintDocument.model_validate(document),
-            target=KernelTarget.model_validate(claimed.target),
-            lease=token,
-            expires_at=until,
-        )
-
+    @retried
     async def _settled_already(
         self, metadata: KernelMetadata, token: str | None
     ) -> CompiledKernel | None:
@@ -241,75 +218,45 @@ class HubKernelLeases(HubRows):
                     f"kernel {row.kernel}: got an artifact of blueprint "
                     f"{metadata.blueprint_digest}; allowed: {row.blueprint.digest}"
                 )
-            return _accepted(row, token)
+            return row.as_asset() if _LEASES.settled(row, token) else None
 
-    async def _settle_compiled(self, metadata: KernelMetadata, token: str | None) -> CompiledKernel:
-        return await self._settle(
-            metadata.kernel,
-            token,
-            _CHARACTERIZED,
-            artifact_digest=metadata.artifact_digest,
-            artifact_bytes=metadata.artifact_bytes,
-            figures=metadata.figures.to_wire() if metadata.figures else None,
-        )
-
-    async def _settle(
-        self, kernel: str, token: str | None, state: BlueprintState, **values: object
-    ) -> CompiledKernel:
-        """Move an unsettled kernel to its final state, and its blueprint along."""
-        # One kernel that compiles shows that the blueprint is sound; a later failure is the
-        # target's, so it takes nothing back. Validation has its own result.
-        replaced = {_CHARACTERIZED: (*_UNSETTLED, _FAILED), _FAILED: _UNSETTLED}[state]
-        row, now = models.CompiledKernel, self._clock()
-        async with self._database.transaction() as session:
-            settled = await session.scalar(
-                update(row)
-                .where(row.kernel == kernel, row.state.in_(_UNSETTLED))
-                .where(row.lease_token.is_not_distinct_from(token))
-                .values(
-                    {
-                        **values,
-                        "state": state,
-                        "claimed_by": None,
-                        "lease_expires_at": None,
-                        "updated_at": now,
-                        "version": row.version + 1,
-                    }
-                )
-                .returning(row.blueprint_id)
-                .execution_options(**BULK)
+    @retried
+    async def _settle_compiled(
+        self, metadata: KernelMetadata, token: str | None
+    ) -> CompiledKernel | None:
+        """Accept the result; None where the store has not the artifact."""
+        digest = metadata.artifact_digest
+        async with self._database.transaction(writing=True) as session:
+            await lock_artifact(session, digest)
+            if not await self._store.exists(artifact_key(digest)):
+                return None
+            row = await _LEASES.settle(
+                session,
+                metadata.kernel,
+                token,
+                self._clock(),
+                _CHARACTERIZED,
+                artifact_digest=digest,
+                artifact_bytes=metadata.artifact_bytes,
+                figures=metadata.figures.to_wire() if metadata.figures else None,
             )
-            if settled is not None:
-                await _move_blueprint(session, settled, state, replaced, now)
-            found = await kernel_row(session, kernel)
-            return _accepted(found, token) or found.as_asset()
+            return row.as_asset()
+
+    @retried
+    async def _settle_failed(self, kernel: str, token: str | None, error: str) -> CompiledKernel:
+        failed = BlueprintState.FAILED
+        async with self._database.transaction() as session:
+            row = await _LEASES.settle(session, kernel, token, self._clock(), failed, error=error)
+            return row.as_asset()
 
 
-async def _move_blueprint(
-    session: AsyncSession,
-    blueprint_id: object,
-    state: BlueprintState,
-    replaced: tuple[BlueprintState, ...],
-    now: datetime,
-) -> None:
-    row = models.Blueprint
-    values = {"state": state, "updated_at": now, "version": row.version + 1}
-    if state is _CHARACTERIZED:
-        values["error"] = None
-    await session.execute(
-        update(row)
-        .where(row.id == blueprint_id, row.state.in_(replaced))
-        .values(values)
-        .execution_options(**BULK)
+def _claim(row: models.CompiledKernel) -> KernelClaim:
+    return KernelClaim.model_validate(
+        {
+            "kernel": row.kernel,
+            "blueprint": BlueprintDocument.model_validate(row.blueprint.document),
+            "target": KernelTarget.model_validate(row.target),
+            "lease": row.lease_token,
+            "expires_at": row.lease_expires_at,
+        }
     )
-
-
-def _accepted(row: models.CompiledKernel, token: str | None) -> CompiledKernel | None:
-    """The kernel if it is settled, for whoever may know; None if `token` can still settle it."""
-    if row.state in _UNSETTLED:
-        if row.lease_token != token:
-            raise lost(f"kernel {row.kernel}")
-        return None
-    if token is not None and row.lease_token != token:
-        raise lost(f"kernel {row.kernel}")
-    return row.as_asset()

@@ -1,11 +1,14 @@
-"""The hub's kernels: asked for, read, archived, deleted. `store_leases` has them worked on."""
+"""The hub's kernels: asked for, read, archived, deleted.
+
+`store_kernel_leases` has them worked on.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, select
 from sqlalchemy.exc import IntegrityError
 
 from esper.contracts.assets import CompiledKernel
@@ -22,9 +25,11 @@ from esper.services.contracts import (
 )
 from esper.services.urza import models
 from esper.services.urza.store_rows import (
+    Collided,
     HubRows,
     artifact_key,
     blueprint_row,
+    bring_back,
     change,
     check_version,
     in_states,
@@ -34,6 +39,7 @@ from esper.services.urza.store_rows import (
     mark_used,
     of_session,
     page_of,
+    retried,
 )
 
 
@@ -45,8 +51,8 @@ class HubKernels(HubRows):
     ) -> CompiledKernel:
         """The kernel of that blueprint for that target, made in state proposed unless it is there.
 
-        An archived one comes out of the archive. `session` is the uid of the session that uses
-        the kernel from now on.
+        An archived one comes out of the archive, its blueprint too. `session` is the uid of the
+        session that uses the kernel from now on.
 
         Raises:
             BlueprintNotFound: no blueprint has that digest.
@@ -54,6 +60,7 @@ class HubKernels(HubRows):
         """
         return (await self.add_kernel(blueprint_digest, target, session=session))[0].item
 
+    @retried
     async def add_kernel(
         self, blueprint_digest: str, target: KernelTarget, *, session: str | None = None
     ) -> tuple[Stored[CompiledKernel], bool]:
@@ -75,12 +82,14 @@ class HubKernels(HubRows):
                     made = await insert_unless_there(transaction, row.of(kernel, blueprint.id))
                     found = await kernel_row(transaction, key)
                 if found.archived_at is not None:
-                    await transaction.execute(
-                        update(row)
-                        .where(row.id == found.id, row.archived_at.is_not(None))
-                        .values(archived_at=None, version=row.version + 1)
+                    await bring_back(transaction, row, found.id)
+                    found = await transaction.scalar(
+                        query.execution_options(populate_existing=True)
                     )
-                    await transaction.refresh(found)
+                    if found is None:
+                        raise Collided(f"kernel {key} was deleted at the same moment")
+                if found.blueprint.archived_at is not None:
+                    await bring_back(transaction, models.Blueprint, found.blueprint_id)
                 if session is not None:
                     await mark_used(transaction, session, kernels=[key])
                 return found.as_stored(), made
@@ -144,6 +153,7 @@ class HubKernels(HubRows):
             items = tuple(found.as_stored() for found in rows)
         return Page[Stored[CompiledKernel]](items=items, next_cursor=after)
 
+    @retried
     async def archive_kernel(
         self, kernel: str, *, version: int | None = None
     ) -> Stored[CompiledKernel]:
@@ -163,6 +173,7 @@ class HubKernels(HubRows):
                 change(row, row.archived_at)
             return row.as_stored()
 
+    @retried
     async def delete_kernel(self, kernel: str, *, version: int | None = None) -> bool:
         """Remove a kernel and its artifact; whether there was one.
 

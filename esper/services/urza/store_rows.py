@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
-from functools import cache
-from typing import TypeVar, cast
+from functools import cache, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, Table, and_, literal, or_, select, tuple_
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    Table,
+    and_,
+    func,
+    literal,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
@@ -22,18 +35,54 @@ from esper.errors import (
     BlueprintNotFound,
     Conflict,
     ConflictReason,
+    HubUnavailable,
     KernelNotFound,
     NotFound,
 )
 from esper.services.contracts import MAX_PAGE_ITEMS
 from esper.services.urza import models
 from esper.services.urza.database import Database
+from esper.services.urza.database_errors import sqlstate
 from esper.utils.object_store import ObjectStore
 
 MAX_ERROR_CHARACTERS = 2000
 
 Clock = Callable[[], datetime]
 AnyRow = TypeVar("AnyRow", bound=models.Row)
+Hub = TypeVar("Hub")
+Outcome = TypeVar("Outcome")
+Given = ParamSpec("Given")
+
+COLLISIONS = {"40P01", "40001"}
+"""Postgres's codes for a deadlock and for two transactions that can't both be."""
+ATTEMPTS = 5
+PAUSE_SECONDS = 0.02
+
+
+def retried(
+    work: Callable[Concatenate[Hub, Given], Coroutine[Any, Any, Outcome]],
+) -> Callable[Concatenate[Hub, Given], Coroutine[Any, Any, Outcome]]:
+    """A method that is one transaction, done again where another one was in its way.
+
+    Postgres breaks a deadlock by ending one of the two; what ended left nothing behind.
+    """
+
+    @wraps(work)
+    async def attempted(self: Hub, /, *given: Given.args, **named: Given.kwargs) -> Outcome:
+        for attempt in range(1, ATTEMPTS):
+            try:
+                return await work(self, *given, **named)
+            except HubUnavailable as error:
+                if not (isinstance(error, Collided) or sqlstate(error) in COLLISIONS):
+                    raise
+                await asyncio.sleep(random.uniform(0.0, attempt * PAUSE_SECONDS))
+        return await work(self, *given, **named)
+
+    return attempted
+
+
+class Collided(HubUnavailable):
+    """What a transaction had found was removed by another before it came to change it."""
 
 
 class HubRows:
@@ -55,12 +104,15 @@ class HubRows:
     async def _remove_artifacts(self, digests: Sequence[str | None]) -> None:
         """Remove the artifacts that no kernel has any more."""
         for digest in sorted({digest for digest in digests if digest is not None}):
-            async with self._database.transaction() as session:
-                row = models.CompiledKernel
-                kept = await session.scalar(
-                    select(row.id).where(row.artifact_digest == digest).limit(1)
-                )
-            if kept is None:
+            await self._remove_unused(digest)
+
+    @retried
+    async def _remove_unused(self, digest: str) -> None:
+        row = models.CompiledKernel
+        async with self._database.transaction(writing=True) as session:
+            await lock_artifact(session, digest)
+            used = select(row.id).where(row.artifact_digest == digest).limit(1)
+            if await session.scalar(used) is None:
                 await self._store.delete(artifact_key(digest))
 
 
@@ -74,12 +126,27 @@ def shortened(error: str) -> str:
     return error[:MAX_ERROR_CHARACTERS] or "no reason was given"
 
 
+async def lock_artifact(session: AsyncSession, digest: str) -> None:
+    """Be the only one that takes up or removes that artifact, until the transaction ends.
+
+    On SQLite whoever writes is the only one anyway.
+    """
+    if _dialect(session) == "postgresql":
+        number = int.from_bytes(bytes.fromhex(digest[:16]), signed=True)
+        await session.execute(select(func.pg_advisory_xact_lock(number)))
+
+
 async def blueprint_row(
     session: AsyncSession, digest: str, *, lock: bool = False
 ) -> models.Blueprint:
-    """The blueprint's row; BlueprintNotFound where there is none."""
+    """The blueprint's row, as it stands once it is locked; BlueprintNotFound where there is none.
+
+    Whoever locks both a blueprint and kernels of it locks the blueprint first.
+    """
     query = select(models.Blueprint).where(models.Blueprint.digest == digest)
-    row = await session.scalar(query.with_for_update() if lock else query)
+    if lock:
+        query = query.with_for_update().execution_options(populate_existing=True)
+    row = await session.scalar(query)
     if row is None:
         raise BlueprintNotFound("blueprint digest", digest, "a blueprint that was put into the hub")
     return row
@@ -161,6 +228,15 @@ async def _insert_uses(
     locked = found.with_for_update(read=True, key_share=True)
     await session.execute(
         make(model).from_select(["session_id", column], locked).on_conflict_do_nothing()
+    )
+
+
+async def bring_back(session: AsyncSession, row: type[models.Row], key: UUID) -> None:
+    """Take a row out of the archive, if it is there."""
+    await session.execute(
+        update(row)
+        .where(row.id == key, row.archived_at.is_not(None))
+        .values(archived_at=None, version=row.version + 1)
     )
 
 

@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from esper.errors import ConfigError
 
-HEAD = "0002"
+HEAD = "0004"
 """The revision of the tables that `esper.services.urza.models` describes."""
 
 FIRST = "0001"
