@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import ExitStack, asynccontextmanager
 from datetime import timedelta
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -27,6 +28,8 @@ from esper.errors import (
     KernelNotFound,
 )
 from esper.services.contracts import MAX_LEASE_SECONDS
+from esper.services.urza import leases
+from esper.services.urza.leases import MAX_ATTEMPTS
 from esper.services.urza.store import MAX_ERROR_CHARACTERS, artifact_key
 from esper.utils.object_store import FolderStore
 from tests.unit.esper.services.urza.hubs import (
@@ -70,7 +73,7 @@ def test_kernels_are_leased_the_oldest_first(place):
             assert one.expires_at == clock.now + timedelta(seconds=60)
             assert await hub.claim_next_kernel("three", 60) is None
             assert (await hub.kernel(first)).state is BlueprintState.COMPILING
-            assert (await hub.blueprint(DOCUMENT.digest)).state is BlueprintState.COMPILING
+            assert (await hub.blueprint(DOCUMENT.digest)).state is BlueprintState.PROPOSED
 
     asyncio.run(life())
 
@@ -399,18 +402,107 @@ def test_a_kernel_that_compiles_clears_its_blueprint_but_not_one_being_validated
     asyncio.run(life())
 
 
-def test_a_kernel_that_compiles_takes_a_failed_validation_back(place):
+def test_what_becomes_of_a_kernel_says_nothing_of_its_blueprint(place):
     async def life() -> None:
         async with opened(place) as hub:
-            kernel = await requested(hub)
+            first, second, third = [await requested(hub, inputs=n) for n in (1, 2, 3)]
+            await hub.fail_kernel(first, "this target is too small")
+            await hub.complete_kernel(described(second), DATA)
+            await hub.lease_kernel(third, "one", 60)
+            await hub.delete_kernel(third)
+            assert (await hub.blueprint(DOCUMENT.digest)).state is BlueprintState.PROPOSED
             claim = await hub.claim_next_blueprint("one", 60)
             assert claim is not None
             assert (await hub.fail_blueprint(claim.digest, claim.lease, "why")).error == "why"
-            await hub.complete_kernel(described(kernel), DATA)
+            await hub.complete_kernel(described(await requested(hub, inputs=3)), DATA)
             now = await hub.blueprint(claim.digest)
-            assert (now.state, now.error) == (BlueprintState.CHARACTERIZED, None)
+            assert (now.state, now.error) == (BlueprintState.FAILED, "why")
 
     asyncio.run(life())
+
+
+def test_kernels_of_an_archived_blueprint_are_no_work_until_it_is_wanted_again(place):
+    async def life() -> None:
+        async with opened(place) as hub:
+            kernel = await requested(hub)
+            await hub.archive_blueprint(DOCUMENT.digest)
+            assert await hub.claim_next_kernel("one", 60) is None
+            assert await hub.lease_kernel(kernel, "one", 60) is None
+            await hub.request_kernel(DOCUMENT.digest, target())
+            assert (await hub.blueprint(DOCUMENT.digest)).state is BlueprintState.PROPOSED
+            assert await hub.claim_next_kernel("one", 60) is not None
+
+    asyncio.run(life())
+
+
+def test_a_claim_whose_answer_was_lost_is_found_again(place):
+    async def life() -> None:
+        clock = Clock()
+        async with opened(place, clock=clock) as hub:
+            first, second = await requested(hub), await requested(hub, OTHER, 5)
+            claim = await hub.claim_next_kernel("one", 60, token=TOKEN)
+            assert claim is not None
+            clock.advance(30)
+            again = await hub.claim_next_kernel("one", 60, token=TOKEN)
+            assert again is not None
+            assert (again.kernel, again.lease, claim.lease) == (first, TOKEN, TOKEN)
+            assert again.expires_at == claim.expires_at + timedelta(seconds=30)
+            assert await hub.lease_kernel(first, "one", 60, token=TOKEN) == again
+            assert await hub.lease_kernel(first, "two", 60, token=TOKEN) is None
+            other = await hub.lease_kernel(second, "one", 60, token=TOKEN[::-1])
+            assert other is not None
+            one = await hub.claim_next_blueprint("one", 60, token=TOKEN)
+            assert one == await hub.claim_next_blueprint("one", 60, token=TOKEN)
+
+    asyncio.run(life())
+
+
+def test_work_that_ends_every_worker_is_given_up_and_holds_up_nothing_else(place):
+    async def life() -> None:
+        clock = Clock()
+        async with opened(place, clock=clock) as hub:
+            bad = await requested(hub)
+            good = await requested(hub, inputs=5)
+            assert (await leased(hub)).kernel == bad
+            clock.advance(61)
+            second = await leased(hub)
+            assert second.kernel == good
+            await hub.complete_kernel(described(good), DATA, token=second.lease)
+            for _ in range(MAX_ATTEMPTS - 1):
+                claim = await leased(hub)
+                assert claim.kernel == bad
+                clock.advance(61)
+            assert await hub.claim_next_kernel("one", 60) is None
+            given_up = await hub.kernel(bad)
+            assert given_up.state is BlueprintState.FAILED
+            assert given_up.error is not None
+            assert given_up.error.startswith(f"given up: {MAX_ATTEMPTS} workers")
+            async with refused():
+                await hub.complete_kernel(described(bad), DATA, token=claim.lease)
+
+    asyncio.run(life())
+
+
+def test_what_is_given_back_counts_only_where_the_work_itself_is_to_blame(place):
+    async def life() -> None:
+        async with opened(place) as hub:
+            kernel = await requested(hub)
+            for _ in range(MAX_ATTEMPTS + 1):
+                claim = await leased(hub)
+                await hub.release_kernel(kernel, "one", token=claim.lease)
+            for _ in range(MAX_ATTEMPTS):
+                assert (await hub.kernel(kernel)).state is BlueprintState.PROPOSED
+                claim = await leased(hub)
+                await hub.release_kernel(kernel, "one", token=claim.lease, blamed=True)
+            assert (await hub.kernel(kernel)).state is BlueprintState.FAILED
+
+    asyncio.run(life())
+
+
+async def leased(hub, worker="one"):
+    claim = await hub.claim_next_kernel(worker, 60)
+    assert claim is not None
+    return claim
 
 
 @pytest.mark.parametrize("workers", [8])
@@ -437,7 +529,7 @@ def test_many_workers_over_two_hubs_never_share_a_kernel(place, workers):
     asyncio.run(life())
 
 
-class Leases(RuleBasedStateMachine):
+class LeasesInAnyOrder(RuleBasedStateMachine):
     """Workers of two hubs over one database, in any order, at any time; against a plain model."""
 
     claims = Bundle("claims")
@@ -455,10 +547,27 @@ class Leases(RuleBasedStateMachine):
         self.holders: dict[str, str] = {}
         self.ends: dict[str, object] = {}
         self.accepted: dict[str, str] = {}
-        self.kernels: list[str] = []
+        self.given_up: set[str] = set()
+        self.attempts: dict[str, int] = {}
+        self.stack.enter_context(patch.object(leases, "MAX_ATTEMPTS", 3))
 
     def teardown(self) -> None:
         self.stack.close()
+
+    @property
+    def kernels(self) -> list[str]:
+        return list(self.attempts)
+
+    def open(self, kernel: str) -> bool:
+        return kernel not in self.accepted and kernel not in self.given_up
+
+    def give_up(self) -> None:
+        """What the hub does with kernels that too many workers have lost."""
+        for kernel in list(self.holders):
+            late = self.open(kernel) and self.ends[kernel] < self.clock.now
+            if late and self.attempts[kernel] >= leases.MAX_ATTEMPTS:
+                self.given_up.add(kernel)
+                del self.holders[kernel]
 
     def run(self, call):
         return self.runner.run(call)
@@ -469,7 +578,7 @@ class Leases(RuleBasedStateMachine):
     @precondition(lambda self: len(self.kernels) < 3)
     @rule()
     def request(self) -> None:
-        self.kernels.append(self.run(requested(self.hub, inputs=len(self.kernels) + 1)))
+        self.attempts[self.run(requested(self.hub, inputs=len(self.kernels) + 1))] = 0
 
     @rule(seconds=st.sampled_from([1.0, 5.0, 30.0]))
     def time_passes(self, seconds) -> None:
@@ -478,16 +587,19 @@ class Leases(RuleBasedStateMachine):
     @rule(target=claims, worker=st.sampled_from("ab"), seconds=st.sampled_from([2.0, 10.0]))
     def claim(self, worker, seconds):
         claim = self.run(self.hub.claim_next_kernel(worker, seconds))
-        free = [
+        self.give_up()
+        free = {
             kernel
             for kernel in self.kernels
-            if kernel not in self.accepted
+            if self.open(kernel)
             and (kernel not in self.holders or self.ends[kernel] < self.clock.now)
-        ]
+        }
         if claim is None:
             assert not free
             return None
-        assert claim.kernel == free[0]
+        assert claim.kernel in free
+        assert self.attempts[claim.kernel] == min(self.attempts[kernel] for kernel in free)
+        self.attempts[claim.kernel] += 1
         self.holders[claim.kernel] = claim.lease
         self.ends[claim.kernel] = claim.expires_at
         return claim
@@ -504,16 +616,26 @@ class Leases(RuleBasedStateMachine):
             assert self.holds(claim)
             self.ends[claim.kernel] = end
 
-    @rule(claim=claims, worker=st.sampled_from("ab"))
-    def release(self, claim, worker) -> None:
+    @rule(claim=claims, worker=st.sampled_from("ab"), blamed=st.booleans())
+    def release(self, claim, worker, blamed) -> None:
         if claim is None:
             return
-        before = self.run(self.hub.kernel(claim.kernel)).state
-        self.run(self.hub.release_kernel(claim.kernel, worker, token=claim.lease))
-        after = self.run(self.hub.kernel(claim.kernel)).state
-        if before != after:
+        kernel = claim.kernel
+        before = self.run(self.hub.kernel(kernel)).state
+        self.run(self.hub.release_kernel(kernel, worker, token=claim.lease, blamed=blamed))
+        after = self.run(self.hub.kernel(kernel)).state
+        if before is BlueprintState.COMPILING and after is BlueprintState.PROPOSED:
             assert self.holds(claim)
-            del self.holders[claim.kernel]
+            del self.holders[kernel]
+            self.attempts[kernel] -= not blamed
+        elif before != after:
+            assert self.holds(claim)
+            assert blamed
+            assert self.attempts[kernel] >= leases.MAX_ATTEMPTS
+            del self.holders[kernel]
+            self.given_up.add(kernel)
+        if blamed:
+            self.give_up()
 
     @rule(claim=consumes(claims), succeeds=st.booleans())
     def finish(self, claim, succeeds) -> None:
@@ -535,11 +657,11 @@ class Leases(RuleBasedStateMachine):
     def settled_kernels_are_those_with_an_accepted_result(self) -> None:
         settled = (BlueprintState.CHARACTERIZED, BlueprintState.FAILED)
         found = {kernel.kernel for kernel in self.run(self.hub.kernels(settled))}
-        assert found == set(self.accepted)
+        assert found == set(self.accepted) | self.given_up
 
 
 def test_in_whatever_order_a_kernel_has_one_holder_and_one_result(place):
-    machine = type("LeasesHere", (Leases,), {"place": place})
+    machine = type("LeasesHere", (LeasesInAnyOrder,), {"place": place})
     run_state_machine_as_test(
         machine,
         settings=settings(
