@@ -161,7 +161,7 @@ class Forge:
         except BaseException:
             self.counts["given_back_total"] += 1
             with suppress(EsperError):
-                await self._hub.release_blueprint(claim.digest, claim.lease)
+                await self._hub.release_blueprint(claim.digest, self._worker, token=claim.lease)
             raise
 
     async def _fault(self, document: BlueprintDocument) -> str | None:

@@ -58,8 +58,26 @@ async def checked(
         raise _refusal(f"{seen} bytes", f"{size}, as announced")
 
 
-def check_header(header: bytes, tensor_bytes: int, kernel: CompiledKernel) -> None:
-    """Refuse a header that is not of an artifact of `kernel` with `tensor_bytes` behind it.
+async def read_manifest(
+    chunks: AsyncIterator[bytes], kernel: CompiledKernel, size: int
+) -> KernelManifest:
+    """The manifest of an artifact of `size` bytes for `kernel`; reads no further than its header.
+
+    Raises:
+        KernelError: the header is not that of an artifact of this kernel.
+    """
+    head, end = b"", None
+    async for chunk in chunks:
+        head += chunk
+        if end is None and len(head) >= _LENGTH_BYTES:
+            end = _LENGTH_BYTES + _header_bytes(head, size)
+        if end is not None and len(head) >= end:
+            return check_header(head[_LENGTH_BYTES:end], size - end, kernel)
+    raise _refusal(f"{len(head)} bytes", "a safetensors file")
+
+
+def check_header(header: bytes, tensor_bytes: int, kernel: CompiledKernel) -> KernelManifest:
+    """The manifest in a header, if that is of an artifact of `kernel` with `tensor_bytes` behind.
 
     Raises:
         KernelError: it is none.
@@ -74,7 +92,7 @@ def check_header(header: bytes, tensor_bytes: int, kernel: CompiledKernel) -> No
     if not isinstance(parts, dict) or sorted(parts) != sorted(_PARTS):
         raise _refusal("other metadata", ", ".join(_PARTS))
     _check_tensors(entries, tensor_bytes)
-    _check_parts(parts, kernel)
+    return _checked_manifest(parts, kernel)
 
 
 def _header_bytes(head: bytes, size: int) -> int:
@@ -112,7 +130,7 @@ def _span(name: str, entry: object) -> tuple[int, int]:
     return first, last
 
 
-def _check_parts(parts: Mapping[str, object], kernel: CompiledKernel) -> None:
+def _checked_manifest(parts: Mapping[str, object], kernel: CompiledKernel) -> KernelManifest:
     try:
         graph = Graph.model_validate_json(str(parts["graph"]))
         target = KernelTarget.model_validate_json(str(parts["target"]))
@@ -126,6 +144,7 @@ def _check_parts(parts: Mapping[str, object], kernel: CompiledKernel) -> None:
         raise _refusal("a manifest that does not describe the graph", "the compiler's")
     if (manifest.kernel, digest) != (kernel.kernel, kernel.blueprint_digest):
         raise _refusal(f"an artifact of kernel {manifest.kernel}", f"one of {kernel.kernel}")
+    return manifest
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -74,8 +74,10 @@ class UrzaClient(Protocol):
         """Keep a lease for that long from now; Conflict where it is lost."""
         ...
 
-    async def release_kernel(self, kernel: str, worker: str, *, token: str | None = None) -> None:
-        """Give up `worker`'s claim."""
+    async def release_kernel(
+        self, kernel: str, worker: str, *, token: str | None = None, blamed: bool = False
+    ) -> None:
+        """Give up `worker`'s claim; `blamed` where the kernel itself ended the attempt."""
         ...
 
     async def complete_kernel(
@@ -108,8 +110,10 @@ class UrzaClient(Protocol):
         """Record why a blueprint is not valid; Conflict where the lease is lost."""
         ...
 
-    async def release_blueprint(self, digest: str, token: str) -> None:
-        """Give up a lease."""
+    async def release_blueprint(
+        self, digest: str, worker: str, *, token: str, blamed: bool = False
+    ) -> None:
+        """Give up `worker`'s lease; `blamed` where the blueprint itself ended the attempt."""
         ...
 
     async def metadata(self, kernel: str) -> KernelMetadata:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import secrets
 from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import datetime
 from typing import TypeVar
@@ -152,28 +153,29 @@ class HttpUrza(HttpKernelSource):
 
     async def claim_next_kernel(self, worker: str, lease_seconds: float) -> KernelClaim | None:
         """Lease the oldest kernel that nobody compiles; None where there is none."""
-        claim = _built(ClaimRequest, worker=worker, lease_seconds=lease_seconds)
-        return await self._claimed(KernelClaim, f"{_REQUESTED}/claim", claim)
+        return await self._claimed(KernelClaim, f"{_REQUESTED}/claim", worker, lease_seconds)
 
     async def lease_kernel(
         self, kernel: str, worker: str, lease_seconds: float
     ) -> KernelClaim | None:
         """Lease that kernel; None where it is settled or another worker has it."""
-        claim = _built(ClaimRequest, worker=worker, lease_seconds=lease_seconds)
-        return await self._claimed(KernelClaim, f"{_REQUESTED}/{_kernel(kernel)}/claim", claim)
+        place = f"{_REQUESTED}/{_kernel(kernel)}/claim"
+        return await self._claimed(KernelClaim, place, worker, lease_seconds)
 
     async def heartbeat_kernel(self, kernel: str, token: str, lease_seconds: float) -> datetime:
         """Keep a lease for that long from now; Conflict where it is lost."""
         return await self._extended(f"{_REQUESTED}/{_kernel(kernel)}", token, lease_seconds)
 
-    async def release_kernel(self, kernel: str, worker: str, *, token: str | None = None) -> None:
+    async def release_kernel(
+        self, kernel: str, worker: str, *, token: str | None = None, blamed: bool = False
+    ) -> None:
         """Give up `worker`'s claim; else do nothing."""
         lease = token or self._leases.pop(kernel, None)
         if lease is not None:
             await self._sent(
                 "POST",
                 f"{_REQUESTED}/{_kernel(kernel)}/release",
-                body=_built(ReleaseRequest, worker=worker, lease=lease),
+                body=_built(ReleaseRequest, worker=worker, lease=lease, blamed=blamed),
             )
 
     async def complete_kernel(
@@ -210,8 +212,7 @@ class HttpUrza(HttpKernelSource):
         self, worker: str, lease_seconds: float
     ) -> BlueprintClaim | None:
         """Lease the oldest blueprint that nobody has validated; None where there is none."""
-        claim = _built(ClaimRequest, worker=worker, lease_seconds=lease_seconds)
-        return await self._claimed(BlueprintClaim, f"{_UNVALIDATED}/claim", claim)
+        return await self._claimed(BlueprintClaim, f"{_UNVALIDATED}/claim", worker, lease_seconds)
 
     async def heartbeat_blueprint(self, digest: str, token: str, lease_seconds: float) -> datetime:
         """Keep a lease for that long from now; Conflict where it is lost."""
@@ -226,10 +227,13 @@ class HttpUrza(HttpKernelSource):
         reason = error[:MAX_REASON_CHARACTERS] or "no reason was given"
         return await self._validated(digest, BlueprintResult(lease=_held(token), error=reason))
 
-    async def release_blueprint(self, digest: str, token: str) -> None:
-        """Give up a lease."""
+    async def release_blueprint(
+        self, digest: str, worker: str, *, token: str, blamed: bool = False
+    ) -> None:
+        """Give up `worker`'s lease; else do nothing."""
         place = f"{_UNVALIDATED}/{_digest(digest)}/release"
-        await self._sent("POST", place, body=LeaseRequest(lease=_held(token)))
+        held = _built(ReleaseRequest, worker=worker, lease=_held(token), blamed=blamed)
+        await self._sent("POST", place, body=held)
 
     # Sessions
 
@@ -300,7 +304,13 @@ class HttpUrza(HttpKernelSource):
         found = await self._asked(LeaseExtension, "POST", f"{place}/heartbeat", body=lease)
         return found.expires_at
 
-    async def _claimed(self, kind: type[Answer], path: str, claim: ClaimRequest) -> Answer | None:
+    async def _claimed(
+        self, kind: type[Answer], path: str, worker: str, lease_seconds: float
+    ) -> Answer | None:
+        # The token is drawn here: a request that is sent again because its answer was lost finds
+        # the work that the first one was given.
+        token = secrets.token_hex(16)
+        claim = _built(ClaimRequest, worker=worker, lease_seconds=lease_seconds, lease=token)
         data = await self._sent("POST", path, body=claim)
         return _read(kind, data, path) if data else None
 

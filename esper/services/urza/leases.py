@@ -143,13 +143,13 @@ class Leases(Generic[AnyLeasable]):
         self,
         session: AsyncSession,
         name: str,
-        worker: str | None,
+        worker: str,
         token: str | None,
         now: datetime,
         *,
         blamed: bool,
     ) -> None:
-        """Give up a lease, of that worker if one is named; a lost one changes nothing.
+        """Give up that worker's lease; a lost one changes nothing.
 
         What is not `blamed` was given up for another reason than the work itself, and was no
         attempt at it.
@@ -159,7 +159,7 @@ class Leases(Generic[AnyLeasable]):
             self.key == name,
             row.state == self.working,
             row.lease_token.is_not_distinct_from(token),
-            true() if worker is None else row.claimed_by == worker,
+            row.claimed_by == worker,
         )
         if blamed:
             await self._set(session, held, now, lease_expires_at=now - timedelta(microseconds=1))

@@ -82,13 +82,15 @@ class HubBlueprintLeases(HubRows):
         return await self._validated(digest, token, BlueprintState.FAILED, shortened(error))
 
     @retried
-    async def release_blueprint(self, digest: str, token: str, *, blamed: bool = False) -> None:
-        """Give up a lease, so that anyone may validate the blueprint; else do nothing.
+    async def release_blueprint(
+        self, digest: str, worker: str, *, token: str, blamed: bool = False
+    ) -> None:
+        """Give up `worker`'s lease, so that anyone may validate the blueprint; else do nothing.
 
         Where the blueprint itself ended the attempt it is `blamed`, and the attempt counts.
         """
         async with self._database.transaction() as session:
-            await _LEASES.release(session, digest, None, token, self._clock(), blamed=blamed)
+            await _LEASES.release(session, digest, worker, token, self._clock(), blamed=blamed)
 
     @retried
     async def _validated(

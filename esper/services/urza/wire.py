@@ -34,24 +34,33 @@ class KernelCreation(Contract):
 
 
 class ClaimRequest(Contract):
-    """`worker` asks for work; without `lease_seconds` the hub's own setting holds."""
+    """`worker` asks for work; without `lease_seconds` the hub's own setting holds.
+
+    `lease` is the token that the worker will hold it under. Asking again under it, because the
+    answer was lost, finds the same work; without one the hub draws a token.
+    """
 
     worker: Worker
     lease_seconds: LeaseSeconds | None = None
+    lease: LeaseToken | None = None
 
 
 class LeaseRequest(Contract):
-    """Whoever holds `lease` goes on with its work, or gives up a blueprint's."""
+    """Whoever holds `lease` goes on with its work."""
 
     lease: LeaseToken
     lease_seconds: LeaseSeconds | None = None
 
 
 class ReleaseRequest(Contract):
-    """`worker` gives up its `lease`."""
+    """`worker` gives up its `lease`; `blamed` if the work itself ended the attempt.
+
+    Such attempts count: work that ends whoever does it is given up.
+    """
 
     worker: Worker
     lease: LeaseToken
+    blamed: bool = False
 
 
 class KernelResult(Contract):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, cast
 
 from fastapi import Path, Query, Request, Response
 
 from esper.contracts.assets import Blueprint, CompiledKernel, Namespace
 from esper.contracts.base import utc_now
 from esper.contracts.enums import BlueprintState
-from esper.contracts.kernels import Digest
+from esper.contracts.kernels import Digest, KernelMetadata
 from esper.errors import BadInput, KernelError
 from esper.services.contracts import (
     BlueprintClaim,
@@ -38,7 +40,7 @@ from esper.services.urza.api.routes import (
     urza_of,
 )
 from esper.services.urza.api.sessions import Uid
-from esper.services.urza.artifact_check import checked
+from esper.services.urza.artifact_check import checked, read_manifest
 from esper.services.urza.auth import Permission
 from esper.services.urza.store_rows import artifact_key
 from esper.services.urza.wire import (
@@ -84,7 +86,7 @@ async def claim_kernel(request: Request, claim: ClaimRequest) -> Response:
     """Lease the oldest kernel that nobody compiles; 204 where there is none."""
     urza = urza_of(request)
     seconds = claim.lease_seconds or urza.config.lease_seconds
-    found = await urza.hub.claim_next_kernel(claim.worker, seconds)
+    found = await urza.hub.claim_next_kernel(claim.worker, seconds, token=claim.lease)
     return Response(status_code=204) if found is None else answer(found)
 
 
@@ -96,7 +98,7 @@ async def claim_that_kernel(request: Request, kernel: KernelPath, claim: ClaimRe
     """Lease that kernel; 204 where it is settled or another worker has it."""
     urza = urza_of(request)
     seconds = claim.lease_seconds or urza.config.lease_seconds
-    found = await urza.hub.lease_kernel(kernel, claim.worker, seconds)
+    found = await urza.hub.lease_kernel(kernel, claim.worker, seconds, token=claim.lease)
     return Response(status_code=204) if found is None else answer(found)
 
 
@@ -119,7 +121,9 @@ async def heartbeat_kernel(request: Request, kernel: KernelPath, lease: LeaseReq
 )
 async def release_kernel(request: Request, kernel: KernelPath, claim: ReleaseRequest) -> Response:
     """Give up a lease, so that anyone may compile the kernel; a lost one changes nothing."""
-    await urza_of(request).hub.release_kernel(kernel, claim.worker, token=claim.lease)
+    await urza_of(request).hub.release_kernel(
+        kernel, claim.worker, token=claim.lease, blamed=claim.blamed
+    )
     return Response(status_code=204)
 
 
@@ -166,18 +170,29 @@ async def finish_kernel(request: Request, kernel: KernelPath, result: KernelResu
         return answer(await hub.fail_kernel(kernel, error, token=result.lease))
     if result.metadata.kernel != kernel:
         raise BadInput("metadata.kernel", result.metadata.kernel, kernel)
-    await _require_uploaded(request, result)
+    await _require_uploaded(request, await hub.kernel(kernel), result.metadata)
     return answer(await hub.complete_uploaded_kernel(result.metadata, token=result.lease))
 
 
-async def _require_uploaded(request: Request, result: KernelResult) -> None:
-    """Refuse a result whose artifact has not as many bytes as it says."""
-    assert result.metadata is not None
-    digest, said = result.metadata.artifact_digest, result.metadata.artifact_bytes
-    size = await urza_of(request).store.size(artifact_key(digest))
-    if size != said:
+async def _require_uploaded(
+    request: Request, kernel: CompiledKernel, metadata: KernelMetadata
+) -> None:
+    """Refuse a result that is not what the store has, or whose artifact is another kernel's."""
+    digest, said = metadata.artifact_digest, metadata.artifact_bytes
+    store = urza_of(request).store
+    size = await store.size(artifact_key(digest))
+    stored = await store.open_read(artifact_key(digest)) if size == said else None
+    if stored is None:
         came = "none" if size is None else f"{size} bytes"
         raise KernelError(f"artifact {digest}: got {came} in the store; allowed: {said} bytes")
+    async with aclosing(cast("AsyncGenerator[bytes]", stored)) as found:
+        manifest = await read_manifest(found, kernel, said)
+    figures = metadata.figures
+    if figures is not None:
+        for name in ("parameters", "flops"):
+            came, counted = getattr(figures, name), getattr(manifest, name)
+            if came != counted:
+                raise BadInput(f"metadata.figures.{name}", came, f"{counted}, as counted")
 
 
 # Blueprints to validate
@@ -205,7 +220,7 @@ async def claim_blueprint(request: Request, claim: ClaimRequest) -> Response:
     """Lease the oldest blueprint that nobody has validated; 204 where there is none."""
     urza = urza_of(request)
     seconds = claim.lease_seconds or urza.config.lease_seconds
-    found = await urza.hub.claim_next_blueprint(claim.worker, seconds)
+    found = await urza.hub.claim_next_blueprint(claim.worker, seconds, token=claim.lease)
     return Response(status_code=204) if found is None else answer(found)
 
 
@@ -229,10 +244,12 @@ async def heartbeat_blueprint(
     **allowed(Permission.WORK, documented({204: None}), takes=JSON),
 )
 async def release_blueprint(
-    request: Request, digest: BlueprintDigest, lease: LeaseRequest
+    request: Request, digest: BlueprintDigest, claim: ReleaseRequest
 ) -> Response:
     """Give up a lease, so that anyone may validate the blueprint; a lost one changes nothing."""
-    await urza_of(request).hub.release_blueprint(digest, lease.lease)
+    await urza_of(request).hub.release_blueprint(
+        digest, claim.worker, token=claim.lease, blamed=claim.blamed
+    )
     return Response(status_code=204)
 
 

@@ -93,11 +93,15 @@ async def listening(config: EsperConfig) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def over_http(config: EsperConfig, role: Role = Role.ADMIN) -> AsyncIterator[HttpUrza]:
+async def over_http(
+    config: EsperConfig,
+    role: Role = Role.ADMIN,
+    transport: httpx.AsyncBaseTransport | None = None,
+) -> AsyncIterator[HttpUrza]:
     """A client with a token of that role, of a hub served on the loopback."""
     async with listening(config) as url:
         hub = HubConfig(url=url, token=SecretStr(token(role)), backoff_seconds=0.01)
-        async with HttpUrza(hub) as client:
+        async with HttpUrza(hub, transport=transport) as client:
             yield client
 
 

@@ -23,7 +23,8 @@ from tests.unit.esper.services.urza.serving import Client, serving, settings, st
 MADE = compile_kernel(DOCUMENT, target())
 DATA, METADATA = MADE.data, MADE.metadata
 KERNEL = METADATA.kernel
-ROOT = f"/internal/requested-kernels/{KERNEL}"
+CLAIMS = "/internal/requested-kernels"
+ROOT = f"{CLAIMS}/{KERNEL}"
 BINARY = {"Content-Type": "application/octet-stream"}
 
 
@@ -228,6 +229,42 @@ def test_a_result_needs_its_upload_first(place):
             assert (await client.post(f"{ROOT}/result", json=both)).status_code == 422
             neither = await client.post(f"{ROOT}/result", json={"lease": lease})
             assert neither.status_code == 422
+
+    asyncio.run(life())
+
+
+def test_a_result_is_of_its_own_kernel_and_says_what_was_counted(place):
+    """The bytes are in the store, and another kernel's lease is good: that is not enough."""
+
+    async def life() -> None:
+        async with serving(settings(place)) as client:
+            await uploaded(client, await leased(client), DATA)
+            await client.hub.request_kernel(DOCUMENT.digest, target(5))
+            claim = (await client.post(f"{CLAIMS}/claim", json={"worker": "forge"})).json()
+            others = {**result(claim["lease"])["metadata"], "kernel": claim["kernel"]}
+            answer = await client.post(
+                f"{CLAIMS}/{claim['kernel']}/result",
+                json={"lease": claim["lease"], "metadata": others},
+            )
+            assert answer.status_code == 422
+            assert f"an artifact of kernel {KERNEL}" in answer.json()["detail"]
+            assert (await client.hub.kernel(claim["kernel"])).artifact_digest is None
+
+    asyncio.run(life())
+
+
+@pytest.mark.parametrize("name", ["parameters", "flops"])
+def test_figures_that_were_not_counted_are_refused(place, name):
+    async def life() -> None:
+        async with serving(settings(place)) as client:
+            lease = await leased(client)
+            await uploaded(client, lease, DATA)
+            said = result(lease)
+            said["metadata"]["figures"][name] += 1
+            answer = await client.post(f"{ROOT}/result", json=said)
+            assert answer.status_code == 422
+            assert f"metadata.figures.{name}" in answer.json()["detail"]
+            assert (await client.post(f"{ROOT}/result", json=result(lease))).status_code == 200
 
     asyncio.run(life())
 

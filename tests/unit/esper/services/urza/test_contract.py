@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cache
 
+import httpx
 import pytest
 
 from esper.contracts.assets import Seed, TrainingSession
@@ -236,7 +237,7 @@ def test_blueprints_are_validated_under_a_lease(live):
         await lost(hub.heartbeat_blueprint(first.digest, second.lease, LONG))
         sound = await hub.complete_blueprint(first.digest, first.lease)
         assert sound.state is BlueprintState.CHARACTERIZED
-        await hub.release_blueprint(second.digest, second.lease)
+        await hub.release_blueprint(second.digest, "forge", token=second.lease)
         await lost(hub.fail_blueprint(second.digest, second.lease, "late"))
         again = await hub.claim_next_blueprint("forge", LONG)
         assert again is not None
@@ -292,3 +293,40 @@ def test_lists_are_whole_however_many_pages_they_come_in(live):
         assert [kernel.kernel for kernel in await hub.kernels()] == asked
 
     live(life)
+
+
+class LosingTheFirstAnswer(httpx.AsyncHTTPTransport):
+    """Each request is served; the first answer of each path does not arrive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost: set[bytes] = set()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        response = await super().handle_async_request(request)
+        path = request.url.raw_path
+        if path not in self.lost:
+            self.lost.add(path)
+            await response.aclose()
+            raise httpx.ReadError("cut", request=request)
+        return response
+
+
+def test_work_is_claimed_once_though_the_answer_is_lost(place):
+    async def life() -> None:
+        transport = LosingTheFirstAnswer()
+        async with opened(place) as hub, over_http(settings(place), transport=transport) as http:
+            await hub.put_blueprint(DOCUMENT)
+            first, second = [
+                (await hub.request_kernel(DOCUMENT.digest, target(n))).kernel for n in (1, 2)
+            ]
+            claim = await http.claim_next_kernel("forge", LONG)
+            assert claim is not None
+            other = await http.lease_kernel(second, "forge", LONG)
+            assert other is not None
+            assert (claim.kernel, other.kernel) == (first, second)
+            validated = await http.claim_next_blueprint("forge", LONG)
+            assert validated is not None
+            assert len(transport.lost) == 3
+
+    asyncio.run(life())

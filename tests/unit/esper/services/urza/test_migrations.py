@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 import esper.services.urza.migrations as migrations
 from esper.contracts.assets import TrainingSession, session_uid
 from esper.contracts.enums import BlueprintState, SessionOutcome
-from esper.errors import ConfigError
+from esper.errors import ConfigError, Conflict
 from esper.services.contracts import SessionFilter
 from esper.services.urza.database import Database
 from esper.services.urza.migrations import FIRST, HEAD, current_revision, upgrade
@@ -38,6 +38,7 @@ from tests.unit.esper.services.urza.hubs import (
 
 MOMENT = "2026-01-02 03:04:05.000006"
 KERNEL = "1" * 40
+LEASE = "0123456789abcdef" * 2
 BEFORE_REVISIONS = Path(__file__).with_name("before_revisions.sql")
 SCRIPTS = ScriptDirectory(str(Path(migrations.__file__).parent))
 REVISIONS = [script.revision for script in SCRIPTS.walk_revisions()]
@@ -169,7 +170,57 @@ async def check_first(place) -> None:
         assert await hub.kernels() == ()
 
 
-FILLED = {"0001": (fill_first, check_first)}
+async def fill_second(engine) -> None:
+    """A kernel that is being compiled, and a session that uses it, as the second revision keeps."""
+    blueprint, kernel, session = uuid.uuid4(), uuid.uuid4(), uuid.uuid4()
+    postgres = engine.dialect.name == "postgresql"
+
+    def key(value: uuid.UUID) -> str:
+        return f"'{value}'" if postgres else f"'{value.hex}'"
+
+    moment = f"TIMESTAMPTZ '{MOMENT}+00'" if postgres else f"'{MOMENT}'"
+    document = json.dumps(DOCUMENT.to_wire()).replace(":", r"\:")
+    wanted = json.dumps(target().to_wire()).replace(":", r"\:")
+    statements = [
+        "INSERT INTO blueprints (id, created_at, updated_at, version, digest, document, state) "
+        f"VALUES ({key(blueprint)}, {moment}, {moment}, 2, '{DOCUMENT.digest}', '{document}', "
+        "'compiling')",
+        "INSERT INTO compiled_kernels (id, created_at, updated_at, version, kernel, blueprint_id, "
+        "target, state, claimed_by, lease_token, lease_expires_at) VALUES "
+        f"({key(kernel)}, {moment}, {moment}, 2, '{KERNEL}', {key(blueprint)}, '{wanted}', "
+        f"'compiling', 'one', '{LEASE}', {moment})",
+        "INSERT INTO training_sessions (id, created_at, updated_at, version, name, namespace, uid, "
+        f"outcome, epoch, epochs, num_layers, num_slots, seeds) VALUES ({key(session)}, {moment}, "
+        f"{moment}, 1, 'running', 'team', 'uid-1', 'Running', 3, 10, 2, 1, '[]')",
+        f"INSERT INTO session_kernels (session_id, kernel_id) VALUES ({key(session)}, "
+        f"{key(kernel)})",
+        "INSERT INTO session_credentials (uid, namespace, created_at, expires_at, revoked) VALUES "
+        f"('uid-1', 'team', {moment}, {moment}, false)",
+    ]
+    async with engine.begin() as connection:
+        for statement in statements:
+            await connection.execute(text(statement))
+
+
+async def check_second(place) -> None:
+    """That all which `fill_second` put is there, and that the hub works on it."""
+    async with opened(place) as hub:
+        stored = await hub.read_blueprint(DOCUMENT.digest)
+        assert (stored.version, stored.item.state) == (2, BlueprintState.PROPOSED)
+        (session,) = await hub.sessions()
+        assert (session.namespace, session.uid, session.epoch) == ("team", "uid-1", 3)
+        assert [row.uid for row in await hub.list_credentials("team")] == ["uid-1"]
+        with pytest.raises(Conflict, match="the live session running uses it"):
+            await hub.delete_kernel(KERNEL)
+        # Nobody else took the work up, so whoever had it may still end it.
+        done = await hub.complete_kernel(described(KERNEL), DATA, token=LEASE)
+        assert done.state is BlueprintState.CHARACTERIZED
+        claim = await hub.claim_next_blueprint("one", 60)
+        assert claim is not None
+        assert claim.digest == DOCUMENT.digest
+
+
+FILLED = {"0001": (fill_first, check_first), "0002": (fill_second, check_second)}
 
 
 @pytest.mark.parametrize("revision", [revision for revision in REVISIONS if revision != HEAD])
