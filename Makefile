@@ -47,12 +47,13 @@ demo: setup ## Train example 01 until it has grown; the report is runs/demo/repo
 	@$(BIN)/esper run examples/01-mnist1d-mlp/session.yaml --output-dir $(DEMO) --overwrite
 
 # Two workers share two cores, so each computes on one thread.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --timeout=900
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --timeout=900
 
 .PHONY: test
 test: setup ## Run every test; unit coverage of contracts, decisions and gates must reach 90 %
 	@rm -f .coverage .coverage.*
-	@$(PYTEST) --cov --cov-report= tests/unit
+	@$(PYTEST) --cov-report= --cov=esper/contracts --cov=esper/services/tamiyo \
+		--cov=esper/services/tolaria tests/unit
 	@$(BIN)/coverage report
 	@$(BIN)/coverage report --include='esper/contracts/*' --fail-under=90
 	@$(BIN)/coverage report --include='esper/services/tamiyo/*' --fail-under=90

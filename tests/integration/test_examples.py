@@ -17,6 +17,9 @@ from esper.contracts.resources import TrainingSession
 from esper.services.tolaria.config import EntryPointConfig
 from esper.services.tolaria.entrypoints import called, make_importable
 
+# One worker runs each example, once for all tests that look at it.
+pytestmark = pytest.mark.xdist_group("examples")
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ("01-mnist1d-mlp", "02-digits-cnn", "03-own-model")
 LEFT = {

@@ -15,7 +15,7 @@ import pytest
 from tests.integration.processes import ROOT, environment, until
 from tests.integration.spirals import SESSION, changed, files, left, lines, status, write_session
 
-MOMENTS = 20
+RUNS, KILLS = 4, 5
 ENGINE = "esper.services.tolaria.engine"
 TRAINER = "esper.services.tolaria.trainer"
 GROWTH = "esper.services.tolaria.growth:Growth"
@@ -77,14 +77,25 @@ def test_the_same_manifest_twice_gives_the_same_run(folder):
     assert left(folder.path / "again") == folder.expected
 
 
-@pytest.mark.parametrize("moment", range(MOMENTS))
-def test_killed_at_a_random_moment(folder, moment):
-    directory = f"moment-{moment}"
+@pytest.mark.parametrize("number", range(RUNS))
+def test_killed_at_random_moments(folder, number):
+    """One run after the other; each is killed so many times, and each time goes on."""
+    chance, directory, kills = random.Random(number), f"moments-{number}", 0
     started = folder.server.start(*folder.argv(directory), folder=folder.path)
     until((folder.path / directory / "manifest.yaml").exists)
-    time.sleep(random.Random(moment).uniform(0, folder.seconds))
-    started.signal(signal.SIGKILL)
-    assert started.wait().status in (-signal.SIGKILL, 0)
+    while kills < KILLS:
+        time.sleep(chance.uniform(0, 2 * folder.seconds / KILLS))
+        started.signal(signal.SIGKILL)
+        ended = started.wait().status
+        assert ended in (-signal.SIGKILL, 0)
+        if ended == 0:
+            break
+        kills += 1
+        going_on = "run", "--resume", directory, "--quiet"
+        started = folder.server.start(*going_on, folder=folder.path)
+    else:
+        assert started.wait().status == 0
+    assert kills > 0
     assert folder.same_in_the_end(directory)
 
 

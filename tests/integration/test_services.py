@@ -25,6 +25,10 @@ FAST = {
 }
 
 
+# One worker starts the services, once for all tests.
+pytestmark = pytest.mark.xdist_group("services")
+
+
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     with Stack(tmp_path_factory.mktemp("stack"), workers=1, settings=FAST) as running:

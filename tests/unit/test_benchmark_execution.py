@@ -65,6 +65,9 @@ from esper.contracts.blueprints import CATALOGUE
 from esper.core import wrap
 from esper.execution.state_layout import SeedLifecycleState as S
 
+# One worker measures, once for all tests that look at the figures.
+pytestmark = pytest.mark.xdist_group("benchmark")
+
 BRIEF = Bench(device="cpu", timer=processor_seconds, seconds=0, rounds=1)
 
 
