@@ -6,7 +6,6 @@ import errno
 import importlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from esper.core import MorphableModel, wrap
 from esper.core.export import export_grown, in_one_order, write_atomically
 from esper.errors import EntryPointError, OutputError, StorageFull, WrapError
 from esper.execution.state_layout import SeedLifecycleState as S
+from tests.outside import run_outside
 from tests.unit.esper.core.growing import GRAFTING, graph_of, grow
 
 USER = '''
@@ -112,7 +112,7 @@ def loaded_elsewhere(folder: Path, x: torch.Tensor) -> dict:
     """What `grown.load()` gives and computes in a process that can't import Esper."""
     torch.save(x, folder / "x.pt")
     code = (
-        "import sys; sys.modules['esper'] = None; import torch, grown\n"
+        "import sys, torch, grown\n"
         "model = grown.load(); x = torch.load('x.pt')\n"
         "with torch.no_grad():\n"
         "    out = model(x)\n"
@@ -120,16 +120,7 @@ def loaded_elsewhere(folder: Path, x: torch.Tensor) -> dict:
         "state = {k: v.clone() for k, v in model.state_dict().items()}\n"
         "torch.save({'out': out, 'state': state, 'text': repr(model)}, 'out.pt')\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_outside(code, folder)
     return torch.load(folder / "out.pt")
 
 
@@ -315,8 +306,7 @@ def test_load_takes_the_weights_of_another_path(user, tmp_path: Path) -> None:
     model = user.plain()
     export_grown(model, "theirmodels:plain", {}, tmp_path, {})
     (tmp_path / "model.safetensors").rename(tmp_path / "moved")
-    code = "import grown; grown.load('moved')"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
+    run_outside("import grown; grown.load('moved')", tmp_path)
 
 
 def test_what_people_wrote_stays_text_in_the_source(user, tmp_path: Path) -> None:
