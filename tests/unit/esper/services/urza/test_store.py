@@ -319,16 +319,21 @@ def test_a_session_is_registered_once_and_updated(place):
 
     async def life() -> None:
         async with opened(place) as hub:
-            assert await hub.register_session(session) == session
-            later = session.changed(epoch=3, seeds=(seed,))
-            assert await hub.update_session(later) == later
+            made = await hub.register_session(session)
+            assert made.changed(updated_at=session.updated_at) == session.changed(
+                created_at=made.created_at, updated_at=session.updated_at
+            )
+            later = made.changed(epoch=3, seeds=(seed,))
+            later = later.changed(updated_at=(await hub.update_session(later)).updated_at)
+            assert (await hub.read_session(later.uid)).item == later
         async with opened(place) as hub:
             again = TrainingSession(name="s", epochs=10, num_layers=2, num_slots=1)
             assert await hub.register_session(again) == later
             done = later.changed(outcome=SessionOutcome.SUCCEEDED, epoch=10)
             await hub.update_session(done)
             (ended,) = await hub.sessions()
-            assert ended == done.model_copy(update={"ended_at": ended.ended_at})
+            told = {"ended_at": ended.ended_at, "updated_at": ended.updated_at}
+            assert ended == done.model_copy(update=told)
             assert await hub.session("s") == ended
             with pytest.raises(BadInput, match=r"session\.id"):
                 await hub.update_session(again)
