@@ -13,10 +13,11 @@ work                            yes     yes
 administer                              yes
 =============  ======  =======  ======  =====
 
-*read* blueprints, kernels and artifacts, and sessions (a session token: its own alone; a reader's of
-a namespace: those in it); *propose* blueprints and ask for kernels; *keep sessions*: register and
-update them, in the token's namespace if it names one; *work*: claim what is to be compiled or
-validated, and hand in the result; *administer*: delete, archive, make credentials, sweep.
+*read* blueprints, kernels and artifacts, and sessions (a session token: its own alone; a reader's
+of a namespace: those in it); *propose* blueprints and ask for kernels; *keep sessions*: register
+and update them, in the token's namespace if it is a session's; *work*: claim what is to be
+compiled or validated, and hand in the result; *administer*: delete, archive, make credentials,
+sweep.
 """
 
 from __future__ import annotations

@@ -103,20 +103,6 @@ class HubSessions(HubRows):
             await mark_used(transaction, session.uid, kernels=_kernels(session))
             return row.as_stored()
 
-    async def session(self, name: str) -> TrainingSession:
-        """The newest session of that name.
-
-        Raises:
-            NotFound: there is none.
-        """
-        row = models.TrainingSession
-        query = select(row).where(row.name == name).order_by(row.created_at.desc(), row.id)
-        async with self._database.transaction() as session:
-            found = await session.scalar(query.limit(1))
-        if found is None:
-            raise NotFound("session name", name, "a session that was registered")
-        return found.as_asset()
-
     async def read_session(self, uid: str) -> Stored[TrainingSession]:
         """The session of that uid, with its version.
 
@@ -125,13 +111,6 @@ class HubSessions(HubRows):
         """
         async with self._database.reading() as session:
             return (await session_row(session, uid)).as_stored()
-
-    async def sessions(self) -> tuple[TrainingSession, ...]:
-        """All sessions, the oldest first."""
-        row = models.TrainingSession
-        async with self._database.transaction() as session:
-            query = select(row).order_by(row.created_at, row.id)
-            return tuple(found.as_asset() for found in await session.scalars(query))
 
     async def list_sessions(
         self,

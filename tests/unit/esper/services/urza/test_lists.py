@@ -435,6 +435,21 @@ def test_what_a_session_asked_for_is_in_use(place, through):
     asyncio.run(life())
 
 
+def test_the_kernels_of_a_registered_sessions_seeds_are_in_use(place):
+    async def life() -> None:
+        async with opened(place) as hub:
+            kernel = await requested(hub)
+            seed = Seed(
+                seed_id=(0, 0), layer="a", state=SeedState.TRAINING, blueprint="x", kernel=kernel
+            )
+            await hub.register_session(session(uid="u", seeds=(seed,)))
+            with pytest.raises(Conflict) as caught:
+                await hub.delete_kernel(kernel)
+            assert caught.value.reason is ConflictReason.IN_USE
+
+    asyncio.run(life())
+
+
 def test_a_deletion_and_a_use_at_once_leave_no_session_without_its_kernel(place):
     async def life() -> None:
         async with opened(place) as here, opened(place) as there:

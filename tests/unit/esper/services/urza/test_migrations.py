@@ -157,7 +157,8 @@ async def check_first(place) -> None:
         kernel = await hub.read_kernel(KERNEL)
         assert (kernel.version, kernel.item.artifact_digest) == (1, DIGEST)
         assert kernel.item.target == target()
-        sessions = {session.name: session for session in await hub.sessions()}
+        found = (await hub.list_sessions()).items
+        sessions = {stored.item.name: stored.item for stored in found}
         assert sessions["running"].uid == session_uid("default", "running")
         assert sessions["running"].ended_at is None
         assert sessions["done"].ended_at == sessions["done"].updated_at
