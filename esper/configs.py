@@ -62,6 +62,7 @@ __all__ = [
     "UrzaConfig",
     "parse_assignments",
     "parse_levels",
+    "why_no_url",
     "without_password",
 ]
 
@@ -100,6 +101,11 @@ def without_password(url: str) -> str:
     place = rest if given is None else rest[given.end() :]
     shown = re.split(r"[?#]", place, maxsplit=1)[0]
     return f"{scheme}://{user}{shown}{'' if shown == place else '?***'}"
+
+
+def why_no_url(error: ValueError) -> str:
+    """What a library says against a URL, without what it took for a port: part of a password."""
+    return str(error).partition(" as '")[0]
 
 
 def _shown(name: str, value: object) -> object:

@@ -26,7 +26,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from esper.configs import without_password
+from esper.configs import why_no_url, without_password
 from esper.contracts.messages import TopicNames
 from esper.errors import BusUnavailable, ConfigError, one_line
 
@@ -128,15 +128,20 @@ class RedisUsers:
                 retry=Retry(NoBackoff(), 0),
             )
         except ValueError as error:
-            raise ConfigError("redis.url", self._url, f"a Redis URL ({error})") from None
+            raise ConfigError(
+                "redis.url", self._url, f"a Redis URL ({why_no_url(error)})"
+            ) from None
         # redis-py gives it no type.
         self._command = cast("Callable[..., Awaitable[Any]]", self._redis.execute_command)
 
     async def apply(self, users: Iterable[RedisUser]) -> None:
         """Make the users, or set those that are there to what they should be."""
+        anew = list(users)
+        if not anew:
+            return
         async with self._translated():
             release = int(str((await self._server())["redis_version"]).partition(".")[0])
-            for user in users:
+            for user in anew:
                 await self._command("ACL", "SETUSER", user.name, *user.rules(release))
 
     async def remove(self, names: Collection[str]) -> None:

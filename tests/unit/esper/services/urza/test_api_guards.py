@@ -373,23 +373,20 @@ def test_a_method_that_nobody_knows_is_counted_with_all_such(place):
     asyncio.run(life())
 
 
-def test_a_row_that_the_tables_refuse_is_a_problem(place):
+def test_a_word_that_the_tables_refuse_is_a_problem(postgres_url, tmp_path):
+    place = Place(postgres_url, tmp_path)
+    change = "ALTER TABLE training_sessions {} CONSTRAINT sessionoutcome"
+
     async def life() -> None:
         async with serving(settings(place)) as client:
+            # The tables of a version that did not know the word yet.
             async with client.app.state.urza.database.transaction() as session:
-                await session.execute(text("PRAGMA foreign_keys = OFF"))
-                await session.execute(text("DROP TABLE training_sessions"))
-                await session.execute(
-                    text(
-                        "CREATE TABLE training_sessions (id, created_at, updated_at, version, "
-                        "archived_at, name, namespace, uid UNIQUE, ended_at, epoch, epochs, "
-                        "num_layers, num_slots, seeds, outcome CHECK (outcome IN ('Lost')))"
-                    )
-                )
+                await session.execute(text(change.format("DROP")))
+                await session.execute(text(change.format("ADD") + " CHECK (outcome IN ('Lost'))"))
             answer = await client.post("/api/v1/sessions/", json=trained().to_wire())
-            assert answer.status_code == 422
+            assert answer.status_code == 422, answer.text
             assert answer.json()["type"] == "urn:esper:problem:bad-input"
-            assert "Running" not in answer.text
+            assert "sessionoutcome" not in answer.text
 
     asyncio.run(life())
 

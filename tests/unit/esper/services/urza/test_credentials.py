@@ -10,8 +10,10 @@ from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError
 from redis.exceptions import ConnectionError as RedisAway
 
+from esper.contracts.assets import MAX_SEEDS, Seed
+from esper.services.urza.api.lists import MAX_PAGE_SESSIONS
 from esper.services.urza.auth import Role
-from tests.unit.esper.services.urza.hubs import Place
+from tests.unit.esper.services.urza.hubs import UNKNOWN, Place
 from tests.unit.esper.services.urza.issuing import BLUEPRINT, made, redis_of, until
 from tests.unit.esper.services.urza.serving import bearer, serving, settings, trained
 
@@ -117,6 +119,26 @@ def test_a_namespaces_token_reads_its_own_sessions_alone(place):
             unknown = await client.get("/api/v1/sessions/uid-3", headers=token)
             assert foreign.status_code == unknown.status_code == 404
             assert foreign.text.replace("uid-2", "") == unknown.text.replace("uid-3", "")
+
+    asyncio.run(life())
+
+
+def test_a_page_of_sessions_has_a_bound_in_bytes(place):
+    layer, blueprint = "é" * 512, "é" * 253
+
+    async def life() -> None:
+        async with serving(settings(place)) as client:
+            seeds = tuple(
+                Seed(seed_id=(0, slot), layer=layer, blueprint=blueprint, kernel=UNKNOWN)
+                for slot in range(MAX_SEEDS)
+            )
+            large = trained("uid-1", num_slots=MAX_SEEDS, seeds=seeds)
+            answer = await client.post("/api/v1/sessions/", json=large.to_wire())
+            assert answer.status_code == 201, answer.text
+            page = await client.get("/api/v1/sessions/")
+            assert MAX_PAGE_SESSIONS * len(page.content) < 20 * 2**20
+            too_many = await client.get(f"/api/v1/sessions/?limit={MAX_PAGE_SESSIONS + 1}")
+            assert too_many.status_code == 422
 
     asyncio.run(life())
 
