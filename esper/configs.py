@@ -62,6 +62,7 @@ __all__ = [
     "UrzaConfig",
     "parse_assignments",
     "parse_levels",
+    "why_no_url",
     "without_password",
 ]
 
@@ -79,11 +80,32 @@ SECRETS = frozenset({"hub.token", "urza.signing_key", "storage.secret_access_key
 
 HIDDEN = "(not shown)"
 
+# A user and its password, which may hold anything, in what follows a scheme.
+_USER = re.compile(r"(?P<user>[^:/?#@]*):(?P<password>.*)@", re.DOTALL)
+_OPTION = re.compile(r"\?[^@]*=")
+
 
 def without_password(url: str) -> str:
-    """`url` with "***" where a password stands, after the user or in the query."""
-    hidden = re.sub(r"(://[^:/?#@]*:).*@", r"\1***@", url, flags=re.DOTALL)
-    return re.sub(r"([?&]password=)[^&]*", r"\1***", hidden, flags=re.IGNORECASE)
+    """`url` as people may see it: "***" for a password after the user, and for the whole query.
+
+    Drivers take a password in the query too, under names that may be escaped. Who writes a
+    password may have escaped nothing in it; where its end can't be told, nothing after it shows.
+    """
+    scheme, sign, rest = url.partition("://")
+    if not sign:
+        return url
+    given = _USER.match(rest)
+    if given and _OPTION.search(given["password"]):
+        return f"{scheme}://{given['user']}:***"
+    user = "" if given is None else f"{given['user']}:***@"
+    place = rest if given is None else rest[given.end() :]
+    shown = re.split(r"[?#]", place, maxsplit=1)[0]
+    return f"{scheme}://{user}{shown}{'' if shown == place else '?***'}"
+
+
+def why_no_url(error: ValueError) -> str:
+    """What a library says against a URL, without what it took for a port: part of a password."""
+    return str(error).partition(" as '")[0]
 
 
 def _shown(name: str, value: object) -> object:

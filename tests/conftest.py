@@ -5,11 +5,13 @@ import os
 from hypothesis import settings
 
 from tests.servers import (  # noqa: F401
+    any_redis,
     postgres_server,
     postgres_url,
     private_postgres,
     private_redis,
     private_s3,
+    redis_8_server,
     redis_namespace,
     redis_server,
     s3_bucket,

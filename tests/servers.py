@@ -32,6 +32,19 @@ def redis_server(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def redis_8_server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("redis-8")
+    with RedisServer(folder, password="letmein", release=8) as server:
+        yield server
+
+
+@pytest.fixture(params=["redis_server", "redis_8_server"])
+def any_redis(request):
+    """A Redis of each release that tells its users' rights apart in its own way."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
 def postgres_server(tmp_path_factory):
     with PostgresServer(tmp_path_factory.mktemp("postgres")) as server:
         yield server

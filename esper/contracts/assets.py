@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Annotated, Self
 from uuid import UUID, uuid4, uuid5
 
-from pydantic import AwareDatetime, Field, StrictInt, model_validator
+from pydantic import Field, StrictInt, model_validator
 
-from esper.contracts.base import Contract, utc_now
+from esper.contracts.base import AwareTime, Contract, utc_now
 from esper.contracts.blueprints import BlueprintDocument, KernelTarget
 from esper.contracts.enums import BlueprintState, SeedState, SessionOutcome
 from esper.contracts.kernels import Digest, KernelId
@@ -24,6 +24,8 @@ Namespace = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 # It stands in stream names and in the patterns of Redis users, so it has no ":" and no "*".
 SessionUid = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,62}$")]
 DEFAULT_NAMESPACE = "default"
+MAX_SEEDS = 64
+"""Of one session, as many as it may have resources of."""
 
 _UNNAMED_UIDS = UUID("8f8a8c3e-6a5d-5c0e-9d0f-5b1c1f5e7a11")
 
@@ -41,8 +43,8 @@ class _Asset(Contract):
     """Identity and audit times, in UTC. The times serve people and enter no digest."""
 
     id: Annotated[UUID, Field(default_factory=uuid4)]
-    created_at: Annotated[AwareDatetime, Field(default_factory=utc_now)]
-    updated_at: Annotated[AwareDatetime, Field(default_factory=utc_now)]
+    created_at: Annotated[AwareTime, Field(default_factory=utc_now)]
+    updated_at: Annotated[AwareTime, Field(default_factory=utc_now)]
 
     def changed(self, **fields: object) -> Self:
         """The next snapshot: `fields` replaced, all validated again, `updated_at` now.
@@ -65,7 +67,7 @@ class Seed(_Asset):
     state: SeedState = SeedState.DORMANT
     cycle: Count = 0
     alpha: Share = 0.0
-    blueprint: str | None = None
+    blueprint: Annotated[str | None, Field(max_length=253)] = None
     kernel: KernelId | None = None
 
     @model_validator(mode="after")
@@ -148,13 +150,13 @@ class TrainingSession(_Asset):
     name: Annotated[str, Field(min_length=1, max_length=253)]
     namespace: Namespace = DEFAULT_NAMESPACE
     uid: Annotated[SessionUid, Field(default_factory=_uid_of)]
-    ended_at: AwareDatetime | None = None
+    ended_at: AwareTime | None = None
     outcome: SessionOutcome = SessionOutcome.RUNNING
     epoch: Count = 0
     epochs: Annotated[int, Field(ge=1)]
     num_layers: Count
     num_slots: Annotated[int, Field(ge=1)]
-    seeds: tuple[Seed, ...] = ()
+    seeds: Annotated[tuple[Seed, ...], Field(max_length=MAX_SEEDS)] = ()
 
     @model_validator(mode="after")
     def _seeds_within_the_model(self) -> Self:

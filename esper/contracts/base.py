@@ -5,9 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import UTC, datetime
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
+
+
+def _within_utc(value: datetime) -> datetime:
+    """Refuse the first and last hours of the calendar where UTC is in a year that it has not."""
+    try:
+        value.astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError("a time from year 1 to 9999 in UTC") from error
+    return value
+
+
+AwareTime = Annotated[AwareDatetime, AfterValidator(_within_utc)]
+"""A time with its offset that can be told in UTC."""
 
 
 class Contract(BaseModel):

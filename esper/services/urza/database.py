@@ -24,7 +24,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, PoolProx
 
 from esper.configs import DatabaseConfig, without_password
 from esper.errors import ConfigError, EsperError, HubUnavailable
-from esper.services.urza.database_errors import DRIVER_ERRORS, translated
+from esper.services.urza.database_errors import DRIVER_ERRORS, translated, unusable
 from esper.services.urza.migrations import upgrade
 
 __all__ = ["Database", "DatabaseConfig", "PoolStatistics"]
@@ -54,7 +54,7 @@ class Database:
         try:
             self._url = make_url(config.url)
             self._engine = _engine(config, self._url)
-        except (ArgumentError, NoSuchModuleError, ValueError) as error:
+        except (ArgumentError, NoSuchModuleError, TypeError, ValueError) as error:
             # Not chained: the library's message has the URL in it, and so the password.
             raise ConfigError("database.url", shown, "a database URL") from (
                 None if shown != config.url else error
@@ -84,17 +84,32 @@ class Database:
         Processes that open one database at the same time take turns.
 
         Raises:
-            ConfigError: Postgres refuses the user, the password or the database's name, or the
-                database was brought further by a later version of Esper.
+            ConfigError: the driver refuses what stands in the URL, or Postgres the user, the
+                password or the database's name; or the database was brought further by a later
+                version of Esper.
             HubUnavailable: the file can't be made or is no database, or Postgres does not answer.
             StorageFull: no room is left.
         """
         if self.is_sqlite and not _in_memory(self._url):
             await asyncio.to_thread(_make_file, Path(str(self._url.database)))
+        await self._connect_once()
         try:
             await upgrade(self._engine)
         except DRIVER_ERRORS as error:
             raise translated(error, self._url) from error
+
+    async def _connect_once(self) -> None:
+        """Find out what no server is needed for: whether the driver takes what the URL says."""
+        try:
+            async with self._engine.connect():
+                pass
+        except Exception as error:
+            refused = unusable(error, self._url)
+            if refused is not None:
+                raise refused from None
+            if isinstance(error, DRIVER_ERRORS):
+                raise translated(error, self._url) from error
+            raise
 
     @asynccontextmanager
     async def transaction(self, *, writing: bool = False) -> AsyncIterator[AsyncSession]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 
 from sqlalchemy import URL
 from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError
 
+from esper.configs import without_password
 from esper.errors import BadInput, ConfigError, EsperError, HubUnavailable, StorageFull, one_line
 
 # A connection that can't be made raises the system's own errors; a number beyond 64 bits is
@@ -14,6 +16,7 @@ from esper.errors import BadInput, ConfigError, EsperError, HubUnavailable, Stor
 DRIVER_ERRORS = (SQLAlchemyError, OSError, OverflowError)
 """What SQLAlchemy and the drivers raise. TimeoutError is an OSError."""
 
+_UNUSABLE = (TypeError, ValueError, OverflowError)
 # SQLSTATEs, by their names in Postgres's manual, appendix A.
 _DISK_FULL = "53100"
 _REFUSED = {
@@ -31,9 +34,8 @@ def translated(error: BaseException, url: URL) -> EsperError:
     ConfigError, StorageFull and BadInput are permanent; all else is HubUnavailable.
     """
     state = sqlstate(error)
-    shown = url.render_as_string(hide_password=True)
     if state in _REFUSED:
-        return ConfigError("database.url", shown, _REFUSED[state])
+        return ConfigError("database.url", shown_url(url), _REFUSED[state])
     cause = error.orig if isinstance(error, DBAPIError) else error
     full = getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
     if full or state == _DISK_FULL:
@@ -41,6 +43,28 @@ def translated(error: BaseException, url: URL) -> EsperError:
     if isinstance(error, (DataError, OverflowError)) or (state or "").startswith(_DATA):
         return BadInput("value", one_line(str(cause)), "text without NUL, numbers in range")
     return HubUnavailable(f"Urza's database does not answer: {_reason(cause)} (database.url)")
+
+
+def unusable(error: BaseException, url: URL) -> ConfigError | None:
+    """What is wrong with `url` where a driver refused it before it asked any server, else None.
+
+    What the driver says may quote what stands in the query, so only an option's name is told.
+    """
+    causes = [error, getattr(error, "orig", None)]
+    causes += [cause.__cause__ for cause in causes if cause is not None]
+    refusal = next((cause for cause in causes if isinstance(cause, _UNUSABLE)), None)
+    if refusal is None:
+        return None
+    option = re.search(r"unexpected keyword argument '(\w+)'", str(refusal))
+    rule = "a port up to 65535 and options with values that the driver takes"
+    if option is not None:
+        rule = f"options that the driver takes; {option[1]} is none"
+    return ConfigError("database.url", shown_url(url), rule)
+
+
+def shown_url(url: URL) -> str:
+    """`url` without its secrets."""
+    return without_password(url.render_as_string(hide_password=False))
 
 
 def sqlstate(error: BaseException | None) -> str | None:

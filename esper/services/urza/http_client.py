@@ -30,7 +30,6 @@ from esper.errors import (
     ConflictReason,
     EsperError,
     KernelError,
-    KernelNotFound,
     Unauthorized,
     WorkFailed,
     one_line,
@@ -44,9 +43,11 @@ from esper.services.contracts import (
     SweepResult,
 )
 from esper.services.urza.http_kernels import HttpKernelSource
+from esper.services.urza.http_kernels import checked_kernel as _kernel
 from esper.services.urza.http_requests import HubRequest
 from esper.services.urza.problems import Problem
 from esper.services.urza.wire import (
+    LEASE_HEADER,
     BlueprintResult,
     ClaimRequest,
     CredentialsRequest,
@@ -66,7 +67,6 @@ _BLUEPRINTS, _KERNELS, _SESSIONS = "/api/v1/blueprints", "/api/v1/kernels", "/ap
 _REQUESTED, _UNVALIDATED = "/internal/requested-kernels", "/internal/unvalidated-blueprints"
 _BINARY = "application/octet-stream"
 MAX_REASON_CHARACTERS = 2000
-_KERNEL = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LEASE = re.compile(r"[0-9a-f]{32}")
 _UID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}")
@@ -194,7 +194,8 @@ class HttpUrza(HttpKernelSource):
             "PUT",
             f"{place}/artifact",
             content=data,
-            params={"lease": lease, "digest": digest, "bytes": str(len(data))},
+            params={"digest": digest, "bytes": str(len(data))},
+            headers={LEASE_HEADER: lease},
         )
         result = KernelResult(lease=lease, metadata=metadata)
         return await self._settled(metadata.kernel, result)
@@ -273,7 +274,7 @@ class HttpUrza(HttpKernelSource):
     async def health(self) -> bool:
         """Whether the hub answers, and all that it stands on."""
         try:
-            await self._sent("GET", "/readyz", attempts=1)
+            await self._sent("GET", "/readyz", probe=True)
         except EsperError:
             return False
         return True
@@ -318,12 +319,19 @@ class HttpUrza(HttpKernelSource):
         self, kind: type[Page[Item]], path: str, params: dict[str, str | list[str]]
     ) -> AsyncIterator[Item]:
         asked = {**params, "view": "full", "limit": str(MAX_PAGE_ITEMS)}
+        seen: set[str] = set()
         while True:
             found = _read(kind, await self._sent("GET", path, params=asked), path)
             for item in found.items:
                 yield item
             if found.next_cursor is None:
                 return
+            if found.next_cursor in seen:
+                raise WorkFailed(
+                    f"the hub's answer to {path}: got the nextCursor of an earlier page; allowed: "
+                    "a new one, or none at the end; see hub.url"
+                )
+            seen.add(found.next_cursor)
             asked["cursor"] = found.next_cursor
 
     async def _asked(
@@ -345,7 +353,8 @@ class HttpUrza(HttpKernelSource):
         body: Contract | None = None,
         content: bytes | None = None,
         params: dict[str, str | list[str]] | None = None,
-        attempts: int | None = None,
+        headers: dict[str, str] | None = None,
+        probe: bool = False,
     ) -> bytes:
         if body is not None:
             content = body.model_dump_json(by_alias=True, exclude_none=True).encode()
@@ -355,11 +364,12 @@ class HttpUrza(HttpKernelSource):
                 path=path,
                 refusal=hub_error,
                 method=method,
-                attempts=attempts,
+                probe=probe,
                 limit=MAX_ANSWER_BYTES,
                 params=params or {},
                 content=content,
                 content_type="application/json" if body is not None else _BINARY,
+                headers=headers or {},
             )
         )
 
@@ -408,12 +418,6 @@ def _in(states: Iterable[BlueprintState]) -> dict[str, str | list[str]]:
 
 
 # What stands in a path is looked at first, so that it leads nowhere else.
-
-
-def _kernel(kernel: str) -> str:
-    if not _KERNEL.fullmatch(kernel):
-        raise KernelNotFound("kernel", kernel, "a kernel's id, 40 hex digits")
-    return kernel
 
 
 def _digest(digest: str) -> str:

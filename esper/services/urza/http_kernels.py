@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from esper.configs import HubConfig
 from esper.contracts.kernels import KernelMetadata
-from esper.errors import EsperError, KernelError, one_line
+from esper.errors import EsperError, KernelError, KernelNotFound, one_line
 from esper.services.urza.http_requests import (
     MAX_RETRY_AFTER_SECONDS,
     HttpStatistics,
@@ -78,7 +78,7 @@ class HttpKernelSource:
         data = await self._requests.body(
             HubRequest(
                 subject=f"kernel {kernel}",
-                path=f"{kernel_path(kernel)}/metadata",
+                path=f"{_kernel_path(kernel)}/metadata",
                 refusal=lambda status, problem: self._refusal(kernel, status, problem),
                 limit=MAX_METADATA_BYTES,
             )
@@ -117,7 +117,7 @@ class HttpKernelSource:
             data = await self._requests.body(
                 HubRequest(
                     subject=f"kernel {kernel}",
-                    path=f"{kernel_path(kernel)}/artifact",
+                    path=f"{_kernel_path(kernel)}/artifact",
                     refusal=lambda status, problem: self._refusal(kernel, status, problem),
                     limit=expected.artifact_bytes,
                     whole=True,
@@ -145,12 +145,16 @@ class HttpKernelSource:
         )
 
 
-def kernel_path(kernel: str) -> str:
-    """Where a kernel lies under the hub's address.
+def checked_kernel(kernel: str) -> str:
+    """`kernel`, which may stand in a path: it leads nowhere else.
 
     Raises:
-        KernelError: it is no kernel's id.
+        KernelNotFound: it is no kernel's id.
     """
     if not _KERNEL_ID.fullmatch(kernel):
-        raise KernelError(f"kernel id: got {one_line(kernel)}; allowed: 40 hex digits")
-    return f"/api/v1/kernels/{kernel}"
+        raise KernelNotFound("kernel", kernel, "a kernel's id, 40 hex digits")
+    return kernel
+
+
+def _kernel_path(kernel: str) -> str:
+    return f"/api/v1/kernels/{checked_kernel(kernel)}"

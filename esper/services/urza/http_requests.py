@@ -51,8 +51,8 @@ class HubRequest:
     """One request. `subject` is what messages call it: "kernel 0123…".
 
     An answer has at most `limit` bytes, and where `whole` exactly so many. `refusal` makes the
-    error of an answer's status and body where it is neither good nor temporary. `attempts` is how
-    often it is tried, None as often as the settings say.
+    error of an answer's status and body where it is neither good nor temporary. A `probe` asks how
+    the hub is, once: it goes out whatever the circuit breaker says, which learns nothing of it.
     """
 
     subject: str
@@ -61,10 +61,11 @@ class HubRequest:
     method: str = "GET"
     limit: int = 64 * 2**10
     whole: bool = False
-    attempts: int | None = None
+    probe: bool = False
     params: Mapping[str, str | list[str]] = field(default_factory=dict)
     content: bytes | None = None
     content_type: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class _TemporaryError(Exception):
@@ -150,10 +151,10 @@ class HubRequests:
             KernelError: the answer is larger than allowed.
             EsperError: what the request's `refusal` gives.
         """
-        attempt, most = 0, request.attempts or self._config.attempts
+        attempt, most = 0, 1 if request.probe else self._config.attempts
         while True:
-            ticket = self._breaker.admit()
-            if ticket is None:
+            ticket = None if request.probe else self._breaker.admit()
+            if ticket is None and not request.probe:
                 self._refused += 1
                 raise HubUnavailable(
                     f"{request.subject}: the hub at {self._config.url} failed too often; it is "
@@ -177,7 +178,7 @@ class HubRequests:
         longest = self._config.backoff_seconds * 2.0 ** (attempt - 1)
         return self._uniform(0.0, min(self._config.max_backoff_seconds, longest))
 
-    async def _once(self, ticket: int, request: HubRequest) -> bytes:
+    async def _once(self, ticket: int | None, request: HubRequest) -> bytes:
         self._requests += 1
         outcome: Outcome = "abandoned"
         try:
@@ -204,7 +205,8 @@ class HubRequests:
                 type(error).__name__ + (f": {reason}" if str(error) else "")
             ) from error
         finally:
-            self._breaker.report(ticket, outcome)
+            if ticket is not None:
+                self._breaker.report(ticket, outcome)
 
     async def _refuse_status(self, response: httpx.Response, request: HubRequest) -> None:
         status = response.status_code
@@ -256,7 +258,9 @@ async def _pieces(content: bytes) -> AsyncIterator[bytes]:
 
 def _headers(request: HubRequest) -> dict[str, str]:
     trace_id = current_trace_id()
-    headers = {} if trace_id is None else {TRACE_HEADER: trace_id}
+    headers = dict(request.headers)
+    if trace_id is not None:
+        headers[TRACE_HEADER] = trace_id
     if request.content is not None:
         headers["Content-Type"] = request.content_type
         headers["Content-Length"] = str(len(request.content))

@@ -11,6 +11,9 @@ from esper.services.urza.database import PoolStatistics
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 30.0)
 UNKNOWN_ROUTE = "unknown"
+OTHER_METHOD = "other"
+# Whoever asks chooses the word, and each is kept for ever.
+_METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 
 
 class Metrics:
@@ -51,6 +54,7 @@ class Metrics:
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
         """One more request was answered."""
+        method = method if method in _METHODS else OTHER_METHOD
         self._requests.labels(method, route, str(status)).inc()
         self._seconds.labels(method, route).observe(seconds)
 

@@ -26,7 +26,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column
 from esper.contracts import assets
 from esper.contracts.base import utc_now
 from esper.contracts.enums import BlueprintState, SessionOutcome
-from esper.services.contracts import SessionCredentials, Stored
+from esper.services.contracts import NamespaceCredentials, SessionCredentials, Stored
 
 # SQLite's integers have 64 bits whatever they are called.
 _BigInteger = BigInteger().with_variant(Integer, "sqlite")
@@ -312,4 +312,20 @@ class SessionCredential(Base):
             created_at=self.created_at,
             expires_at=self.expires_at,
             revoked=self.revoked,
+        )
+
+
+class NamespaceCredential(Base):
+    """That the hub made credentials for a namespace's Tamiyo; the secrets are kept nowhere."""
+
+    __tablename__ = "namespace_credentials"
+
+    namespace: Mapped[str] = mapped_column(String(63), primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+    def as_contract(self) -> NamespaceCredentials:
+        """The row as services exchange it."""
+        return NamespaceCredentials(
+            namespace=self.namespace, created_at=self.created_at, expires_at=self.expires_at
         )

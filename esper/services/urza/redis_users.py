@@ -3,6 +3,8 @@
 A session's user reaches the streams of its own session, `esper:<namespace>:<uid>:*`; the user of a
 namespace, its Tamiyo's, those of all sessions in it. Neither may list keys of others by pattern,
 run scripts or change settings; a namespace's user may scan, because it has to find new sessions.
+From Redis 7 on reading and writing are told apart too: each user adds to the streams of the topics
+that it publishes, and reads, as a group does, those that it receives.
 Redis keeps users in memory: they are set again whenever it has been started anew.
 """
 
@@ -24,46 +26,83 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from esper.configs import without_password
+from esper.configs import why_no_url, without_password
+from esper.contracts.messages import TopicNames
 from esper.errors import BusUnavailable, ConfigError, one_line
 
-_STREAM_COMMANDS = (
-    "xadd",
+_ADDING = ("xadd",)
+# What a group does; of these XREADGROUP and XPENDING read, and the rest change the group's state.
+_RECEIVING = (
     "xack",
     "xautoclaim",
     "xclaim",
-    "xgroup",
+    "xgroup|create",
     "xlen",
     "xpending",
     "xrange",
     "xreadgroup",
     "xrevrange",
-    "xtrim",
 )
+# Redis 6 can't tell streams apart by what is done to them: one list for all that a user reaches.
+_STREAM_COMMANDS = (*_ADDING, *_RECEIVING, "xgroup", "xtrim")
 _CONNECTION_COMMANDS = ("ping", "client|setname", "client|id", "multi", "exec", "discard")
+_SELECTORS_SINCE = 7
 _SCANNED = 1000
 
 
 @dataclass(frozen=True)
 class RedisUser:
-    """A user of Redis: its name, its password, and the pattern of the keys that it reaches."""
+    """A user of Redis: its name, its password, and the streams that it reaches.
+
+    Args:
+        name: unique in Redis.
+        password: kept as its SHA-256 alone.
+        streams: what the keys of its streams begin with, as a pattern: ``esper:team:uid``.
+        publishes: the topics that it adds to.
+        receives: the topics that it reads; what it can't read goes to their dead letters.
+        scans: whether it may look for keys.
+    """
 
     name: str
     password: str = field(repr=False)
-    keys: str
+    streams: str
+    publishes: tuple[TopicNames, ...] = ()
+    receives: tuple[TopicNames, ...] = ()
     scans: bool = False
 
-    def rules(self) -> list[str]:
-        """What ACL SETUSER takes; the password as its SHA-256 alone."""
-        commands = (*_STREAM_COMMANDS, *_CONNECTION_COMMANDS, *(("scan",) if self.scans else ()))
+    def rules(self, release: int) -> list[str]:
+        """What ACL SETUSER of a Redis of that major release takes."""
         digest = hashlib.sha256(self.password.encode()).hexdigest()
-        allowed = [f"+{command}" for command in commands]
-        return ["reset", "on", f"#{digest}", "resetchannels", f"~{self.keys}", "-@all", *allowed]
+        rules = ["reset", "on", f"#{digest}", "resetchannels", "-@all"]
+        rules += _may((*_CONNECTION_COMMANDS, *(("scan",) if self.scans else ())))
+        if release < _SELECTORS_SINCE:
+            return [*rules, f"~{self.streams}:*", *_may(_STREAM_COMMANDS)]
+        added = [*self.publishes, *(f"{topic}:dead" for topic in self.receives)]
+        # A selector allows its commands on its keys and nothing on others.
+        if added:
+            rules.append(_selector("%W~", self.streams, added, _ADDING))
+        if self.receives:
+            rules.append(_selector("%RW~", self.streams, self.receives, _RECEIVING))
+        return rules
+
+
+def _may(commands: Iterable[str]) -> list[str]:
+    return [f"+{command}" for command in commands]
+
+
+def _selector(access: str, streams: str, topics: Iterable[str], commands: Iterable[str]) -> str:
+    keys = [f"{access}{streams}:{topic}" for topic in topics]
+    return f"({' '.join(['-@all', *_may(commands), *keys])})"
 
 
 def session_user(namespace: str, uid: str) -> str:
     """The name of a session's user."""
     return f"esper-session:{namespace}:{uid}"
+
+
+def namespace_user(namespace: str) -> str:
+    """The name of a namespace's user."""
+    return f"esper-namespace:{namespace}"
 
 
 class RedisUsers:
@@ -89,22 +128,34 @@ class RedisUsers:
                 retry=Retry(NoBackoff(), 0),
             )
         except ValueError as error:
-            raise ConfigError("redis.url", self._url, f"a Redis URL ({error})") from None
+            raise ConfigError(
+                "redis.url", self._url, f"a Redis URL ({why_no_url(error)})"
+            ) from None
         # redis-py gives it no type.
         self._command = cast("Callable[..., Awaitable[Any]]", self._redis.execute_command)
 
     async def apply(self, users: Iterable[RedisUser]) -> None:
         """Make the users, or set those that are there to what they should be."""
+        anew = list(users)
+        if not anew:
+            return
         async with self._translated():
-            for user in users:
-                await self._command("ACL", "SETUSER", user.name, *user.rules())
+            release = int(str((await self._server())["redis_version"]).partition(".")[0])
+            for user in anew:
+                await self._command("ACL", "SETUSER", user.name, *user.rules(release))
+
+    async def remove(self, names: Collection[str]) -> None:
+        """Remove these users; one that is not there passes."""
+        if names:
+            async with self._translated():
+                await self._command("ACL", "DELUSER", *names)
 
     async def remove_sessions(self, namespace: str, uids: Collection[str]) -> None:
         """Remove sessions' users with every stream of theirs; one that is not there passes."""
         if not uids:
             return
+        await self.remove([session_user(namespace, uid) for uid in uids])
         async with self._translated():
-            await self._command("ACL", "DELUSER", *(session_user(namespace, uid) for uid in uids))
             async for key in self._redis.scan_iter(match=f"esper:{namespace}:*", count=_SCANNED):
                 if key.split(":")[2] in uids:
                     await self._redis.unlink(key)
@@ -112,12 +163,15 @@ class RedisUsers:
     async def run(self) -> str:
         """What tells one start of Redis from the next."""
         async with self._translated():
-            found = await self._redis.info("server")
-        return str(found["run_id"])
+            return str((await self._server())["run_id"])
 
     async def close(self) -> None:
         """Close every connection."""
         await self._redis.aclose()
+
+    async def _server(self) -> dict[str, Any]:
+        found: dict[str, Any] = await self._redis.info("server")
+        return found
 
     @asynccontextmanager
     async def _translated(self) -> AsyncIterator[None]:

@@ -6,12 +6,14 @@ from collections.abc import Collection
 from datetime import datetime, timedelta
 
 from sqlalchemy import delete, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from esper.contracts.assets import TrainingSession
 from esper.contracts.enums import SessionOutcome
 from esper.errors import BadInput, Conflict, ConflictReason, NotFound
 from esper.services.contracts import (
     DEFAULT_PAGE_ITEMS,
+    NamespaceCredentials,
     Page,
     SessionCredentials,
     SessionFilter,
@@ -39,10 +41,12 @@ class HubSessions(HubRows):
     async def register_session(self, session: TrainingSession) -> TrainingSession:
         """The session of that uid: `session` the first time, as stored from then on.
 
-        When it was made and changed is told by the hub's clock, as for all else in it.
+        When it was made and changed is told by the hub's clock, as for all else in it. The kernels
+        that its seeds name are in use by it, if the hub has them.
 
         Raises:
             BadInput: its id is that of another session.
+            Conflict: it is new, and its credentials were revoked.
         """
         return (await self.add_session(session))[0].item
 
@@ -54,9 +58,13 @@ class HubSessions(HubRows):
         async with self._database.transaction() as transaction:
             made = await insert_unless_there(transaction, row)
             try:
-                return (await session_row(transaction, session.uid)).as_stored(), made
+                stored = await session_row(transaction, session.uid)
             except NotFound:
                 raise BadInput("session.id", str(session.id), "an id of its own") from None
+            if made:
+                await _refuse_revoked(transaction, session.uid)
+                await mark_used(transaction, session.uid, kernels=_kernels(session))
+            return stored.as_stored(), made
 
     async def update_session(
         self, session: TrainingSession, *, version: int | None = None
@@ -69,7 +77,7 @@ class HubSessions(HubRows):
         Raises:
             NotFound: no session of that uid is registered.
             BadInput: it is registered under another id, name or namespace.
-            Conflict: it is not at `version` any more.
+            Conflict: it is not at `version` any more, or its credentials were revoked.
         """
         return (await self.replace_session(session, version=version)).item
 
@@ -84,6 +92,7 @@ class HubSessions(HubRows):
                 if came != stored:
                     raise BadInput(f"session.{field}", str(came), str(stored))
             check_version(f"session {session.name}", row, version)
+            await _refuse_revoked(transaction, session.uid)
             change(row, self._clock())
             row.outcome = session.outcome
             row.epoch, row.epochs = session.epoch, session.epochs
@@ -91,23 +100,8 @@ class HubSessions(HubRows):
             row.seeds = [seed.to_wire() for seed in session.seeds]
             ended = session.outcome in _ENDED
             row.ended_at = (row.ended_at or self._clock()) if ended else None
-            kernels = sorted({seed.kernel for seed in session.seeds if seed.kernel is not None})
-            await mark_used(transaction, session.uid, kernels=kernels)
+            await mark_used(transaction, session.uid, kernels=_kernels(session))
             return row.as_stored()
-
-    async def session(self, name: str) -> TrainingSession:
-        """The newest session of that name.
-
-        Raises:
-            NotFound: there is none.
-        """
-        row = models.TrainingSession
-        query = select(row).where(row.name == name).order_by(row.created_at.desc(), row.id)
-        async with self._database.transaction() as session:
-            found = await session.scalar(query.limit(1))
-        if found is None:
-            raise NotFound("session name", name, "a session that was registered")
-        return found.as_asset()
 
     async def read_session(self, uid: str) -> Stored[TrainingSession]:
         """The session of that uid, with its version.
@@ -118,21 +112,15 @@ class HubSessions(HubRows):
         async with self._database.reading() as session:
             return (await session_row(session, uid)).as_stored()
 
-    async def sessions(self) -> tuple[TrainingSession, ...]:
-        """All sessions, the oldest first."""
-        row = models.TrainingSession
-        async with self._database.transaction() as session:
-            query = select(row).order_by(row.created_at, row.id)
-            return tuple(found.as_asset() for found in await session.scalars(query))
-
     async def list_sessions(
         self,
         where: SessionFilter | None = None,
         *,
         limit: int = DEFAULT_PAGE_ITEMS,
         cursor: str | None = None,
+        uid: str | None = None,
     ) -> Page[Stored[TrainingSession]]:
-        """Some of the sessions that pass the filter, the oldest first.
+        """Some of the sessions that pass the filter, the oldest first; with `uid` at most that one.
 
         Raises:
             BadInput: `limit` is out of bounds, or `cursor` is none that a page gave.
@@ -145,6 +133,7 @@ class HubSessions(HubRows):
             (row.name, asked.name),
             (row.namespace, asked.namespace),
             (row.outcome, asked.outcome),
+            (row.uid, uid),
         ):
             if value is not None:
                 query = query.where(column == value)
@@ -225,9 +214,7 @@ class HubSessions(HubRows):
             if found.namespace != namespace:
                 raise BadInput("namespace", namespace, found.namespace)
             if found.revoked:
-                raise Conflict(
-                    ConflictReason.REVOKED, f"session {uid}: its credentials were revoked"
-                )
+                raise revocation(uid)
             if found.expires_at < now + timedelta(seconds=lifetime_seconds / 2):
                 found.expires_at = made.expires_at
             return found.as_contract()
@@ -271,6 +258,33 @@ class HubSessions(HubRows):
             gone = delete(row).where(row.uid == uid).returning(row.uid)
             return await session.scalar(gone) is not None
 
+    async def put_namespace(self, namespace: str, expires_at: datetime) -> NamespaceCredentials:
+        """Record that a namespace was given credentials that are good until then, or longer."""
+        now, row = self._clock(), models.NamespaceCredential
+        made = row(namespace=namespace, created_at=now, expires_at=expires_at)
+        async with self._database.transaction(writing=True) as session:
+            await insert_unless_there(session, made)
+            found = await session.scalar(
+                select(row).where(row.namespace == namespace).with_for_update()
+            )
+            if found is None:
+                raise NotFound("namespace", namespace, "credentials that are not being deleted")
+            found.expires_at = max(found.expires_at, expires_at)
+            return found.as_contract()
+
+    async def list_namespaces(self) -> tuple[NamespaceCredentials, ...]:
+        """The namespaces that were given credentials, by name."""
+        row = models.NamespaceCredential
+        async with self._database.reading() as session:
+            found = await session.scalars(select(row).order_by(row.namespace))
+            return tuple(given.as_contract() for given in found)
+
+    async def forget_namespaces(self, before: datetime) -> None:
+        """Forget the namespaces whose credentials were good until `before` at most."""
+        row = models.NamespaceCredential
+        async with self._database.transaction() as session:
+            await session.execute(delete(row).where(row.expires_at <= before))
+
     async def sweep(self, namespace: str, live: Collection[str], before: datetime) -> SweepResult:
         """End the sessions of a namespace that are gone, and revoke their credentials.
 
@@ -298,13 +312,29 @@ class HubSessions(HubRows):
                         found.outcome = SessionOutcome.INTERRUPTED
                     change(found, now)
                     ended.append(found.uid)
-            revoked = []
+            gone = []
             for given in await session.scalars(made.order_by(credential.uid).with_for_update()):
                 if given.uid not in kept and given.created_at < before:
                     given.revoked = True
                 if given.revoked:
-                    revoked.append(given.uid)
-        return SweepResult(ended=tuple(ended), revoked=tuple(revoked))
+                    gone.append(given.uid)
+        return SweepResult(ended=tuple(ended), revoked=tuple(gone))
+
+
+def revocation(uid: str) -> Conflict:
+    """The refusal of a session whose credentials were revoked."""
+    return Conflict(ConflictReason.REVOKED, f"session {uid}: its credentials were revoked")
+
+
+async def _refuse_revoked(session: AsyncSession, uid: str) -> None:
+    given = await session.get(models.SessionCredential, uid)
+    if given is not None and given.revoked:
+        raise revocation(uid)
+
+
+def _kernels(session: TrainingSession) -> list[str]:
+    """The kernels that its seeds name."""
+    return sorted({seed.kernel for seed in session.seeds if seed.kernel is not None})
 
 
 def _check_ended(row: models.TrainingSession, version: int | None) -> None:

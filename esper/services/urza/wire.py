@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import AwareDatetime, Field, model_validator
+from pydantic import Field, model_validator
 
 from esper.contracts.assets import Namespace, SessionUid
-from esper.contracts.base import Contract, utc_now
+from esper.contracts.base import AwareTime, Contract, utc_now
 from esper.contracts.blueprints import KernelTarget
 from esper.contracts.kernels import Count, Digest, KernelMetadata
 from esper.services.contracts import MAX_LEASE_SECONDS, LeaseToken
 
 MAX_SWEPT = 10_000
+LEASE_HEADER = "X-Lease"
+"""Carries an upload's lease: a query would stand in logs."""
 
 Worker = Annotated[str, Field(min_length=1, max_length=253, examples=["tezzeret-0"])]
 LeaseSeconds = Annotated[float, Field(gt=0, le=MAX_LEASE_SECONDS, allow_inf_nan=False)]
@@ -98,13 +100,13 @@ class SweepRequest(Contract):
 
     namespace: Namespace
     live_uids: Annotated[tuple[SessionUid, ...], Field(max_length=MAX_SWEPT)]
-    gathered_at: Annotated[AwareDatetime, Field(default_factory=utc_now)]
+    gathered_at: Annotated[AwareTime, Field(default_factory=utc_now)]
 
 
 class LeaseExtension(Contract):
     """Until when a lease lasts now."""
 
-    expires_at: AwareDatetime
+    expires_at: AwareTime
 
 
 class UploadedArtifact(Contract):

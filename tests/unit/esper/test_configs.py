@@ -338,8 +338,12 @@ def test_assignments_are_split_at_the_first_sign_and_the_last_wins():
         ("postgresql+asyncpg://:p@h/db", "postgresql+asyncpg://:***@h/db"),
         (
             "postgresql+asyncpg:///db?host=/run&password=p&x=1",
-            "postgresql+asyncpg:///db?host=/run&password=***&x=1",
+            "postgresql+asyncpg:///db?***",
         ),
+        ("postgresql+asyncpg://h:5432/db?pass%77ord=p", "postgresql+asyncpg://h:5432/db?***"),
+        ("postgresql+asyncpg://h:5432/db?password=a@b", "postgresql+asyncpg://h:***"),
+        ("postgresql+asyncpg://u:p@h/db?Password=q@r", "postgresql+asyncpg://u:***"),
+        ("postgresql+asyncpg://h/db#p", "postgresql+asyncpg://h/db?***"),
         ("postgresql+asyncpg://u@h:5432/db", "postgresql+asyncpg://u@h:5432/db"),
         ("sqlite+aiosqlite:////folder/a.sqlite", "sqlite+aiosqlite:////folder/a.sqlite"),
     ],

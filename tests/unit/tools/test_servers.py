@@ -11,7 +11,7 @@ import psutil
 import pytest
 import redis
 
-from tools.servers import versitygw
+from tools.servers import redis_server, versitygw
 from tools.servers.postgres import PostgresServer
 from tools.servers.process import ServerError, ServerProcess, answers_tcp
 from tools.servers.redis_server import RedisServer
@@ -119,6 +119,23 @@ def test_stopping_and_killing_what_does_not_run_changes_nothing(tmp_path):
     server.freeze()
     with pytest.raises(ServerError, match="redis is not started"):
         _ = server.pid
+
+
+@pytest.mark.parametrize("release", [6, 8])
+def test_redis_is_of_the_release_that_was_asked_for(tmp_path, release):
+    with RedisServer(tmp_path, release=release) as server, server.client() as client:
+        assert client.info("server")["redis_version"].startswith(f"{release}.")
+        assert {module["name"] for module in client.module_list()} <= {"vectorset"}  # Redis' own
+
+
+def test_a_packaged_redis_without_the_executable_bit_runs(tmp_path, monkeypatch):
+    packaged = tmp_path / "packaged"
+    packaged.write_bytes(redis_server.redis_binary().read_bytes())
+    packaged.chmod(0o600)
+    monkeypatch.setattr(redis_server, "redis_binary", lambda release: packaged)
+    with RedisServer(tmp_path / "server") as server, server.client() as client:
+        assert client.ping()
+    assert packaged.stat().st_mode & 0o777 == 0o600
 
 
 def test_redis_keeps_to_its_password_and_its_rules(tmp_path):

@@ -13,9 +13,11 @@ from esper.errors import BlueprintNotFound
 from esper.services.contracts import BlueprintFilter, Page, SimpleBlueprintContract, Stored
 from esper.services.urza.api.conditions import IfMatch, tagged, unless_known, version_of
 from esper.services.urza.api.lists import BlueprintQuery, filter_of, page
+from esper.services.urza.api.reach import reaches
 from esper.services.urza.api.routes import (
     JSON,
     allowed,
+    answer,
     caller_of,
     documented,
     router,
@@ -40,6 +42,8 @@ UsedBy = Annotated[
 )
 async def list_blueprints(request: Request, query: Annotated[BlueprintQuery, Query()]) -> Response:
     """Blueprints that pass the filter, the oldest first; archived ones only where asked for."""
+    if query.session is not None and not await reaches(request, query.session):
+        return answer(Page[SimpleBlueprintContract](items=()))
     found = await urza_of(request).hub.list_blueprints(
         filter_of(query, BlueprintFilter), limit=query.limit, cursor=query.cursor
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import IntegrityError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -42,6 +44,7 @@ def install_handlers(app: FastAPI) -> None:
     """Answer every refusal and failure with a problem."""
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(EsperError, _failed)
+    app.add_exception_handler(IntegrityError, _unfit)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _unrouted)
 
@@ -75,6 +78,11 @@ class Observed:
             else:
                 with tracing(trace_id):
                     await self._app(scope, receive, watched)
+        except asyncio.CancelledError:
+            # The server stops and waits no longer. It would log a trace of what is raised here.
+            _log.warning("%s %s: broken off", scope["method"], one_line(scope["path"]))
+            if not status:
+                await _unavailable(HubUnavailable("Urza stops; ask again"))(scope, receive, watched)
         except Exception:
             _log.exception("%s %s", scope["method"], one_line(scope["path"]))
             if status:
@@ -95,6 +103,10 @@ def _trace_id(scope: Scope) -> str | None:
     return value.decode() if _TRACE_ID.fullmatch(value) else None
 
 
+def _unavailable(error: Unavailable) -> Response:
+    return problem(error, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+
+
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
     return problem(error.error, error.status)
@@ -112,10 +124,17 @@ async def _failed(request: Request, error: Exception) -> Response:
         _log.error("%s %s: %s", request.method, request.url.path, error)
         error = HubUnavailable("the hub's settings have to be mended; its /readyz says which")
     if isinstance(error, Unavailable):
-        return problem(error, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+        return _unavailable(error)
     if isinstance(error, Conflict) and error.reason is ConflictReason.STALE_VERSION:
         return problem(error, 412)
     return problem(error)
+
+
+async def _unfit(request: Request, error: Exception) -> Response:
+    """What the tables refuse and no endpoint foresaw: a word, or a row that is not there."""
+    assert isinstance(error, IntegrityError)
+    _log.error("%s %s: %s", request.method, request.url.path, one_line(str(error.orig), 500))
+    return problem(BadInput("value", "one that the hub's tables refuse", "what they can hold"))
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Annotated, cast
 
-from fastapi import Path, Query, Request, Response
+from fastapi import Header, Path, Query, Request, Response
 
 from esper.contracts.assets import Blueprint, CompiledKernel, Namespace
 from esper.contracts.base import utc_now
@@ -43,7 +43,9 @@ from esper.services.urza.api.sessions import Uid
 from esper.services.urza.artifact_check import checked, read_manifest
 from esper.services.urza.auth import Permission
 from esper.services.urza.store_rows import artifact_key
+from esper.services.urza.store_sessions import revocation
 from esper.services.urza.wire import (
+    LEASE_HEADER,
     BlueprintResult,
     ClaimRequest,
     CredentialsRequest,
@@ -134,7 +136,10 @@ async def release_kernel(request: Request, kernel: KernelPath, claim: ReleaseReq
 async def upload_artifact(
     request: Request,
     kernel: KernelPath,
-    lease: Annotated[LeaseToken, Query(description="The lease under which it was compiled.")],
+    lease: Annotated[
+        LeaseToken,
+        Header(alias=LEASE_HEADER, description="The lease under which it was compiled."),
+    ],
     digest: Annotated[Digest, Query(description="The SHA-256 of the bytes.")],
     num_bytes: Annotated[
         int, Query(alias="bytes", ge=MIN_ARTIFACT_BYTES, le=2**31 - 1, description="How many.")
@@ -296,7 +301,8 @@ async def make_credentials(request: Request, uid: Uid, credentials: CredentialsR
     urza = urza_of(request)
     lifetime = urza.config.credential_days * SECONDS_A_DAY
     row = await urza.hub.put_credentials(uid, credentials.namespace, lifetime)
-    await urza.apply_users([urza.secrets.session_user(row)])
+    if not await urza.give_user(urza.secrets.session_user(row)):
+        raise revocation(uid)
     return answer(urza.secrets.of_session(row), headers={"Cache-Control": "no-store"})
 
 
@@ -320,10 +326,14 @@ async def revoke_credentials(request: Request, uid: Uid) -> Response:
     **allowed(Permission.ADMINISTER, documented({200: IssuedCredentials})),
 )
 async def make_namespace_credentials(request: Request, namespace: NamespaceName) -> Response:
-    """What opens the streams of all sessions of a namespace, for its Tamiyo."""
+    """What opens the streams and rows of all sessions of a namespace, for its Tamiyo.
+
+    Asked again in time they go on; else its Redis user goes when they have expired.
+    """
     urza = urza_of(request)
-    await urza.apply_users([urza.secrets.namespace_user(namespace)])
     issued = urza.secrets.of_namespace(namespace, utc_now(), urza.config.credential_days)
+    await urza.hub.put_namespace(namespace, issued.expires_at)
+    await urza.give_user(urza.secrets.namespace_user(namespace))
     return answer(issued, headers={"Cache-Control": "no-store"})
 
 

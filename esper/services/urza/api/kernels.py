@@ -26,6 +26,7 @@ from esper.services.urza.api.conditions import (
     version_of,
 )
 from esper.services.urza.api.lists import KernelQuery, filter_of, page
+from esper.services.urza.api.reach import reaches
 from esper.services.urza.api.routes import (
     BINARY,
     JSON,
@@ -66,6 +67,8 @@ _ARTIFACT: Responses = {
 )
 async def list_kernels(request: Request, query: Annotated[KernelQuery, Query()]) -> Response:
     """Kernels that pass the filter, the oldest first; archived ones only where asked for."""
+    if query.session is not None and not await reaches(request, query.session):
+        return answer(Page[SimpleCompiledKernelContract](items=()))
     found = await urza_of(request).hub.list_kernels(
         filter_of(query, KernelFilter), limit=query.limit, cursor=query.cursor
     )

@@ -20,6 +20,9 @@ from esper.services.contracts import (
 )
 from esper.services.urza.api.routes import answer
 
+MAX_PAGE_SESSIONS = 100
+"""Some 10 MB with as many seeds as may be."""
+
 View = Literal["outline", "full"]
 
 
@@ -47,7 +50,11 @@ class KernelQuery(Paged, KernelFilter):
 
 
 class SessionQuery(Paged, SessionFilter):
-    """Which sessions to list."""
+    """Which sessions to list; each may have many seeds, so a page has fewer of them."""
+
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE_SESSIONS, description="Items of one page.")] = (
+        DEFAULT_PAGE_ITEMS
+    )
 
 
 Filter = TypeVar("Filter", bound=Contract)

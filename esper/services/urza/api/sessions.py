@@ -1,4 +1,7 @@
-"""`/api/v1/sessions/`: training sessions. A session's own token reaches its own alone."""
+"""`/api/v1/sessions/`: training sessions.
+
+A session's own token reaches its own alone, a token of a namespace those in it.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from esper.errors import BadInput, NotFound
 from esper.services.contracts import Page, SessionFilter
 from esper.services.urza.api.conditions import IfMatch, tagged, unless_known, version_of
 from esper.services.urza.api.lists import SessionQuery, filter_of, page
+from esper.services.urza.api.reach import reached_session
 from esper.services.urza.api.routes import (
     JSON,
     allowed,
-    answer,
     caller_of,
     documented,
     router,
@@ -30,16 +33,13 @@ Uid = Annotated[SessionUid, Path(description="The session's uid.")]
 
 @sessions.get("/", **allowed(Permission.READ, documented({200: Page[TrainingSession]})))
 async def list_sessions(request: Request, query: Annotated[SessionQuery, Query()]) -> Response:
-    """Sessions that pass the filter, the oldest first; a session's token sees its own alone."""
-    hub, own = urza_of(request).hub, caller_of(request).own_session
-    if own is not None:
-        try:
-            items: tuple[TrainingSession, ...] = ((await hub.read_session(own)).item,)
-        except NotFound:
-            items = ()
-        return answer(Page[TrainingSession](items=items))
-    found = await hub.list_sessions(
-        filter_of(query, SessionFilter), limit=query.limit, cursor=query.cursor
+    """Sessions that pass the filter, the oldest first, of those that the token reaches."""
+    caller, where = caller_of(request), filter_of(query, SessionFilter)
+    if caller.own_namespace is not None:
+        caller.require_namespace(where.namespace or caller.own_namespace)
+        where = where.model_copy(update={"namespace": caller.own_namespace})
+    found = await urza_of(request).hub.list_sessions(
+        where, limit=query.limit, cursor=query.cursor, uid=caller.own_session
     )
     return page(found, Page[TrainingSession], lambda item: item)
 
@@ -48,13 +48,15 @@ async def list_sessions(request: Request, query: Annotated[SessionQuery, Query()
     "/",
     **allowed(
         Permission.KEEP_SESSIONS,
-        documented({200: TrainingSession, 201: TrainingSession}, etag=True),
+        documented({200: TrainingSession, 201: TrainingSession}, 409, etag=True),
         takes=JSON,
     ),
 )
 async def register_session(request: Request, session: TrainingSession) -> Response:
     """Register a session: 201 the first time, 200 with what is stored from then on."""
-    caller_of(request).require_session(session.uid)
+    caller = caller_of(request)
+    caller.require_session(session.uid)
+    caller.require_namespace(session.namespace)
     stored, made = await urza_of(request).hub.add_session(session)
     return tagged(stored, status=201 if made else 200, location=f"{ROOT}/{stored.item.uid}")
 
@@ -65,15 +67,14 @@ async def register_session(request: Request, session: TrainingSession) -> Respon
 )
 async def read_session(request: Request, uid: Uid) -> Response:
     """One session and its seeds."""
-    caller_of(request).require_session(uid)
-    return unless_known(request, await urza_of(request).hub.read_session(uid))
+    return unless_known(request, await reached_session(request, uid))
 
 
 @sessions.put(
     "/{uid}",
     **allowed(
         Permission.KEEP_SESSIONS,
-        documented({200: TrainingSession}, 404, 412, etag=True),
+        documented({200: TrainingSession}, 404, 409, 412, etag=True),
         takes=JSON,
     ),
 )
@@ -82,6 +83,7 @@ async def update_session(
 ) -> Response:
     """Replace what is known of a session; the kernels of its seeds are in use while it lives."""
     caller_of(request).require_session(uid)
+    caller_of(request).require_namespace(session.namespace)
     if session.uid != uid:
         raise BadInput("session.uid", session.uid, uid)
     hub = urza_of(request).hub

@@ -9,16 +9,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 
 from esper.configs import EsperConfig
-from esper.errors import BusUnavailable, ConfigError, EsperError, HubUnavailable, Unavailable
+from esper.errors import EsperError, HubUnavailable, Unavailable
+from esper.services.urza.api.readiness import Readiness
 from esper.services.urza.auth import Tokens
 from esper.services.urza.credentials import Secrets
 from esper.services.urza.database import Database
 from esper.services.urza.metrics import Metrics
+from esper.services.urza.redis_upkeep import RedisUpkeep
 from esper.services.urza.redis_users import RedisUser, RedisUsers
 from esper.services.urza.store import UrzaHub
 from esper.utils.object_store import open_store
 
-CHECK_TIMEOUT_SECONDS = 5.0
 STOP_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
@@ -59,8 +60,16 @@ class Urza:
         )
         self.metrics = Metrics(self.database.statistics)
         self.opened = False
-        self._storage = "storage.folder" if config.storage.bucket is None else "storage.bucket"
-        self._redis_run: str | None = None
+        storage = "storage.folder" if config.storage.bucket is None else "storage.bucket"
+        checks: dict[str, Callable[[], Awaitable[object]]] = {
+            "database.url": self.database.probe,
+            storage: self.store.check,
+        }
+        self._redis: RedisUpkeep | None = None
+        if self.users is not None:
+            checks["redis.url"] = self.users.run
+            self._redis = RedisUpkeep(self.hub, self.secrets, self.users)
+        self._readiness = Readiness(checks)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -85,6 +94,7 @@ class Urza:
                 await asyncio.wait({upkeep}, timeout=STOP_SECONDS)
                 upkeep.cancel()
                 await asyncio.wait({upkeep}, timeout=STOP_SECONDS)
+                await self._readiness.close()
         finally:
             if self.users is not None:
                 await self.users.close()
@@ -102,22 +112,14 @@ class Urza:
 
     async def problems(self) -> dict[str, str]:
         """What does not answer as it must, by the setting that it depends on."""
-        checks: dict[str, Callable[[], Awaitable[object]]] = {
-            "database.url": self.database.probe,
-            self._storage: self.store.check,
-        }
-        if self.users is not None:
-            checks["redis.url"] = self.users.run
-        found = await asyncio.gather(*(_problem(check) for check in checks.values()))
-        problems = {name: problem for name, problem in zip(checks, found, strict=True) if problem}
+        problems = await self._readiness.problems()
         if not self.opened:
             problems.setdefault("database.url", "Urza's tables are not ready yet")
         return problems
 
-    async def apply_users(self, users: list[RedisUser]) -> None:
-        """Set these users in Redis, where there is one."""
-        if self.users is not None:
-            await self.users.apply(users)
+    async def give_user(self, user: RedisUser) -> bool:
+        """Set this user in Redis, where there is one; False if its row was revoked meanwhile."""
+        return self._redis is None or await self._redis.give(user)
 
     async def remove_sessions(self, namespace: str, uids: Iterable[str]) -> None:
         """Remove these sessions' users and streams from Redis, where there is one."""
@@ -139,7 +141,8 @@ class Urza:
             try:
                 if self.opened:
                     await self.refresh_revoked()
-                    await self._reapply_users()
+                    if self._redis is not None and (count := await self._redis.look()):
+                        _log.info("%d users set in Redis", count)
                 else:
                     await self._open()
             except EsperError as error:
@@ -149,31 +152,3 @@ class Urza:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.config.upkeep_seconds):
                     await stopping.wait()
-
-    async def _reapply_users(self) -> None:
-        """Set every user again once Redis was started anew, or was away."""
-        if self.users is None:
-            return
-        try:
-            run = await self.users.run()
-            if run != self._redis_run:
-                rows = await self.hub.list_credentials(revoked=False)
-                users = [self.secrets.session_user(row) for row in rows]
-                names = sorted({row.namespace for row in rows})
-                await self.users.apply([*map(self.secrets.namespace_user, names), *users])
-                _log.info("%d users set in Redis", len(users) + len(names))
-            self._redis_run = run
-        except (BusUnavailable, ConfigError):
-            self._redis_run = None
-            raise
-
-
-async def _problem(check: Callable[[], Awaitable[object]]) -> str | None:
-    try:
-        async with asyncio.timeout(CHECK_TIMEOUT_SECONDS):
-            await check()
-    except TimeoutError:
-        return f"no answer within {CHECK_TIMEOUT_SECONDS:g} s"
-    except EsperError as error:
-        return str(error)
-    return None

@@ -33,11 +33,16 @@ async def upgrade(engine: AsyncEngine, revision: str = HEAD) -> None:
         if await connection.run_sync(current_revision) == revision:
             return
         await connection.rollback()
-        await _lock(connection)
-        await connection.run_sync(_upgrade, revision)
-        await connection.commit()
-        if _is_sqlite(connection):
-            await connection.exec_driver_sql("PRAGMA foreign_keys = ON")
+        try:
+            await _lock(connection)
+            await connection.run_sync(_upgrade, revision)
+            await connection.commit()
+            if _is_sqlite(connection):
+                await connection.exec_driver_sql("PRAGMA foreign_keys = ON")
+        except BaseException:
+            # It may keep no foreign keys: nobody else may get it from the pool.
+            await connection.invalidate()
+            raise
 
 
 def current_revision(connection: Connection) -> str | None:

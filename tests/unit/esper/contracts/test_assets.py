@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from esper.contracts.assets import Blueprint, CompiledKernel, Seed, TrainingSession
+from esper.contracts.assets import MAX_SEEDS, Blueprint, CompiledKernel, Seed, TrainingSession
 from esper.contracts.blueprints import KernelTarget, LayerGeometry, builtin
 from esper.contracts.enums import BlueprintState, SeedState, SessionOutcome
 
@@ -148,6 +148,14 @@ def test_a_sessions_seeds_lie_within_its_model(layer, slot):
     else:
         with pytest.raises(ValidationError, match="an integer from 0 to 1"):
             session(seeds=(seed,))
+
+
+def test_a_session_has_so_many_seeds_at_most():
+    seeds = tuple(Seed(seed_id=(0, slot), layer="l") for slot in range(MAX_SEEDS + 1))
+
+    assert len(session(num_slots=100, seeds=seeds[1:]).seeds) == MAX_SEEDS == 64
+    with pytest.raises(ValidationError, match="at most 64"):
+        session(num_slots=100, seeds=seeds)
 
 
 def test_a_slot_holds_one_seed():

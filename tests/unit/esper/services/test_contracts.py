@@ -10,7 +10,6 @@ from esper.contracts.enums import BlueprintState
 from esper.contracts.kernels import KernelFigures
 from esper.errors import KernelError
 from esper.services.contracts import (
-    KernelRequest,
     SimpleBlueprintContract,
     SimpleCompiledKernelContract,
 )
@@ -84,9 +83,3 @@ def test_metadata_is_there_once_there_is_an_artifact() -> None:
 def test_without_an_artifact_the_reason_is_given(fields: dict[str, object], message: str) -> None:
     with pytest.raises(KernelError, match=message):
         SimpleCompiledKernelContract.of(kernel(**fields)).metadata()
-
-
-def test_a_request_carries_all_that_compiling_needs() -> None:
-    request = KernelRequest(blueprint=DOCUMENT, target=TARGET)
-    again = KernelRequest.model_validate(request.to_wire())
-    assert kernel_id(again.blueprint.digest, again.target) == kernel().kernel

@@ -39,12 +39,12 @@ async def in_process():
         await bus.close()
 
 
-@pytest.fixture(params=["in-process", "redis"])
+@pytest.fixture(params=["in-process", "redis_server", "redis_8_server"])
 def opened(request):
     """Makes an empty bus, as a context manager."""
     if request.param == "in-process":
         return in_process
-    server = request.getfixturevalue("redis_server")
+    server = request.getfixturevalue(request.param)
     server.start()
     return lambda: client_of(server, f"test-{uuid.uuid4().hex[:12]}")
 

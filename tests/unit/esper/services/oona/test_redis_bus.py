@@ -410,7 +410,12 @@ def test_a_user_without_the_right_is_the_settings_fault(tmp_path, redis_namespac
 
 @pytest.mark.parametrize(
     ("url", "came"),
-    [(None, "None"), ("redis://:s3cret@host:port", "***"), ("redis://h/0?socket_timeout=x", "x")],
+    [
+        (None, "None"),
+        ("redis://:s3cret@host:port", "***"),
+        ("redis://:s3cret/word@host", "***"),
+        ("redis://h/0?socket_timeout=x", "socket_timeout"),
+    ],
 )
 def test_a_url_that_cannot_be_used_is_refused(url, came):
     config = RedisConfig.model_construct(**RedisConfig().model_dump() | {"url": url})

@@ -16,6 +16,7 @@ from typing import Any
 import jwt
 import pytest
 from fastapi.routing import APIRoute
+from sqlalchemy import text
 from starlette.routing import Route
 
 from esper.services.urza.api.routes import (
@@ -41,6 +42,7 @@ from tests.unit.esper.services.urza.serving import (
     settings,
     stored_files,
     token,
+    trained,
 )
 
 OPEN_TO_ALL = {"/healthz", "/readyz", "/metrics", "/openapi.json"}
@@ -358,19 +360,50 @@ def test_a_token_stands_in_no_log(place, caplog):
     assert KEY not in caplog.text
 
 
+def test_a_method_that_nobody_knows_is_counted_with_all_such(place):
+    async def life() -> None:
+        async with serving(settings(place), role=None) as client:
+            for number in range(20):
+                await client.request(f"FORGED{number}", "/healthz")
+            told = (await client.get("/metrics")).text
+            assert "FORGED" not in told
+            counted = 'method="other",route="/healthz",status="405"'
+            assert f"esper_urza_requests_total{{{counted}}} 20.0" in told
+
+    asyncio.run(life())
+
+
+def test_a_word_that_the_tables_refuse_is_a_problem(postgres_url, tmp_path):
+    place = Place(postgres_url, tmp_path)
+    change = "ALTER TABLE training_sessions {} CONSTRAINT sessionoutcome"
+
+    async def life() -> None:
+        async with serving(settings(place)) as client:
+            # The tables of a version that did not know the word yet.
+            async with client.app.state.urza.database.transaction() as session:
+                await session.execute(text(change.format("DROP")))
+                await session.execute(text(change.format("ADD") + " CHECK (outcome IN ('Lost'))"))
+            answer = await client.post("/api/v1/sessions/", json=trained().to_wire())
+            assert answer.status_code == 422, answer.text
+            assert answer.json()["type"] == "urn:esper:problem:bad-input"
+            assert "sessionoutcome" not in answer.text
+
+    asyncio.run(life())
+
+
 def test_requests_are_counted_by_route_and_status(place):
     async def life() -> None:
         async with serving(settings(place)) as client:
             await client.get("/api/v1/blueprints/" + "0" * 64)
             await client.get("/api/v1/blueprints/" + "1" * 64)
             await client.get("/nowhere")
-            text = (await client.get("/metrics")).text
+            told = (await client.get("/metrics")).text
             route = 'method="GET",route="/api/v1/blueprints/{digest}"'
-            assert f'esper_urza_requests_total{{{route},status="404"}} 2.0' in text
+            assert f'esper_urza_requests_total{{{route},status="404"}} 2.0' in told
             unknown = 'method="GET",route="unknown",status="404"'
-            assert f"esper_urza_requests_total{{{unknown}}} 1.0" in text
-            assert f"esper_urza_request_seconds_count{{{route}}} 2.0" in text
-            assert "esper_urza_requests_running 1.0" in text
-            assert 'esper_urza_database_connections{which="limit"} 5.0' in text
+            assert f"esper_urza_requests_total{{{unknown}}} 1.0" in told
+            assert f"esper_urza_request_seconds_count{{{route}}} 2.0" in told
+            assert "esper_urza_requests_running 1.0" in told
+            assert 'esper_urza_database_connections{which="limit"} 5.0' in told
 
     asyncio.run(life())

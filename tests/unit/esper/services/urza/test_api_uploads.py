@@ -17,6 +17,7 @@ import pytest
 
 from esper.contracts.kernels import KernelMetadata
 from esper.services.tezzeret.compiler import compile_kernel
+from esper.services.urza.wire import LEASE_HEADER
 from tests.unit.esper.services.urza.hubs import DOCUMENT, OTHER, Place, target
 from tests.unit.esper.services.urza.serving import Client, serving, settings, stored_files
 
@@ -47,7 +48,6 @@ async def uploaded(
     client: Client, lease: str, data: bytes, *, content: Any = None, **changes: Any
 ) -> httpx.Response:
     params = {
-        "lease": lease,
         "digest": hashlib.sha256(data).hexdigest(),
         "bytes": len(data),
         **changes,
@@ -56,7 +56,7 @@ async def uploaded(
         f"{ROOT}/artifact",
         params=params,
         content=data if content is None else content,
-        headers=BINARY,
+        headers={**BINARY, LEASE_HEADER: lease},
     )
 
 

@@ -193,5 +193,16 @@ def test_a_session_reaches_its_own_rows_only() -> None:
         Caller(role, "mine").require_session("yours")
 
 
+def test_readers_and_sessions_reach_the_namespace_of_their_token_only() -> None:
+    for role in (Role.READER, Role.SESSION):
+        Caller(role, "me", "team-a").require_namespace("team-a")
+        Caller(role, "me").require_namespace("team-b")
+        with pytest.raises(TooWeak, match="the token's own") as caught:
+            Caller(role, "me", "team-a").require_namespace("team-b")
+        assert "team-b" not in str(caught.value)
+    for role in (Role.WORKER, Role.ADMIN):
+        Caller(role, "me", "team-a").require_namespace("team-b")
+
+
 def test_the_key_is_shown_nowhere() -> None:
     assert KEY not in repr(tokens()) + str(vars(Tokens)) + repr(SecretStr(KEY))

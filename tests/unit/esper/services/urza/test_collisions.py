@@ -33,7 +33,7 @@ def test_clients_that_get_in_each_others_way_are_answered(place):
 
     async def life() -> None:
         async with opened(place) as here, opened(place) as there:
-            await here.register_session(trained())
+            session = await here.register_session(trained())
 
             async def client(number: int) -> None:
                 chance, hub = random.Random(number), (here, there)[number % 2]
@@ -52,7 +52,6 @@ def test_clients_that_get_in_each_others_way_are_answered(place):
                     if chance.random() < 0.1:
                         await hub.update_session(trained(id=session.id))
 
-            session = await here.session("digits")
             await asyncio.gather(*(client(number) for number in range(6)))
 
     asyncio.run(life())

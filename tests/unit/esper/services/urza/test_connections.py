@@ -17,6 +17,7 @@ from esper.errors import BadInput, ConfigError, HubUnavailable
 from esper.services.contracts import BlueprintFilter
 from esper.services.urza.database import Database, PoolStatistics
 from tests.unit.esper.services.urza.hubs import DOCUMENT, Place, opened
+from tests.unit.esper.services.urza.serving import serving, settings
 
 CLIENTS = """
 import asyncio, json, sys
@@ -279,6 +280,95 @@ def test_a_url_that_can_not_be_read_does_not_show_its_password(url):
     assert isinstance(error, ConfigError)
     assert str(error).startswith("database.url: got postgresql+asyncpg://u:***@")
     assert "hush-hush" not in "".join(traceback.format_exception(error))
+
+
+SECRET = "hush-hush"
+
+
+def with_query(url, query):
+    """That address with the password in its query, and `query` too."""
+    parsed = make_url(url)
+    bare = parsed.set(password=None).render_as_string(hide_password=False)
+    return f"{bare}?{query}"
+
+
+@pytest.mark.parametrize(
+    ("query", "told"),
+    [
+        ("sslmode=require", "sslmode is none"),
+        ("hush-hush=1", "options"),
+        ("statement_cache_size=hush-hush", "options"),
+        ("prepared_statement_cache_size=hush-hush", "a database URL"),
+        ("ssl=hush-hush", "options"),
+        ("port=99999", "a port up to 65535"),
+    ],
+)
+def test_an_option_that_the_driver_refuses_is_a_setting_to_mend(postgres_server, query, told):
+    error = opening(f"{postgres_server.url}?{query}")
+    assert isinstance(error, ConfigError)
+    assert error.field == "database.url"
+    assert told in error.allowed
+    assert postgres_server.password not in str(error)
+    assert "hush-hush=" not in str(error).partition("allowed")[0]
+    assert error.came.endswith("?***")
+    assert f"={SECRET}" not in "".join(traceback.format_exception(error))
+
+
+def test_a_port_that_is_none_is_a_setting_to_mend():
+    error = opening("postgresql+asyncpg://u:hush-hush@127.0.0.1:99999/db")
+    assert isinstance(error, ConfigError)
+    assert str(error).startswith("database.url: got postgresql+asyncpg://u:***@127.0.0.1:99999/db")
+
+
+@pytest.mark.parametrize("name", ["password", "pass%77ord"])
+def test_a_password_in_the_query_is_shown_nowhere(postgres_server, postgres_url, tmp_path, name):
+    query = f"{name}={postgres_server.password}"
+    place = Place(with_query(postgres_url, query), tmp_path)
+
+    async def life():
+        async with serving(settings(place), role=None) as client:
+            assert (await client.get("/readyz")).status_code == 200
+            database = database_of(place)
+            postgres_server.execute(f"DROP DATABASE {database} WITH (FORCE)")
+            answer = await client.get("/readyz")
+            assert answer.status_code == 503
+            assert "database.url" in answer.text
+            assert "a database that exists" in answer.text
+            assert postgres_server.password not in answer.text
+
+    asyncio.run(life())
+    error = opening(place.url)
+    assert isinstance(error, ConfigError)
+    assert postgres_server.password not in "".join(traceback.format_exception(error))
+    postgres_server.create_database(database_of(place))
+
+
+def test_readiness_is_told_in_time_beside_a_frozen_postgres(private_postgres, tmp_path):
+    place = Place(private_postgres.create_database("hub"), tmp_path)
+
+    async def life():
+        async with serving(settings(place), role=None) as client:
+            client.app.state.urza._readiness._limit = 0.5
+            assert (await client.get("/readyz")).status_code == 200
+            private_postgres.freeze()
+            try:
+                for _ in range(4):
+                    began = time.monotonic()
+                    answer = await client.get("/readyz")
+                    assert time.monotonic() - began < 1.5
+                    assert answer.status_code == 503
+                    assert "database.url: no answer within 0.5 s" in answer.text
+                # However often it is asked, one question waits.
+                assert client.app.state.urza.database.statistics().in_use <= 2
+            finally:
+                private_postgres.thaw()
+            for _ in range(100):
+                if (await client.get("/readyz")).status_code == 200:
+                    return
+                await asyncio.sleep(0.1)
+            raise AssertionError("it did not come back")
+
+    asyncio.run(life())
 
 
 def test_values_that_the_database_has_no_room_for_are_bad_input(place):

@@ -3,68 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
-from urllib.parse import quote
-from uuid import uuid4
 
 import pytest
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, NoPermissionError
+from redis.exceptions import AuthenticationError
 from redis.exceptions import ConnectionError as RedisAway
 
-from esper.configs import RedisConfig
-from esper.contracts.enums import ComponentType
-from esper.contracts.messages import KernelReady, OonaMessage, TopicNames
-from esper.errors import BusUnavailable, ConfigError
-from esper.services.oona_client import OonaClient
+from esper.contracts.assets import MAX_SEEDS, Seed
+from esper.services.urza.api.lists import MAX_PAGE_SESSIONS
 from esper.services.urza.auth import Role
-from esper.services.urza.redis_users import RedisUser, RedisUsers
-from tests.unit.esper.services.urza.hubs import Place
-from tests.unit.esper.services.urza.serving import KEY, Client, bearer, serving, settings, trained
+from tests.unit.esper.services.urza.hubs import UNKNOWN, Place
+from tests.unit.esper.services.urza.issuing import BLUEPRINT, made, redis_of, until
+from tests.unit.esper.services.urza.serving import bearer, serving, settings, trained
 
 
 @pytest.fixture
 def place(tmp_path):
     """The database's kind makes no difference here."""
     return Place(f"sqlite+aiosqlite:///{tmp_path}/urza.sqlite", tmp_path)
-
-
-async def made(client: Client, uid: str, namespace: str) -> dict[str, Any]:
-    answer = await client.post(
-        f"/internal/sessions/{uid}/credentials", json={"namespace": namespace}
-    )
-    assert answer.status_code == 200, answer.text
-    assert answer.headers["Cache-Control"] == "no-store"
-    found: dict[str, Any] = answer.json()
-    return found
-
-
-@asynccontextmanager
-async def redis_of(server: Any, issued: dict[str, Any]) -> AsyncIterator[Redis]:
-    client = Redis(
-        host="127.0.0.1",
-        port=server.port,
-        username=issued["redisUsername"],
-        password=issued["redisPassword"],
-        decode_responses=True,
-        retry=Retry(NoBackoff(), 0),
-    )
-    try:
-        yield client
-    finally:
-        await client.aclose()
-
-
-async def until(condition: Any) -> None:
-    for _ in range(400):
-        if await condition():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("it never came")
 
 
 def test_credentials_are_the_same_when_asked_for_again(place, redis_server, redis_namespace):
@@ -88,112 +45,16 @@ def test_credentials_are_the_same_when_asked_for_again(place, redis_server, redi
     asyncio.run(life())
 
 
-def test_a_sessions_user_reaches_its_own_streams_alone(place, redis_server, redis_namespace):
-    own, foreign = (
-        f"esper:{redis_namespace}:uid-1:packets",
-        f"esper:{redis_namespace}:uid-2:packets",
-    )
-
-    async def life() -> None:
-        async with serving(settings(place, redis_server.url)) as client:
-            issued = await made(client, "uid-1", redis_namespace)
-            async with redis_of(server=redis_server, issued=issued) as redis:
-                await redis.xgroup_create(own, "readers", id="0", mkstream=True)
-                key = await redis.xadd(own, {"a": "b"})
-                read = await redis.xreadgroup("readers", "me", {own: ">"})
-                assert read[0][1][0][0] == key
-                assert await redis.xack(own, "readers", key) == 1
-                assert await redis.xlen(own) == 1
-                for refused in (
-                    redis.xadd(foreign, {"a": "b"}),
-                    redis.xrange(foreign),
-                    redis.xadd("esper:other:uid-1:packets", {"a": "b"}),
-                    redis.set(own, "x"),
-                    redis.delete(own),
-                    redis.keys("*"),
-                    redis.execute_command("SCAN", "0"),
-                    redis.config_get("*"),
-                    redis.acl_list(),
-                    redis.eval("return 1", 0),
-                    redis.publish("channel", "x"),
-                    redis.flushall(),
-                ):
-                    with pytest.raises(NoPermissionError):
-                        await refused
-
-    asyncio.run(life())
-
-
-def test_a_namespaces_user_reaches_its_sessions(place, redis_server, redis_namespace):
-    async def life() -> None:
-        async with serving(settings(place, redis_server.url)) as client:
-            path = f"/internal/namespaces/{redis_namespace}/credentials"
-            issued = (await client.post(path)).json()
-            assert "uid" not in issued
-            assert (await client.post(path)).json() == issued
-            async with redis_of(redis_server, issued) as redis:
-                key = f"esper:{redis_namespace}:uid-9:decisions"
-                await redis.xadd(key, {"a": "b"})
-                found = [name async for name in redis.scan_iter(match=f"esper:{redis_namespace}:*")]
-                assert found == [key]
-                with pytest.raises(NoPermissionError):
-                    await redis.xadd("esper:other:uid-9:decisions", {"a": "b"})
-            token = {"Authorization": f"Bearer {issued['hubToken']}"}
-            assert (await client.get("/api/v1/sessions/", headers=token)).status_code == 200
-            put = await client.post("/api/v1/blueprints/", json={}, headers=token)
-            assert put.status_code == 403
-
-    asyncio.run(life())
-
-
-def test_the_bus_works_with_the_credentials_alone(place, redis_server, redis_namespace):
-    def bus(issued: dict[str, Any], scope: str | None) -> OonaClient:
-        user = quote(issued["redisUsername"], safe="")
-        url = f"redis://{user}:{issued['redisPassword']}@127.0.0.1:{redis_server.port}/0"
-        return OonaClient(
-            RedisConfig(url=url, namespace=redis_namespace, discovery_seconds=0.1), scope=scope
-        )
-
-    def message(trace: str) -> OonaMessage:
-        told = KernelReady(kernel="0" * 40, blueprint="gain", error="it does not fit")
-        return OonaMessage.carrying(
-            TopicNames.KERNEL_READY, told, ComponentType.TEZZERET, trace, scope="uid-1"
-        )
-
-    async def life() -> None:
-        async with serving(settings(place, redis_server.url)) as client:
-            mine = bus(await made(client, "uid-1", redis_namespace), "uid-1")
-            path = f"/internal/namespaces/{redis_namespace}/credentials"
-            tamiyos = bus((await client.post(path)).json(), None)
-            try:
-                everything = await tamiyos.subscribe({TopicNames.KERNEL_READY}, "tamiyo")
-                own = await mine.subscribe({TopicNames.KERNEL_READY}, "tolaria")
-                for sender in (mine, tamiyos):
-                    sent = message(uuid4().hex)
-                    await sender.publish(sent)
-                    for receiver in (everything, own):
-                        came = await asyncio.wait_for(receiver.receive(), 30)
-                        assert (came.id, came.scope) == (sent.id, "uid-1")
-                        await receiver.acknowledge(came)
-                assert await mine.health()
-                assert await tamiyos.health()
-                for reader in (mine, tamiyos):
-                    kept = [came.id async for came in reader.history({TopicNames.KERNEL_READY})]
-                    assert len(kept) == 2
-            finally:
-                await mine.close()
-                await tamiyos.close()
-
-    asyncio.run(life())
-
-
 def test_a_sessions_token_opens_its_own_rows_alone(place):
     async def life() -> None:
         async with serving(settings(place)) as client:
             issued = await made(client, "uid-1", "team-a")
             assert "redisUsername" not in issued  # there is no Redis
             token = {"Authorization": f"Bearer {issued['hubToken']}"}
-            mine, yours = trained("uid-1").to_wire(), trained("uid-2").to_wire()
+            mine, yours = (trained(uid, namespace="team-a").to_wire() for uid in ("uid-1", "uid-2"))
+            elsewhere = trained("uid-1", namespace="team-b").to_wire()
+            refused = await client.post("/api/v1/sessions/", json=elsewhere, headers=token)
+            assert refused.status_code == 403
             assert (
                 await client.post("/api/v1/sessions/", json=mine, headers=token)
             ).status_code == 201
@@ -203,11 +64,21 @@ def test_a_sessions_token_opens_its_own_rows_alone(place):
                 ("PUT", "/api/v1/sessions/uid-2", yours),
                 ("GET", "/api/v1/sessions/uid-2", None),
                 ("POST", "/api/v1/blueprints/?session=uid-2", BLUEPRINT),
+                ("GET", "/api/v1/blueprints/?session=uid-2", None),
+                ("GET", "/api/v1/kernels/?session=uid-2", None),
+                ("POST", "/api/v1/sessions/", elsewhere),
+                ("GET", "/api/v1/sessions/?namespace=team-b", None),
             ):
                 answer = await client.request(method, path, json=body, headers=token)
                 assert answer.status_code == 403, path
             listed = (await client.get("/api/v1/sessions/", headers=token)).json()
             assert [session["uid"] for session in listed["items"]] == ["uid-1"]
+            for query, count in (("live=true", 1), ("live=false", 0), ("name=digits", 1)):
+                path = f"/api/v1/sessions/?{query}"
+                assert len((await client.get(path, headers=token)).json()["items"]) == count
+            for query in ("outcome=Failed", "name=other", "archived=true"):
+                path = f"/api/v1/sessions/?{query}"
+                assert (await client.get(path, headers=token)).json()["items"] == []
             assert (await client.get("/api/v1/sessions/uid-1", headers=token)).status_code == 200
             used = await client.post(
                 "/api/v1/blueprints/?session=uid-1", json=BLUEPRINT, headers=token
@@ -215,6 +86,99 @@ def test_a_sessions_token_opens_its_own_rows_alone(place):
             assert used.status_code == 201
             everyone = (await client.get("/api/v1/sessions/", headers=bearer(Role.READER))).json()
             assert len(everyone["items"]) == 2
+
+    asyncio.run(life())
+
+
+def test_a_namespaces_token_reads_its_own_sessions_alone(place):
+    async def life() -> None:
+        async with serving(settings(place)) as client:
+            issued = (await client.post("/internal/namespaces/team-a/credentials")).json()
+            token = {"Authorization": f"Bearer {issued['hubToken']}"}
+            for uid, namespace in (("uid-1", "team-a"), ("uid-2", "team-b")):
+                session = trained(uid, namespace=namespace).to_wire()
+                assert (await client.post("/api/v1/sessions/", json=session)).status_code == 201
+                path = f"/api/v1/blueprints/?session={uid}"
+                assert (await client.post(path, json=BLUEPRINT)).status_code in {200, 201}
+
+            async def seen(path: str) -> Any:
+                answer = await client.get(path, headers=token)
+                return (
+                    len(answer.json()["items"]) if answer.status_code == 200 else answer.status_code
+                )
+
+            assert await seen("/api/v1/sessions/") == 1
+            assert await seen("/api/v1/sessions/?namespace=team-a") == 1
+            assert await seen("/api/v1/sessions/?namespace=team-b") == 403
+            assert await seen("/api/v1/blueprints/?session=uid-1") == 1
+            assert await seen("/api/v1/blueprints/?session=uid-2") == 0
+            assert await seen("/api/v1/kernels/?session=uid-2") == 0
+            mine = await client.get("/api/v1/sessions/uid-1", headers=token)
+            assert mine.status_code == 200
+            foreign = await client.get("/api/v1/sessions/uid-2", headers=token)
+            unknown = await client.get("/api/v1/sessions/uid-3", headers=token)
+            assert foreign.status_code == unknown.status_code == 404
+            assert foreign.text.replace("uid-2", "") == unknown.text.replace("uid-3", "")
+
+    asyncio.run(life())
+
+
+def test_a_page_of_sessions_has_a_bound_in_bytes(place):
+    layer, blueprint = "é" * 512, "é" * 253
+
+    async def life() -> None:
+        async with serving(settings(place)) as client:
+            seeds = tuple(
+                Seed(seed_id=(0, slot), layer=layer, blueprint=blueprint, kernel=UNKNOWN)
+                for slot in range(MAX_SEEDS)
+            )
+            large = trained("uid-1", num_slots=MAX_SEEDS, seeds=seeds)
+            answer = await client.post("/api/v1/sessions/", json=large.to_wire())
+            assert answer.status_code == 201, answer.text
+            page = await client.get("/api/v1/sessions/")
+            assert MAX_PAGE_SESSIONS * len(page.content) < 20 * 2**20
+            too_many = await client.get(f"/api/v1/sessions/?limit={MAX_PAGE_SESSIONS + 1}")
+            assert too_many.status_code == 422
+
+    asyncio.run(life())
+
+
+def test_a_session_whose_credentials_were_revoked_is_not_kept_on(place):
+    async def life() -> None:
+        async with serving(settings(place)) as client:
+            mine, late = (trained(u, namespace="team-a").to_wire() for u in ("uid-1", "uid-2"))
+            await client.post("/api/v1/sessions/", json=mine)
+            for uid in ("uid-1", "uid-2"):
+                await made(client, uid, "team-a")
+                assert (
+                    await client.delete(f"/internal/sessions/{uid}/credentials")
+                ).status_code == 204
+            for answer in (
+                await client.put("/api/v1/sessions/uid-1", json=mine),
+                await client.post("/api/v1/sessions/", json=late),
+            ):
+                assert (answer.status_code, answer.json()["reason"]) == (409, "Revoked")
+
+    asyncio.run(life())
+
+
+def sweeping(gathered: str) -> dict[str, Any]:
+    return {"namespace": "team-a", "liveUids": [], "gatheredAt": gathered}
+
+
+@pytest.mark.parametrize("moment", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"])
+def test_times_that_utc_does_not_have_are_refused(place, moment):
+    async def life() -> None:
+        async with serving(settings(place)) as client:
+            session = trained("uid-1").to_wire()
+            for path, body in (
+                ("/internal/sessions/sweep", sweeping(moment)),
+                ("/api/v1/sessions/", {**session, "createdAt": moment}),
+                ("/api/v1/sessions/", {**session, "updatedAt": moment}),
+                ("/api/v1/sessions/", {**session, "endedAt": moment}),
+            ):
+                answer = await client.post(path, json=body)
+                assert answer.status_code == 422, answer.text
 
     asyncio.run(life())
 
@@ -311,44 +275,3 @@ def test_users_are_set_again_when_redis_returns(place, private_redis):
             assert (await client.get("/readyz")).status_code == 200
 
     asyncio.run(life())
-
-
-BAD = [("wrong-password", ConfigError), (None, BusUnavailable)]
-
-
-@pytest.mark.parametrize(("password", "kind"), BAD)
-def test_a_redis_that_refuses_or_is_away_is_told_without_the_password(redis_server, password, kind):
-    port = redis_server.port if password else 9
-    url = f"redis://default:{password or 'hidden-one'}@127.0.0.1:{port}/0"
-
-    async def life() -> None:
-        users = RedisUsers(url, timeout_seconds=1.0)
-        try:
-            with pytest.raises(kind) as caught:
-                await users.apply([RedisUser("someone", "its password", "esper:x:*")])
-            assert "redis.url" in str(caught.value)
-            assert "wrong-password" not in str(caught.value)
-            assert "hidden-one" not in str(caught.value)
-        finally:
-            await users.close()
-
-    asyncio.run(life())
-
-
-def test_passwords_are_shown_nowhere():
-    user = RedisUser("someone", "its password", "esper:x:*")
-    assert "its password" not in repr(user) + " ".join(user.rules())
-    assert KEY not in repr(user)
-
-
-BLUEPRINT = {
-    "name": "gain",
-    "hosts": ["Linear"],
-    "graph": {
-        "nodes": [
-            {"op": "input", "id": "x"},
-            {"op": "linear", "id": "y", "input": "x", "features": "out"},
-        ],
-        "output": "y",
-    },
-}

@@ -131,7 +131,7 @@ def test_without_an_address_there_is_no_source() -> None:
 @pytest.mark.parametrize("kernel", ["", "../" * 13 + "a", "A" * 40, KERNEL + "\n", "0" * 39])
 def test_what_is_no_kernel_id_reaches_no_address(kernel: str) -> None:
     hub = Hub(told())
-    with pytest.raises(KernelError, match="allowed: 40 hex digits"):
+    with pytest.raises(KernelError, match="allowed: a kernel's id, 40 hex digits"):
         hub.metadata(kernel)
     assert not hub.transport.requests
 

@@ -5,7 +5,6 @@ import base64
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -32,6 +31,7 @@ from tests.unit.esper.services.urza.hubs import (
     DOCUMENT,
     OTHER,
     UNKNOWN,
+    Clock,
     Place,
     described,
     opened,
@@ -85,10 +85,8 @@ def test_pages_hold_everything_once_in_order(place, limit):
 
 
 def test_rows_of_one_moment_are_parted_by_their_id(place):
-    moment = datetime(2026, 1, 1, tzinfo=UTC)
-
     async def life() -> None:
-        async with opened(place, clock=lambda: moment) as hub:
+        async with opened(place, clock=Clock()) as hub:
             for number in range(7):
                 await hub.register_session(session(uid=f"u{number}"))
             items, _ = await all_pages(hub.list_sessions, limit=2)
@@ -444,6 +442,21 @@ def test_what_a_session_asked_for_is_in_use(place, through):
     asyncio.run(life())
 
 
+def test_the_kernels_of_a_registered_sessions_seeds_are_in_use(place):
+    async def life() -> None:
+        async with opened(place) as hub:
+            kernel = await requested(hub)
+            seed = Seed(
+                seed_id=(0, 0), layer="a", state=SeedState.TRAINING, blueprint="x", kernel=kernel
+            )
+            await hub.register_session(session(uid="u", seeds=(seed,)))
+            with pytest.raises(Conflict) as caught:
+                await hub.delete_kernel(kernel)
+            assert caught.value.reason is ConflictReason.IN_USE
+
+    asyncio.run(life())
+
+
 def test_a_deletion_and_a_use_at_once_leave_no_session_without_its_kernel(place):
     async def life() -> None:
         async with opened(place) as here, opened(place) as there:
@@ -503,19 +516,17 @@ def test_deletions_and_claims_at_once_do_not_lock_each_other_out(place):
 
 
 def test_a_row_is_what_was_made_of_it(place):
+    clock = Clock()
     made = session(
-        uid=str(uuid.uuid4()), namespace="team", created_at=datetime(2026, 1, 1, tzinfo=UTC)
+        uid=str(uuid.uuid4()), namespace="team", created_at=clock.now, updated_at=clock.now
     )
 
     async def life() -> None:
-        async with opened(place) as hub:
-            stored = await hub.register_session(made)
-            assert (await hub.read_session(made.uid)).item == stored
-            times = {"created_at", "updated_at"}
-            assert stored.model_dump(exclude=times) == made.model_dump(exclude=times)
+        async with opened(place, clock=clock) as hub:
+            assert await hub.register_session(made) == made
+            assert (await hub.read_session(made.uid)).item == made
             ended = await hub.update_session(made.changed(outcome=SessionOutcome.FAILED))
-            assert ended.ended_at is not None
-            assert datetime.now(UTC) - ended.ended_at < timedelta(minutes=1)
+            assert ended.ended_at == clock.now
             live = await hub.update_session(ended.changed(outcome=SessionOutcome.RUNNING))
             assert live.ended_at is None
             twin = session("twin", id=made.id)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import sqlite3
 import subprocess
 import sys
@@ -14,14 +15,14 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import inspect, text
+from sqlalchemy import Enum, inspect, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 import esper.services.urza.migrations as migrations
 from esper.contracts.assets import TrainingSession, session_uid
 from esper.contracts.enums import BlueprintState, SessionOutcome
-from esper.errors import ConfigError, Conflict
+from esper.errors import ConfigError, Conflict, HubUnavailable
 from esper.services.contracts import SessionFilter
 from esper.services.urza.database import Database
 from esper.services.urza.migrations import FIRST, HEAD, current_revision, upgrade
@@ -90,12 +91,20 @@ def test_drift_would_be_seen(place):
 
 
 def checks(connection):
-    """The names of the checks, which Alembic does not compare."""
-    return {
-        (table, check["name"])
-        for table in Base.metadata.tables
-        for check in inspect(connection).get_check_constraints(table)
-    }
+    """The words that each check of a vocabulary allows; Alembic compares neither."""
+    found = {}
+    for table in Base.metadata.tables:
+        for check in inspect(connection).get_check_constraints(table):
+            found[table, check["name"]] = set(re.findall(r"'([^']*)'", check["sqltext"]))
+    return found
+
+
+VOCABULARIES = {
+    (table.name, column.type.name): set(column.type.enums)
+    for table in Base.metadata.tables.values()
+    for column in table.columns
+    if isinstance(column.type, Enum)
+}
 
 
 def test_the_revisions_keep_the_words_that_a_column_may_hold(place):
@@ -104,11 +113,9 @@ def test_the_revisions_keep_the_words_that_a_column_may_hold(place):
         async with engine.connect() as connection:
             return await connection.run_sync(checks)
 
-    assert on_engine(place, life) >= {
-        ("blueprints", "blueprintstate"),
-        ("compiled_kernels", "blueprintstate"),
-        ("training_sessions", "sessionoutcome"),
-    }
+    assert on_engine(place, life) == VOCABULARIES
+    assert VOCABULARIES["training_sessions", "sessionoutcome"] == set(SessionOutcome)
+    assert len(VOCABULARIES) == 3
 
 
 async def fill_first(engine) -> None:
@@ -151,7 +158,8 @@ async def check_first(place) -> None:
         kernel = await hub.read_kernel(KERNEL)
         assert (kernel.version, kernel.item.artifact_digest) == (1, DIGEST)
         assert kernel.item.target == target()
-        sessions = {session.name: session for session in await hub.sessions()}
+        found = (await hub.list_sessions()).items
+        sessions = {stored.item.name: stored.item for stored in found}
         assert sessions["running"].uid == session_uid("default", "running")
         assert sessions["running"].ended_at is None
         assert sessions["done"].ended_at == sessions["done"].updated_at
@@ -161,7 +169,7 @@ async def check_first(place) -> None:
         same = TrainingSession(name="running", epochs=10, num_layers=2, num_slots=1)
         assert await hub.register_session(same) == sessions["running"]
         renamed = same.changed(id=uuid.uuid4(), uid="another-uid")
-        assert (await hub.register_session(renamed)).uid == "another-uid"
+        assert (await hub.register_session(renamed)).id == renamed.id
         ended = sessions["running"].changed(outcome=SessionOutcome.FAILED)
         assert (await hub.update_session(ended)).ended_at is not None
         requested = await hub.request_kernel(DOCUMENT.digest, target())
@@ -170,7 +178,7 @@ async def check_first(place) -> None:
         assert await hub.kernels() == ()
 
 
-async def fill_second(engine) -> None:
+async def fill_leased(engine) -> None:
     """A kernel that is being compiled, and a session that uses it, as the second revision keeps."""
     blueprint, kernel, session = uuid.uuid4(), uuid.uuid4(), uuid.uuid4()
     postgres = engine.dialect.name == "postgresql"
@@ -194,22 +202,20 @@ async def fill_second(engine) -> None:
         f"{moment}, 1, 'running', 'team', 'uid-1', 'Running', 3, 10, 2, 1, '[]')",
         f"INSERT INTO session_kernels (session_id, kernel_id) VALUES ({key(session)}, "
         f"{key(kernel)})",
-        "INSERT INTO session_credentials (uid, namespace, created_at, expires_at, revoked) VALUES "
-        f"('uid-1', 'team', {moment}, {moment}, false)",
     ]
     async with engine.begin() as connection:
         for statement in statements:
             await connection.execute(text(statement))
 
 
-async def check_second(place) -> None:
-    """That all which `fill_second` put is there, and that the hub works on it."""
+async def check_leased(place) -> None:
+    """That all which `fill_leased` put is there, and that the hub works on it."""
     async with opened(place) as hub:
         stored = await hub.read_blueprint(DOCUMENT.digest)
         assert (stored.version, stored.item.state) == (2, BlueprintState.PROPOSED)
-        (session,) = await hub.sessions()
+        (stored_session,) = (await hub.list_sessions()).items
+        session = stored_session.item
         assert (session.namespace, session.uid, session.epoch) == ("team", "uid-1", 3)
-        assert [row.uid for row in await hub.list_credentials("team")] == ["uid-1"]
         with pytest.raises(Conflict, match="the live session running uses it"):
             await hub.delete_kernel(KERNEL)
         # Nobody else took the work up, so whoever had it may still end it.
@@ -218,6 +224,40 @@ async def check_second(place) -> None:
         claim = await hub.claim_next_blueprint("one", 60)
         assert claim is not None
         assert claim.digest == DOCUMENT.digest
+
+
+async def fill_second(engine) -> None:
+    """Credentials of sessions in three namespaces, as the second revision keeps them."""
+    await fill_leased(engine)
+    postgres = engine.dialect.name == "postgresql"
+
+    def moment(year: int) -> str:
+        text = f"{year}{MOMENT[4:]}"
+        return f"TIMESTAMPTZ '{text}+00'" if postgres else f"'{text}'"
+
+    async with engine.begin() as connection:
+        for uid, namespace, until, revoked in (
+            ("uid-1", "team-a", 2027, "false"),
+            ("uid-2", "team-a", 2028, "false"),
+            ("uid-3", "team-b", 2027, "false"),
+            ("uid-4", "team-c", 2027, "true"),
+        ):
+            await connection.execute(
+                text(
+                    "INSERT INTO session_credentials (uid, namespace, created_at, expires_at, "
+                    f"revoked) VALUES ('{uid}', '{namespace}', {moment(2026)}, {moment(until)}, "
+                    f"{revoked})"
+                )
+            )
+
+
+async def check_second(place) -> None:
+    """That the namespaces whose users were set again until now are known."""
+    await check_leased(place)
+    async with opened(place) as hub:
+        assert len(await hub.list_credentials()) == 4
+        given = {one.namespace: one.expires_at.year for one in await hub.list_namespaces()}
+        assert given == {"team-a": 2028, "team-b": 2027}
 
 
 FILLED = {"0001": (fill_first, check_first), "0002": (fill_second, check_second)}
@@ -251,7 +291,7 @@ def test_a_file_from_before_the_revisions_is_adopted_with_its_data(tmp_path):
 
     changes, words = on_engine(place, life)
     assert changes == []
-    assert len(words) == 3
+    assert words == VOCABULARIES
 
 
 def test_a_database_at_head_is_left_alone(place):
@@ -331,6 +371,32 @@ def test_foreign_keys_hold_after_the_migration(place):
             with pytest.raises(IntegrityError):
                 await session.execute(insert)
             await session.rollback()
+
+    asyncio.run(life())
+
+
+def test_after_an_open_that_failed_foreign_keys_hold(tmp_path, monkeypatch):
+    place = Place(f"sqlite+aiosqlite:///{tmp_path}/urza.sqlite", tmp_path)
+
+    async def life():
+        async with Database(place.config(pool_size=1)) as database:
+
+            def broken(*_):
+                raise OSError("no room for a moment")
+
+            async with database.transaction() as session:
+                await session.execute(text("UPDATE alembic_version SET version_num = '0002'"))
+                await session.execute(text("DROP TABLE namespace_credentials"))
+            with monkeypatch.context() as patched:
+                patched.setattr(migrations, "_upgrade", broken)
+                with pytest.raises(HubUnavailable):
+                    await database.open()
+            # Meanwhile another process has brought the tables on.
+            async with Database(place.config()) as other:
+                assert await other.health()
+            await database.open()
+            async with database.transaction() as session:
+                assert await session.scalar(text("PRAGMA foreign_keys")) == 1
 
     asyncio.run(life())
 

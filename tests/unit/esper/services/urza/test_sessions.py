@@ -8,7 +8,7 @@ import pytest
 from esper.contracts.assets import TrainingSession, session_uid
 from esper.contracts.enums import SessionOutcome
 from esper.errors import BadInput, Conflict, ConflictReason, NotFound
-from esper.services.contracts import SweepResult
+from esper.services.contracts import SessionFilter, SweepResult
 from esper.services.urza.store_sessions import MAX_CREDENTIAL_SECONDS
 from tests.unit.esper.services.urza.hubs import Clock, opened
 
@@ -34,7 +34,9 @@ def test_one_name_may_be_borne_by_sessions_in_turn(place):
             first = await hub.register_session(session(uid="first"))
             second = await hub.register_session(session(uid="second"))
             assert first.id != second.id
-            assert await hub.session("s") == second
+            found = (await hub.list_sessions(SessionFilter(name="s"))).items
+            assert {stored.item.uid for stored in found} == {"first", "second"}
+            assert (await hub.read_session("second")).item == second
             assert (await hub.read_session("first")).item == first
             with pytest.raises(NotFound, match="session uid: got third"):
                 await hub.read_session("third")
@@ -80,7 +82,7 @@ def test_a_live_session_is_neither_archived_nor_deleted(place):
             assert not await hub.delete_session("u")
             with pytest.raises(NotFound):
                 await hub.archive_session("u")
-            assert await hub.sessions() == ()
+            assert (await hub.list_sessions()).items == ()
 
     asyncio.run(life())
 
