@@ -260,7 +260,31 @@ async def check_second(place) -> None:
         assert given == {"team-a": 2028, "team-b": 2027}
 
 
-FILLED = {"0001": (fill_first, check_first), "0002": (fill_second, check_second)}
+async def fill_third(engine) -> None:
+    """The credentials of a namespace, as the third revision keeps them."""
+    await fill_leased(engine)
+    moment = f"TIMESTAMPTZ '{MOMENT}+00'" if engine.dialect.name == "postgresql" else f"'{MOMENT}'"
+    async with engine.begin() as connection:
+        await connection.execute(
+            text(
+                "INSERT INTO namespace_credentials (namespace, created_at, expires_at) VALUES "
+                f"('team-z', {moment}, {moment})"
+            )
+        )
+
+
+async def check_third(place) -> None:
+    """That they are there."""
+    await check_leased(place)
+    async with opened(place) as hub:
+        assert [one.namespace for one in await hub.list_namespaces()] == ["team-z"]
+
+
+FILLED = {
+    "0001": (fill_first, check_first),
+    "0002": (fill_second, check_second),
+    "0003": (fill_third, check_third),
+}
 
 
 @pytest.mark.parametrize("revision", [revision for revision in REVISIONS if revision != HEAD])
@@ -377,26 +401,24 @@ def test_foreign_keys_hold_after_the_migration(place):
 
 def test_after_an_open_that_failed_foreign_keys_hold(tmp_path, monkeypatch):
     place = Place(f"sqlite+aiosqlite:///{tmp_path}/urza.sqlite", tmp_path)
+    on_engine(place, lambda engine: upgrade(engine, FIRST))
+
+    def broken(*_):
+        raise OSError("no room for a moment")
 
     async def life():
-        async with Database(place.config(pool_size=1)) as database:
-
-            def broken(*_):
-                raise OSError("no room for a moment")
-
-            async with database.transaction() as session:
-                await session.execute(text("UPDATE alembic_version SET version_num = '0002'"))
-                await session.execute(text("DROP TABLE namespace_credentials"))
-            with monkeypatch.context() as patched:
-                patched.setattr(migrations, "_upgrade", broken)
-                with pytest.raises(HubUnavailable):
-                    await database.open()
-            # Meanwhile another process has brought the tables on.
-            async with Database(place.config()) as other:
-                assert await other.health()
-            await database.open()
-            async with database.transaction() as session:
-                assert await session.scalar(text("PRAGMA foreign_keys")) == 1
+        database = Database(place.config(pool_size=1))
+        with monkeypatch.context() as patched:
+            patched.setattr(migrations, "_upgrade", broken)
+            with pytest.raises(HubUnavailable):
+                await database.open()
+        # Meanwhile another process has brought the tables on.
+        async with Database(place.config()) as other:
+            assert await other.health()
+        await database.open()
+        async with database.transaction() as session:
+            assert await session.scalar(text("PRAGMA foreign_keys")) == 1
+        await database.close()
 
     asyncio.run(life())
 
