@@ -33,6 +33,7 @@ _STREAM_COMMANDS = (
     "xautoclaim",
     "xclaim",
     "xgroup",
+    "xinfo",
     "xlen",
     "xpending",
     "xrange",
@@ -88,8 +89,8 @@ class RedisUsers:
                 # Whoever asks tries again: an endpoint's caller, or the next look after upkeep.
                 retry=Retry(NoBackoff(), 0),
             )
-        except ValueError as error:
-            raise ConfigError("redis.url", self._url, f"a Redis URL ({error})") from None
+        except ValueError:  # its text may hold a part of the password
+            raise ConfigError("redis.url", self._url, "a Redis URL") from None
         # redis-py gives it no type.
         self._command = cast("Callable[..., Awaitable[Any]]", self._redis.execute_command)
 
