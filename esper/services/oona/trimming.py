@@ -15,7 +15,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from redis.exceptions import NoPermissionError
+from redis.exceptions import NoPermissionError, ResponseError
 
 from esper.services.oona.connections import RedisConnections, Reply
 from esper.services.oona.streams import Position, packed
@@ -145,6 +145,8 @@ class Trimming:
                 self._blind = True
                 _log.warning("streams are trimmed read or not, XINFO is refused: %s", reply)
             return None
+        if isinstance(reply, ResponseError) and "no such key" not in str(reply):
+            raise self._connections.translated(reply)
         found = []
         for fields in reply if isinstance(reply, list) else []:
             row = dict(zip(fields[::2], fields[1::2], strict=True))

@@ -216,7 +216,7 @@ def test_a_user_who_may_not_use_the_streams_is_refused(tmp_path, redis_namespace
     async def life(server):
         url = f"redis://poor:s3cret@127.0.0.1:{server.port}/0"
         async with client_of(server, redis_namespace, scope, url=url) as bus:
-            with pytest.raises(ConfigError, match=r"^redis\.url: .*NOPERM|^redis\.url: ") as caught:
+            with pytest.raises(ConfigError, match=r"^redis\.url: ") as caught:
                 await bus.check()
             assert "s3cret" not in str(caught.value)
 
