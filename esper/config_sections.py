@@ -214,7 +214,10 @@ class RedisConfig(Section):
     buffer_messages: Whole = _whole(1000, "messages that may wait to be sent", least=1, most=10**6)
     prefetch_messages: Whole = _whole(100, "messages read from Redis at once", least=1, most=10**4)
     stream_length: Whole = _whole(
-        10_000, "messages kept of each stream, about", least=10, most=10**7
+        10_000,
+        "messages kept of each stream, about; ten times that for a group that lags",
+        least=10,
+        most=10**7,
     )
     claim_idle_seconds: Real = _seconds(
         30.0, "until the messages of a silent receiver go to another", most=86_400

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-import yaml
 from pydantic import PrivateAttr, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -38,7 +37,8 @@ from esper.config_sections import (
     UrzaConfig,
     parse_levels,
 )
-from esper.errors import ConfigError, OutputError
+from esper.errors import ConfigError, ManifestError, OutputError
+from esper.utils.documents import read_documents
 
 __all__ = [
     "DEFAULT_FILE",
@@ -62,7 +62,6 @@ __all__ = [
     "UrzaConfig",
     "parse_assignments",
     "parse_levels",
-    "why_no_url",
     "without_password",
 ]
 
@@ -79,6 +78,7 @@ SECRETS = frozenset({"hub.token", "urza.signing_key", "storage.secret_access_key
 """The settings whose values are never shown."""
 
 HIDDEN = "(not shown)"
+_YAML = "well-formed YAML"
 
 # A user and its password, which may hold anything, in what follows a scheme.
 _USER = re.compile(r"(?P<user>[^:/?#@]*):(?P<password>.*)@", re.DOTALL)
@@ -103,15 +103,12 @@ def without_password(url: str) -> str:
     return f"{scheme}://{user}{shown}{'' if shown == place else '?***'}"
 
 
-def why_no_url(error: ValueError) -> str:
-    """What a library says against a URL, without what it took for a port: part of a password."""
-    return str(error).partition(" as '")[0]
-
-
 def _shown(name: str, value: object) -> object:
     """The value of that setting as people may see it."""
     if name in SECRETS and value is not None:
         return HIDDEN
+    if isinstance(value, list | dict):
+        value = repr(value)
     return without_password(value) if isinstance(value, str) else value
 
 
@@ -229,7 +226,9 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
     for assignment in assignments:
         name, sign, value = assignment.partition("=")
         if not sign or not name.strip():
-            raise ConfigError("command line --set", assignment, "NAME=VALUE")
+            named = re.match(r"[\w.]{1,64}", assignment)  # what follows may be a secret
+            came = f"{named[0]} without a value" if named else "no name"
+            raise ConfigError("command line --set", came, "NAME=VALUE")
         parsed[name.strip()] = value
     return parsed
 
@@ -260,15 +259,19 @@ def _from_file(file: Path | None) -> dict[str, tuple[object, str]]:
             str(path), f"{len(text)} bytes", f"at most {MAXIMUM_FILE_BYTES} bytes of settings"
         )
     try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), str(error), "well-formed YAML") from error
-    return _flattened({} if content is None else content, path)
+        documents = read_documents(text.decode(), str(path), quoting=False)
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), f"{error.reason} at byte {error.start}", _YAML) from None
+    except ManifestError as error:  # without its cause, which quotes lines that may hold secrets
+        raise ConfigError(error.field, error.came, f"{_YAML}: {error.allowed}") from None
+    if len(documents) > 1:
+        raise ConfigError(str(path), f"{len(documents)} documents", "one")
+    return _flattened(documents[0].data if documents else {}, path)
 
 
 def _flattened(content: object, path: Path) -> dict[str, tuple[object, str]]:
     if not isinstance(content, dict):
-        raise ConfigError(str(path), content, "a mapping of sections to settings")
+        raise ConfigError(str(path), _kind(content), "a mapping of sections to settings")
     given: dict[str, tuple[object, str]] = {}
     for section, values in content.items():
         if values is None:
@@ -276,10 +279,16 @@ def _flattened(content: object, path: Path) -> dict[str, tuple[object, str]]:
         if section not in EsperConfig.model_fields:
             _refuse_unknown(str(section), f"file {path}")
         if not isinstance(values, dict):
-            raise ConfigError(f"{section} (file {path})", values, "a mapping of settings")
+            raise ConfigError(f"{section} (file {path})", _kind(values), "a mapping of settings")
         for key, value in values.items():
             given[f"{section}.{key}"] = (value, f"file {path}")
     return given
+
+
+def _kind(value: object) -> str:
+    """What a value is, to be said where the value itself may be a secret."""
+    kinds = {str: "a text", bool: "true or false", int: "a number", float: "a number"}
+    return kinds.get(type(value), "a list")
 
 
 def _typed(text: str) -> object:

@@ -16,6 +16,8 @@ from esper.errors import EsperError, one_line
 
 ANSWER_SECONDS = 10.0
 
+ENCODED = "special characters of a user or a password are written as %XX"
+
 Answer = tuple[bool, str]
 """Whether it answers, and what is to be said of it."""
 
@@ -88,7 +90,9 @@ def _asked(setting: str, ask: Callable[[], Awaitable[str]]) -> Answer:
     except EsperError as error:
         said = str(error)
         return False, one_line(said if said.startswith(setting) else f"{setting}: {said}", 300)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         return False, one_line(f"{setting}: {type(error).__name__}: {error}", 300)
+    except ValueError:  # its text may hold a part of the password
+        return False, f"{setting}: its value can't be read; {ENCODED}"
     except Exception as error:  # a driver's own, whose text may hold what it was given
         return False, f"{setting}: {type(error).__name__}"

@@ -14,10 +14,10 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
-from esper.contracts.documents import write_document
 from esper.contracts.refusals import entry_schema
 from esper.contracts.resources import API_VERSION, GROUP, KINDS, VERSION, Resource
 from esper.contracts.resources.common import INT64_MAX
+from esper.utils.documents import write_document
 
 Schema = dict[str, Any]
 

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from esper.contracts.blueprints import BlueprintDocument, BuiltinBlueprint
-from esper.contracts.documents import MAX_BYTES, Document, read_documents, write_document
 from esper.contracts.refusals import first_refusal
 from esper.contracts.resources import (
     API_VERSION,
@@ -20,6 +19,7 @@ from esper.contracts.resources import (
     TrainingSession,
 )
 from esper.errors import BadInput, BlueprintError, ManifestError
+from esper.utils.documents import MAX_BYTES, Document, read_documents, write_document
 
 NAME_LABEL = "esper.dev/blueprint"
 """Carried by every blueprint of an embedded run, with its name."""

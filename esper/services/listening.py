@@ -44,7 +44,8 @@ async def keep_listening(subscribe: Subscribe, handle: Handle) -> None:
     """Handle messages for ever; while the bus is away, try to get back to it.
 
     Once it was reached, all that is in the way is waited out: a Redis that has restarted refuses
-    its users until they are made anew.
+    its users until they are made anew. A message whose handling fails in a way that nobody foresaw
+    counts as delivered and comes again, until the bus sets it aside.
 
     Raises:
         EsperError: something that does not pass, as wrong credentials, before the bus was reached.
@@ -59,4 +60,8 @@ async def keep_listening(subscribe: Subscribe, handle: Handle) -> None:
             if error.permanent and not reached:
                 raise
             _log.warning("messages are not heard at the moment: %s", error)
+        except Exception:
+            if not reached:
+                raise
+            _log.exception("a message could not be handled; it will come again")
         await asyncio.sleep(RECONNECT_SECONDS)

@@ -8,12 +8,13 @@ begin there too. A plain thread has a context of its own; started with
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from itertools import islice
 from typing import Any, NamedTuple
@@ -29,12 +30,24 @@ _PLAIN_FIELDS = len(vars(logging.makeLogRecord({})))
 _TEXT = r"(?:[^\s\"\\]|\\.)"
 _USER = re.compile(r"://[^\s:@/\"\\]*:")
 _TOKEN = re.compile(rf"{_TEXT}*")
+# What ends like one of these, a parameter or an extra, holds a secret.
+_NAMES = r"(?:passw(?:or)?d|secret|token|api[_-]?key|access[_-]key|signing[_-]key)"
+_SECRET_NAME = re.compile(rf"{_NAMES}\Z", re.IGNORECASE)
 _SECRETS = re.compile(
     rf"(?P<bearer>(?i:bearer)(?:\s|\\[nrt])+){_TEXT}+"
     r"|(?P<signed>(?i:x-amz-(?:signature|credential|security-token))=)[^\s&\"\\]+"
+    rf"|(?P<basic>(?i:authorization)\W{{1,8}}(?i:basic)(?:\s|\\[nrt])+){_TEXT}+"
+    rf"|(?P<given>(?i:{_NAMES})=)(?:[^\s&\"\\]|\\[^nrt])+"
+    rf"|(?P<named>(?i:{_NAMES})\": )(?P<value>\"(?:[^\"\\]|\\.)*\"|[-\d][^\s,\]}}]*)"
     r"|(?P<jwt>\beyJ)[\w-]{1,2048}\.[\w-]{1,4096}\.[\w-]{0,2048}"
 )
-_MARKS = ("bearer", "x-amz-", "eyj")
+_BASIC = re.compile(r"(?P<scheme>\b(?i:basic)(?:\s|\\[nrt])+)(?P<pair>[\w+/-]{4,}={0,2})")
+_MARKS = ("bearer", "x-amz-", "eyj", "passw", "secret", "token", "key", "authorization")
+
+MESSAGE_CHARACTERS = 64 * 2**10
+"""What is said at once; of a longer text the beginning is kept, and how long it was."""
+_LINE_CHARACTERS = 4 * MESSAGE_CHARACTERS
+_WORD_CHARACTERS = 4096
 
 
 @contextmanager
@@ -74,15 +87,24 @@ def entry_of(record: logging.LogRecord) -> LogEntry:
         record.created,
         record.levelname,
         record.name,
-        _message(record),
+        _cut(_message(record)),
         fields.get("trace_id") or _trace_id.get(),
-        exception,
+        _cut(exception) if exception else exception,
         # What was given as `extra` stands behind the fields that every record has.
         dict(islice(fields.items(), _PLAIN_FIELDS, None)) if len(fields) > _PLAIN_FIELDS else None,
     )
 
 
 _EXCEPTIONS = logging.Formatter()
+
+
+def _cut(text: str) -> str:
+    """The text, or its beginning up to a whole word, as half a secret has no looks."""
+    if len(text) <= MESSAGE_CHARACTERS:
+        return text
+    kept = text[:MESSAGE_CHARACTERS]
+    end = max(kept.rfind(" "), kept.rfind("\n"), MESSAGE_CHARACTERS - _WORD_CHARACTERS)
+    return f"{kept[:end]} … (cut: {len(text)} characters)"
 
 
 def _message(record: logging.LogRecord) -> str:
@@ -99,7 +121,9 @@ class OptimizedStructuredFormatter(logging.Formatter):
 
     The time is ISO 8601 in UTC with milliseconds. Its part down to the second is formatted once a
     second, not once a record. What JSON can't hold is written as its `repr`. Passwords in URLs,
-    bearer tokens, JSON web tokens and the signatures of presigned addresses are written as "***".
+    bearer tokens, basic credentials, JSON web tokens, the signatures of presigned addresses and
+    what is called a password, a secret, a token or a key are written as "***". Texts longer than
+    `MESSAGE_CHARACTERS` are cut and say how long they were.
     """
 
     def __init__(self, component: str) -> None:
@@ -127,14 +151,18 @@ class OptimizedStructuredFormatter(logging.Formatter):
         if entry.exception is not None:
             line["exception"] = entry.exception
         extras = entry.extras or {}
-        extras = {name: value for name, value in extras.items() if name not in _RECORD_FIELDS}
-        try:
-            return redacted(self._dump(extras | line))
-        except (ValueError, TypeError, RecursionError):
+        extras = {
+            name: "***" if _SECRET_NAME.search(str(name)) else value
+            for name, value in extras.items()
+            if name not in _RECORD_FIELDS
+        }
+        with suppress(ValueError, TypeError, RecursionError):
             # A number that is not finite has no JSON; a cycle, or a key of another type, neither.
-            return redacted(
-                self._dump({name: repr(value) for name, value in extras.items()} | line)
-            )
+            text = self._dump(extras | line)
+            if len(text) <= _LINE_CHARACTERS:
+                return redacted(text)
+        shortened = {name: _cut(repr(value)) for name, value in extras.items()}
+        return redacted(self._dump(shortened | line))
 
     def _time(self, created: float) -> str:
         second = int(created)
@@ -150,8 +178,28 @@ def redacted(line: str) -> str:
         line = _without_passwords(line)
     lowered = line.lower()
     if any(mark in lowered for mark in _MARKS):
-        line = _SECRETS.sub(lambda found: f"{found[found.lastgroup or 0]}***", line)
+        line = _SECRETS.sub(_hidden, line)
+    if "basic" in lowered:
+        line = _BASIC.sub(_without_pair, line)
     return line
+
+
+def _hidden(found: re.Match[str]) -> str:
+    if found["named"] is not None:
+        return f'{found["named"]}"***"'
+    return f"{found[found.lastgroup or 0]}***"
+
+
+def _without_pair(found: re.Match[str]) -> str:
+    """Credentials, which are "user:password" in base64; what follows the word else is none."""
+    text = found["pair"].rstrip("=").translate(_URL_SAFE)
+    with suppress(ValueError):
+        if b":" in base64.b64decode(text + "=" * (-len(text) % 4)):
+            return f"{found['scheme']}***"
+    return found[0]
+
+
+_URL_SAFE = str.maketrans("-_", "+/")
 
 
 def _without_passwords(line: str) -> str:

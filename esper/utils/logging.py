@@ -15,7 +15,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
@@ -69,6 +69,8 @@ GATHER_SECONDS = 0.01
 """How long the writing thread lets records gather: waking it for each would slow the caller."""
 REPORT_SECONDS = 10.0
 """Losses are told at once, then at most so often."""
+STOP_SECONDS = 5.0
+"""How long stopping waits for a place that takes no lines, a pipe that nobody reads."""
 _BATCH = 256
 # Formatting holds the interpreter's lock, for which a caller would wait. So the writing thread lets
 # go of it after every few lines, unless so many wait that it must hurry.
@@ -81,9 +83,11 @@ _UNWRITABLE = (OSError, ValueError, AttributeError)
 class _Front(logging.Handler):
     """Hands entries on, in the caller's thread."""
 
-    def __init__(self, accept: Callable[[LogEntry], None]) -> None:
+    def __init__(self, accept: Callable[[LogEntry], None], lose: Callable[[int], None]) -> None:
+        """`accept` takes an entry, `lose` how many could not be made."""
         super().__init__()
         self.accept = accept
+        self._lose = lose
 
     def createLock(self) -> None:  # noqa: N802 - the library's name
         """Nothing here needs a lock."""
@@ -93,7 +97,12 @@ class _Front(logging.Handler):
         """What `logging` calls; the way through the library's own is longer."""
         if self.filters and not self.filter(record):
             return False
-        self.accept(entry_of(record))
+        try:
+            entry = entry_of(record)
+        except Exception:  # an argument that can't be said must not break the work it is logged in
+            self._lose(1)
+        else:
+            self.accept(entry)
         return True
 
 
@@ -138,11 +147,11 @@ class _Output:
 class AsyncEsperLogger:
     """The log of one process: from `start` to `stop`, its records go to one place.
 
-    A context manager. `stop` waits until everything queued is written. A process forked meanwhile
-    writes its own records itself, to the same place.
+    A context manager. `stop` waits until everything queued is written, `STOP_SECONDS` at most. A
+    process forked meanwhile writes its own records itself, to the same place.
 
-    `dropped` counts the records lost so far: those that found the queue full or could not be
-    written. The log says so as well, in lines of their own.
+    `dropped` counts the records lost so far: those that found the queue full, could not be made or
+    written, or waited for a reader at the end. The log says so as well, in lines of their own.
 
     Args:
         component: the component's name, on every line.
@@ -172,7 +181,8 @@ class AsyncEsperLogger:
         self._counting = Lock()
         self._told = 0
         self._told_at = -REPORT_SECONDS
-        self._front = _Front(self._queue)
+        self._front = _Front(self._queue, self._lose)
+        self._writing = 0
         self._thread: Thread | None = None
         self._output: _Output | None = None
         self._running = ExitStack()
@@ -187,9 +197,11 @@ class AsyncEsperLogger:
             return
         self._output = output = _Output(self._path)
         with ExitStack() as undo:
-            undo.callback(output.close)
-            self._front = _Front(self._queue)
-            self._thread = Thread(target=self._write_queued, name="esper-log", daemon=True)
+            undo.callback(self._close, output)
+            self._front = _Front(self._queue, self._lose)
+            self._thread = Thread(
+                target=self._write_queued, args=(self._entries,), name="esper-log", daemon=True
+            )
             self._thread.start()
             undo.callback(self._finish)
             esper = logging.getLogger(ROOT)
@@ -238,17 +250,16 @@ class AsyncEsperLogger:
 
     # In the writing thread
 
-    def _write_queued(self) -> None:
+    def _write_queued(self, entries: SimpleQueue[LogEntry | None]) -> None:
         running = True
         while running:
-            batch, running = self._gather()
+            batch, running = self._gather(entries)
             self._write(batch)
             if self.dropped > self._told and self._may_tell():
                 self._tell_losses()
 
-    def _gather(self) -> tuple[list[LogEntry], bool]:
+    def _gather(self, entries: SimpleQueue[LogEntry | None]) -> tuple[list[LogEntry], bool]:
         """What has come, after waiting for the first; and whether more will."""
-        entries = self._entries
         try:
             wait = None if self.dropped == self._told else REPORT_SECONDS
             entry = entries.get(timeout=wait)
@@ -264,8 +275,10 @@ class AsyncEsperLogger:
         return batch, False
 
     def _write(self, batch: list[LogEntry]) -> None:
-        if not batch or self._output is None:
+        output = self._output
+        if not batch or output is None:
             return
+        self._writing = len(batch)
         lines = []
         for number, entry in enumerate(batch):
             if number % _TURN == _TURN - 1 and len(batch) < _BATCH:
@@ -275,9 +288,10 @@ class AsyncEsperLogger:
             except Exception:  # an extra whose repr fails must not end the log
                 self._lose(1)
         try:
-            self._output.write("".join(lines))
+            output.write("".join(lines))
         except _UNWRITABLE:
             self._lose(len(lines))
+        self._writing = 0
 
     def _may_tell(self) -> bool:
         return time.monotonic() - self._told_at >= REPORT_SECONDS
@@ -298,10 +312,29 @@ class AsyncEsperLogger:
     def _finish(self) -> None:
         if self._thread is not None:
             self._entries.put(None)
-            self._thread.join()
+            self._thread.join(STOP_SECONDS)
+            if self._thread.is_alive():
+                self._give_up()
+                return
             self._thread = None
         if self.dropped > self._told:
             self._tell_losses()
+
+    def _give_up(self) -> None:
+        """Nobody takes what is written: count the rest, and leave the thread to end when it can."""
+        waiting, self._entries = self._entries, SimpleQueue()
+        left = self._writing
+        with suppress(Empty):
+            while True:
+                left += waiting.get_nowait() is not None
+        waiting.put(None)
+        self._lose(left)
+
+    def _close(self, output: _Output) -> None:
+        # Not under a thread that still writes: the system gives the number to the next file.
+        if self._thread is None:
+            output.close()
+        self._thread = None
 
     # In a process forked from this one
 

@@ -239,16 +239,22 @@ class FolderStore:
     def _open(self, key: str) -> IO[bytes] | None:
         with _translating(key):
             try:
-                return self._locate(key).open("rb", buffering=0)
+                # Without waiting: a pipe, which is no object, would hold its reader for ever.
+                path = self._locate(key)
+                file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115
             except _ABSENT:
                 return None
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file
+            file.close()
+        return None
 
     def _get(self, key: str, sha256: str | None) -> bytes | None:
-        with _translating(key):
-            try:
-                data = self._locate(key).read_bytes()
-            except _ABSENT:
-                return None
+        file = self._open(key)
+        if file is None:
+            return None
+        with file, _translating(key):
+            data = file.read()
         return verified(key, data, sha256)
 
     def _size(self, key: str) -> int | None:
@@ -261,9 +267,12 @@ class FolderStore:
 
     def _delete(self, key: str) -> bool:
         with _translating(key):
+            target = self._locate(key)
+            if not target.is_file():
+                return False
             try:
-                self._locate(key).unlink()
-            except (FileNotFoundError, NotADirectoryError):
+                target.unlink()
+            except _ABSENT:
                 return False
         return True
 
@@ -282,6 +291,10 @@ class FolderStore:
         if not Path(os.path.realpath(target)).is_relative_to(os.path.realpath(self._root)):
             raise BadInput("object key", key, "a path that stays in the store's folder")
         return target
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 async def _chunks(file: IO[bytes], key: str, sha256: str | None) -> AsyncIterator[bytes]:

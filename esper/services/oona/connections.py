@@ -14,16 +14,12 @@ from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
-    ClusterDownError,
     NoPermissionError,
-    OutOfMemoryError,
-    ReadOnlyError,
     RedisError,
     ResponseError,
-    TryAgainError,
 )
 
-from esper.configs import RedisConfig, why_no_url, without_password
+from esper.configs import RedisConfig, without_password
 from esper.errors import BusUnavailable, ConfigError, EsperError, one_line
 from esper.services.oona.streams import packed
 
@@ -32,13 +28,24 @@ T = TypeVar("T")
 Reply = object
 """Bytes, an integer, None, a list of these, or Redis' refusal of one command."""
 
-_REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError)
-_PASSING = (
-    ClusterDownError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    TryAgainError,
+A_REDIS_URL = (
+    "redis://[USER:PASSWORD@]HOST[:PORT][/DATABASE][?OPTION=VALUE], special characters of the"
+    " password written as %XX"
 )
+
+_REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError)
+_LASTING = (
+    "WRONGTYPE",
+    "unknown command",
+    "wrong number of arguments",
+    "syntax error",
+    "Protocol error",
+    "string exceeds maximum allowed size",
+    "value is not an integer",
+    "Invalid stream ID",
+)
+"""How refusals begin that are about the command itself. Any other, one that nobody has thought of
+too, is about the state that Redis is in, and is waited out: nothing that matters is given up."""
 
 
 @dataclass
@@ -80,10 +87,8 @@ class RedisConnections:
                 protocol=2,
                 driver_info=None,
             )
-        except ValueError as error:
-            raise ConfigError(
-                "redis.url", self.shown, f"a Redis URL ({why_no_url(error)})"
-            ) from None
+        except ValueError:  # its text may hold a part of the password
+            raise ConfigError("redis.url", self.shown, A_REDIS_URL) from None
 
     def apart(self) -> RedisConnections:
         """One connection outside the pool, for commands that wait on the server."""
@@ -172,4 +177,6 @@ class RedisConnections:
 
 def passes(reply: Reply) -> bool:
     """Whether an answer is a refusal that a later try may not meet."""
-    return isinstance(reply, _PASSING)
+    if not isinstance(reply, ResponseError) or isinstance(reply, _REFUSED):
+        return False
+    return not str(reply).startswith(_LASTING)

@@ -71,6 +71,8 @@ class ConsumerGroup:
         self._counts = counts
         self._topics = frozenset(topics)
         self._scope = scope
+        self._made = 0
+        self._strange: set[bytes] = set()
         self._claim_ms = int(config.claim_idle_seconds * 1000)
 
     async def join(self, start: str = "$") -> None:
@@ -94,17 +96,40 @@ class ConsumerGroup:
         gone = await self._create(new, "0") if new else set()
         self.keys = tuple(sorted(found - gone))
 
+    async def rejoin(self) -> bool:
+        """Make the group anew where the server has lost it; whether anything was lost.
+
+        Whatever is in its streams then came after the loss, so it is read from its beginning. A
+        stream that was made anew meanwhile looks like the old one: every stream is asked.
+        """
+        before, made = self.keys, self._made
+        if self._scope is None:
+            self.keys = ()
+        await self.join(start="0")
+        return self._made > made or self.keys != before
+
     async def _create(self, keys: Sequence[bytes], start: str, *options: str) -> set[bytes]:
-        """Make the group on each stream; those streams that are not there."""
+        """Make the group on each stream; those keys that hold no stream.
+
+        A key of something else is passed over where streams are found, and told once.
+        """
         replies = await self._connections.execute(
             *[packed("XGROUP", "CREATE", key, self.group, start, *options) for key in keys]
         )
         gone = set()
         for key, reply in zip(keys, replies, strict=True):
-            if not isinstance(reply, ResponseError) or "BUSYGROUP" in str(reply):
+            if not isinstance(reply, ResponseError):
+                self._made += 1
                 continue
-            if "key to exist" not in str(reply):
+            if "BUSYGROUP" in str(reply):
+                continue
+            strange = self._scope is None and is_no_stream(reply)
+            if "key to exist" not in str(reply) and not strange:
                 raise self._connections.translated(reply)
+            if strange and key not in self._strange:
+                self._strange.add(key)
+                name = key.decode(errors="replace")
+                _log.warning("%s is passed over, it holds no stream: %s", name, reply)
             gone.add(key)
         return gone
 
@@ -243,7 +268,7 @@ class ConsumerGroup:
         found: list[tuple[bytes, Reply]] = []
         replies = await self._connections.execute(*commands)
         for key, reply in zip(keys, replies, strict=True):
-            if isinstance(reply, ResponseError) and not is_gone(reply):
+            if isinstance(reply, ResponseError) and not is_gone(reply) and not is_no_stream(reply):
                 raise self._connections.translated(reply)
             found.append((key, None if isinstance(reply, ResponseError) else reply))
         return found
@@ -252,6 +277,11 @@ class ConsumerGroup:
 def is_gone(reply: Reply) -> bool:
     """Whether Redis says that a stream or its group does not exist."""
     return isinstance(reply, ResponseError) and str(reply).startswith("NOGROUP")
+
+
+def is_no_stream(reply: Reply) -> bool:
+    """Whether Redis says that a key holds something else than a stream."""
+    return isinstance(reply, ResponseError) and str(reply).startswith("WRONGTYPE")
 
 
 async def found_streams(

@@ -2,12 +2,14 @@
 
 Everything waits in one queue, which one task empties with as few round trips as it can. While
 Redis is away the queue is the buffer: telemetry makes room for what came later, oldest first, and
-is counted; nothing else is ever dropped, so whoever publishes it waits for room.
+is counted; nothing else is ever dropped, so whoever publishes it waits for room. What Redis
+refuses for good is an error to whoever still waits for the answer; else it is tried on and on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from esper.configs import RedisConfig
 from esper.errors import BusUnavailable, ConfigError, EsperError, one_line
 from esper.services.oona.connections import RedisConnections, Reply, passes
 from esper.services.oona.streams import packed
+from esper.services.oona.trimming import Trimming
 
 _BATCH_ITEMS = 512
 _BATCH_BYTES = 4 * 2**20
@@ -45,11 +48,18 @@ class _Receipt:
 
 @dataclass(slots=True)
 class _Addition:
-    """A message on its way."""
+    """A message on its way to the stream `key`."""
 
+    key: bytes
     command: bytes
     telemetry: bool
     receipt: _Receipt | None
+
+    @property
+    def promised(self) -> bool:
+        """Whether nobody is left who could be told that the message is given up."""
+        unheard = self.receipt is None or self.receipt.done.cancelled()
+        return unheard and not self.telemetry
 
 
 @dataclass(slots=True)
@@ -74,6 +84,7 @@ class Outbox:
     def __init__(self, connections: RedisConnections, config: RedisConfig) -> None:
         self._connections = connections
         self._config = config
+        self._trimming = Trimming(connections, config.stream_length)
         self._queue: deque[_Item] = deque()
         self._in_flight = 0
         self._degraded = False
@@ -86,18 +97,25 @@ class Outbox:
         self.dropped = 0
         self.retried = 0
         self.buffered = 0
+        self.refusal: str | None = None
+        """Why messages wait in this process; None while Redis takes them."""
 
-    async def publish(self, commands: Sequence[tuple[bytes, bool]]) -> None:
+    @property
+    def trimmed(self) -> int:
+        """Messages that streams gave up for want of room before a group of theirs had them."""
+        return self._trimming.trimmed
+
+    async def publish(self, commands: Sequence[tuple[bytes, bytes, bool]]) -> None:
         """Send commands in order; returns when Redis has done them, or once it is known to be away.
 
-        Each comes with whether it is telemetry.
+        Each is a stream's key, the command that appends to it, and whether it is telemetry.
 
         Raises:
             BusUnavailable: the outbox is closed, or Redis refuses a command.
             ConfigError: Redis refuses the user.
         """
         receipt = _Receipt(len(commands), asyncio.get_running_loop().create_future())
-        for command, telemetry in commands:
+        for key, command, telemetry in commands:
             while self.buffered >= self._config.buffer_messages and not self._closed:
                 if self._degraded and self._dropped_telemetry():
                     continue
@@ -112,10 +130,10 @@ class Outbox:
                 continue
             self.buffered += 1
             if self._degraded:
-                self._put(_Addition(command, telemetry, None))
+                self._put(_Addition(key, command, telemetry, None))
                 receipt.settle()
             else:
-                self._put(_Addition(command, telemetry, receipt))
+                self._put(_Addition(key, command, telemetry, receipt))
         if commands:
             await receipt.done
 
@@ -188,10 +206,10 @@ class Outbox:
                     self._degrade(error)
                 await asyncio.sleep(self._connections.pause_seconds(failures))
             except ConfigError as error:
-                for item in batch:
-                    self._fail(item, error)
-                self._in_flight = 0
-                self._wake()
+                failures += 1
+                self._refused(batch, error)
+                if self._queue:
+                    await asyncio.sleep(self._connections.pause_seconds(failures))
             except asyncio.CancelledError:
                 self._put_back(batch)
                 raise
@@ -199,11 +217,16 @@ class Outbox:
                 failures = 0 if self._settled(batch, replies) else failures + 1
                 if failures:
                     await asyncio.sleep(self._connections.pause_seconds(failures))
+                else:
+                    with contextlib.suppress(EsperError):  # there will be another look
+                        await self._trimming.look()
 
     def _next_batch(self) -> list[_Item]:
         batch: list[_Item] = []
         size = 0
         while self._queue and len(batch) < _BATCH_ITEMS and size < _BATCH_BYTES:
+            if self._degraded and batch and isinstance(self._queue[0], _Acknowledgement):
+                break  # not together with an answer that may be refused
             item = self._queue.popleft()
             size += len(item.command) if isinstance(item, _Addition) else 0
             batch.append(item)
@@ -220,37 +243,65 @@ class Outbox:
     def _settled(self, batch: Sequence[_Item], replies: Sequence[Reply]) -> bool:
         """Take note of the answers; whether Redis could do all of it."""
         again: list[_Item] = []
+        held: set[bytes] = set()
+        reason: EsperError | None = None
         for item, reply in zip(batch, replies, strict=True):
-            if again or passes(reply):
-                # Later ones of the batch that were done are done again: order counts for more.
+            if isinstance(reply, ResponseError):
+                error = self._connections.translated(reply)
+                if passes(reply) or (isinstance(item, _Addition) and item.promised):
+                    reason = reason or error
+                    again.append(item)
+                    held.add(item.key)
+                else:
+                    self._fail(item, error)
+            elif isinstance(item, _Acknowledgement):
+                if again:
+                    again.append(item)
+            elif item.key in held:
+                # Done already, and done again: the order of a stream counts for more.
                 again.append(item)
-            elif isinstance(reply, ResponseError):
-                self._fail(item, self._connections.translated(reply))
-            elif isinstance(item, _Addition):
+            else:
                 self.buffered -= 1
+                if isinstance(reply, bytes):
+                    self._trimming.note(item.key, reply, item.telemetry)
                 if item.receipt is not None:
                     item.receipt.settle()
         self._in_flight = 0
-        if again:
-            reason = next(reply for reply in replies if passes(reply))
+        if reason is not None:
             self._put_back(again)
-            self._degrade(self._connections.translated(ResponseError(str(reason))))
+            self._degrade(reason)
         elif self._degraded:
             self._degraded = False
+            self.refusal = None
             _log.info("Redis at %s takes messages again", self._connections.shown)
         self._wake()
         return not again
 
     def _degrade(self, error: EsperError) -> None:
         """Redis is away: let everybody go on whose messages are in the buffer."""
+        reason = one_line(str(error), 300)
+        if self.refusal != reason:
+            self.refusal = reason
+            _log.warning("messages wait in this process: %s", reason)
         if self._degraded:
             return
         self._degraded = True
-        _log.warning("messages wait in this process: %s", one_line(str(error), 300))
         for item in self._queue:
             if isinstance(item, _Addition) and item.receipt is not None:
                 item.receipt.settle()
                 item.receipt = None
+        self._wake()
+
+    def _refused(self, batch: Sequence[_Item], error: ConfigError) -> None:
+        """Redis does not let this process in: tell whoever waits, keep what was promised."""
+        kept = [item for item in batch if isinstance(item, _Addition) and item.promised]
+        for item in batch:
+            if not isinstance(item, _Addition) or not item.promised:
+                self._fail(item, error)
+        self._in_flight = 0
+        if kept:
+            self._put_back(kept)
+            self._degrade(error)
         self._wake()
 
     def _dropped_telemetry(self) -> bool:

@@ -34,7 +34,11 @@ class OonaStatistics:
     dead: int = 0
     """Set aside, because nobody could deal with them."""
     trimmed: int = 0
-    """Given up by the bus, for want of room, before their receivers had dealt with them."""
+    """Given up by the bus, for want of room, before their receivers had dealt with them.
+
+    Who publishes counts those that a group had not received; who takes over from a receiver that
+    left counts those that it finds gone.
+    """
 
 
 class Subscription(Protocol):
@@ -94,10 +98,10 @@ class Oona(Protocol):
         ...
 
     async def check(self) -> None:
-        """Return if the bus takes messages.
+        """Return if the bus takes messages and gives them out.
 
         Raises:
-            BusUnavailable: it does not answer, or is closed.
+            BusUnavailable: it does not answer, has no room, or is closed.
             ConfigError: it refuses what the settings say.
         """
         ...

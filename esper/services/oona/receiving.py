@@ -13,7 +13,7 @@ from esper.contracts.messages import OonaMessage
 from esper.errors import BusUnavailable, ConfigError, EsperError, one_line
 from esper.services.oona.connections import RedisConnections, Reply
 from esper.services.oona.counting import ReceivingCounts
-from esper.services.oona.group import ConsumerGroup, is_gone
+from esper.services.oona.group import ConsumerGroup, is_gone, is_no_stream
 from esper.services.oona.outbox import Outbox
 from esper.services.oona.streams import Entry, Position, entries_of, opened
 
@@ -184,9 +184,9 @@ class RedisSubscription:
         (reply,) = await self._connections.execute(
             self._group.reading(self._prefetch, max(1, int(wait * 1000)))
         )
-        if is_gone(reply):
-            # The server has lost the stream; whatever comes from now on is new to the group.
-            await self._group.join(start="0")
+        if is_gone(reply) or is_no_stream(reply):
+            if not await self._group.rejoin():
+                await asyncio.sleep(wait)
             return
         if isinstance(reply, Exception):
             raise self._connections.translated(reply)

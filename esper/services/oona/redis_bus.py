@@ -9,26 +9,34 @@ import secrets
 import socket
 from collections.abc import AsyncIterator, Collection, Sequence
 
+from redis.exceptions import ResponseError
+
 from esper.configs import RedisConfig
 from esper.contracts.messages import OonaMessage, TopicNames
 from esper.errors import BadInput, BusUnavailable, ConfigError
 from esper.services.oona.connections import RedisConnections
 from esper.services.oona.counting import ReceivingCounts
-from esper.services.oona.group import ConsumerGroup, found_streams
+from esper.services.oona.group import ConsumerGroup, found_streams, is_gone, is_no_stream
 from esper.services.oona.outbox import Outbox
 from esper.services.oona.port import OonaStatistics
 from esper.services.oona.receiving import RedisSubscription
 from esper.services.oona.streams import (
+    FIELD,
     TELEMETRY,
     Appending,
     Entry,
     Position,
     entries_of,
+    is_scope,
     opened,
+    packed,
     stream_key,
+    stream_pattern,
 )
+from esper.services.oona.trimming import LAST_RESORT, LEAST_LAST_RESORT
 
 _PAGE = 200
+_NOWHERE = "check"  # no topic, so nothing lies there
 
 
 class OonaClient:
@@ -43,14 +51,17 @@ class OonaClient:
 
     Raises:
         ConfigError: `redis.url` is missing or can't be read.
+        BadInput: `scope` is none that a message may have.
     """
 
     def __init__(self, config: RedisConfig, *, scope: str | None) -> None:
+        if scope is not None and not is_scope(scope):
+            raise BadInput("scope", scope, "letters, digits, dots and dashes, at most 128")
         self._config = config
         self._scope = scope
         self._connections = RedisConnections(config)
         self._outbox = Outbox(self._connections, config)
-        self._appending = Appending(config.namespace, config.stream_length)
+        self._appending = Appending(config.namespace, _last_resort(config))
         self._counts = ReceivingCounts()
         self._subscriptions: set[RedisSubscription] = set()
         self._closed = False
@@ -74,7 +85,8 @@ class OonaClient:
             if message.scope not in ("", scope):
                 raise BadInput("scope", message.scope, f"{scope}, that of this client")
             command = self._appending.command(message, scope)
-            commands.append((command, message.topic in TELEMETRY))
+            key = stream_key(self._config.namespace, scope, message.topic)
+            commands.append((key, command, message.topic in TELEMETRY))
         await self._outbox.publish(commands)
 
     async def subscribe(
@@ -143,14 +155,41 @@ class OonaClient:
                 continue
 
     async def check(self) -> None:
-        """Return if Redis takes messages.
+        """Return if Redis takes messages of this client and gives it those of others.
+
+        Every command that the streams need is tried on a key that is not there, which leaves
+        nothing behind: PING is answered also by a Redis that is full, and to a user without rights.
 
         Raises:
-            BusUnavailable: it does not answer, or the bus is closed.
-            ConfigError: it refuses the user.
+            BusUnavailable: it does not answer, refuses, or messages wait for it in this process; or
+                the bus is closed.
+            ConfigError: it refuses the user, or one of the commands to the user.
         """
         self._require_open()
-        await self._connections.ask("PING")
+        for reply in await self._connections.execute(*self._questions()):
+            if isinstance(reply, ResponseError) and not _is_absence(reply):
+                raise self._connections.translated(reply)
+        if self._outbox.refusal is not None:
+            raise BusUnavailable(
+                f"{self._outbox.buffered} messages wait to be sent: {self._outbox.refusal}"
+            )
+
+    def _questions(self) -> list[bytes]:
+        namespace = self._config.namespace
+        key = stream_key(namespace, self._scope or "", _NOWHERE)
+        group = ("GROUP", _NOWHERE, _NOWHERE)
+        questions = [
+            packed("XADD", key, "NOMKSTREAM", "MAXLEN", 0, "*", FIELD, b""),
+            packed("XGROUP", "SETID", key, _NOWHERE, "$"),
+            packed("XREADGROUP", *group, "COUNT", 1, "STREAMS", key, ">"),
+            packed("XACK", key, _NOWHERE, "0-0"),
+            packed("XPENDING", key, _NOWHERE),
+            packed("XCLAIM", key, _NOWHERE, _NOWHERE, 0, "0-0"),
+            packed("XRANGE", key, "-", "+", "COUNT", 1),
+        ]
+        if self._scope is None:
+            questions.append(packed("SCAN", 0, "MATCH", stream_pattern(namespace), "COUNT", 1))
+        return questions
 
     async def health(self) -> bool:
         """Whether Redis takes messages."""
@@ -170,7 +209,7 @@ class OonaClient:
             received=self._counts.received,
             claimed=self._counts.claimed,
             dead=self._counts.dead,
-            trimmed=self._counts.trimmed,
+            trimmed=self._counts.trimmed + self._outbox.trimmed,
         )
 
     async def close(self) -> None:
@@ -204,9 +243,12 @@ class OonaClient:
     async def _entries(self, key: bytes) -> AsyncIterator[Entry]:
         start = b"-"
         while True:
-            reply = await self._connections.retrying(
-                lambda: self._connections.ask("XRANGE", key, start, "+", "COUNT", _PAGE)  # noqa: B023
+            command = packed("XRANGE", key, start, "+", "COUNT", _PAGE)
+            (reply,) = await self._connections.retrying(
+                lambda: self._connections.execute(command)  # noqa: B023
             )
+            if isinstance(reply, ResponseError) and not is_no_stream(reply):
+                raise self._connections.translated(reply)
             rows = entries_of(key, reply if isinstance(reply, list) else [])
             for entry in rows:
                 yield entry
@@ -217,3 +259,12 @@ class OonaClient:
     def _require_open(self) -> None:
         if self._closed:
             raise BusUnavailable("the bus of this process is closed")
+
+
+def _last_resort(config: RedisConfig) -> int:
+    return max(LEAST_LAST_RESORT, LAST_RESORT * config.stream_length)
+
+
+def _is_absence(reply: ResponseError) -> bool:
+    """Whether a refusal only says that a key is not there, or holds something else."""
+    return is_gone(reply) or is_no_stream(reply) or "key to exist" in str(reply)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from esper.contracts.messages import OonaMessage, TopicNames
+from esper.contracts.messages import OonaMessage, Scope, TopicNames
 
 TELEMETRY = frozenset({TopicNames.PACKETS})
 """Topics of full snapshots: the next one replaces the last, so they are dropped first."""
@@ -22,6 +22,7 @@ FIELD = b"message"
 _NO_SCOPE = "-"
 _KEPT_PREFIXES = 4096
 _MESSAGE = TypeAdapter(OonaMessage)  # writes bytes at once
+_SCOPE: TypeAdapter[str] = TypeAdapter(Scope)
 
 
 class Position(NamedTuple):
@@ -50,7 +51,8 @@ class Entry(NamedTuple):
         return self[:2]
 
 
-def stream_key(namespace: str, scope: str, topic: TopicNames) -> bytes:
+@lru_cache(maxsize=_KEPT_PREFIXES)
+def stream_key(namespace: str, scope: str, topic: TopicNames | str) -> bytes:
     """The key of the stream of that topic in that scope."""
     return f"esper:{namespace}:{scope or _NO_SCOPE}:{topic}".encode()
 
@@ -67,11 +69,24 @@ def stream_pattern(namespace: str) -> bytes:
 
 @lru_cache(maxsize=4096)
 def scope_and_topic(key: bytes) -> tuple[str, str]:
-    """The scope and the topic of a stream; of any other key, something that is no topic."""
+    """The scope and the topic of a stream; of any other key, something that is no topic.
+
+    A key with a scope that no message may have is no stream of Oona's, whoever has made it.
+    """
     parts = key.decode(errors="replace").split(":", 3)
     if len(parts) != 4:
         return "", ""
-    return ("" if parts[2] == _NO_SCOPE else parts[2]), parts[3]
+    scope = "" if parts[2] == _NO_SCOPE else parts[2]
+    return (scope, parts[3]) if is_scope(scope) else ("", "")
+
+
+def is_scope(text: str) -> bool:
+    """Whether the contract lets a message be of that scope."""
+    try:
+        _SCOPE.validate_python(text)
+    except ValidationError:
+        return False
+    return True
 
 
 def opened(entry: Entry) -> OonaMessage:
@@ -107,7 +122,10 @@ def packed(*words: bytes | int | str) -> bytes:
 
 
 class Appending:
-    """Packs XADD commands for streams of a namespace, trimmed to about `length` entries."""
+    """Packs XADD commands for streams of a namespace, trimmed to about `length` entries.
+
+    That is the last resort; before it `Trimming` gives up what may be given up.
+    """
 
     def __init__(self, namespace: str, length: int) -> None:
         self._namespace = namespace

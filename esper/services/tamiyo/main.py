@@ -11,6 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
@@ -31,12 +32,20 @@ KEPT_ANSWERS = 1024
 _log = logging.getLogger(__name__)
 
 
+class _Seen(NamedTuple):
+    """The last packet of a session that the averages know: its number, its message's id."""
+
+    sequence: int
+    id: str
+
+
 class TamiyoService:
     """Answers each packet on the bus with one decision of the same trace.
 
     It holds no state but the analyzer's averages. Over the wire (`lasting`) it outlasts a bus that
-    is away, and rebuilds the averages of a session it has not seen since it started from the
-    packets that the bus still keeps. A message is acknowledged after its answer is published: a
+    is away, and rebuilds the averages of a session from the packets that the bus still keeps,
+    whenever a packet does not follow the last one it has seen: it is new, or another Tamiyo of the
+    same namespace got those between. A message is acknowledged after its answer is published: a
     crash in between makes the same decision again, with the same id, and the trainer applies an
     id once.
     """
@@ -54,7 +63,7 @@ class TamiyoService:
         self._analyzer = analyzer or ModelGraphAnalyzer()
         self._policies = policies
         self._lasting = lasting
-        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._seen: OrderedDict[tuple[str, str], _Seen] = OrderedDict()
         self._answered: OrderedDict[str, AdaptationDecision] = OrderedDict()
         self._task: asyncio.Task[None] | None = None
         self.counts = dict.fromkeys(("decisions_total", "replayed_total"), 0)
@@ -119,11 +128,13 @@ class TamiyoService:
             _log.warning("the bus is gone, packets are no longer answered: %s", error)
 
     async def _handle(self, message: OonaMessage) -> None:
-        if self._lasting:
-            await self._catch_up(message)
         # A packet that comes again, after others, must not move the averages back.
         asked = digest_of([message.scope, message.payload])
-        decision = self._answered.get(asked) or self._answer(message)
+        decision = self._answered.get(asked)
+        if decision is None:
+            if self._lasting:
+                await self._catch_up(message)
+            decision = self._answer(message)
         if decision is None:
             return
         await self._bus.publish(
@@ -146,19 +157,43 @@ class TamiyoService:
         )
 
     async def _catch_up(self, message: OonaMessage) -> None:
-        """On the first message of a scope, replay what came in it before."""
-        if message.scope not in self._seen:
-            async for past in self._bus.history({TopicNames.PACKETS}, message.scope):
-                if past.id == message.id:
-                    break
-                with suppress(ValidationError):
-                    packet = SystemStatePacket.model_validate(past.payload)
-                    self.replay([packet], message.scope)
-                    self.counts["replayed_total"] += 1
-            self._seen[message.scope] = None
-            if len(self._seen) > KEPT_SESSIONS:
-                self._seen.popitem(last=False)
-        self._seen.move_to_end(message.scope)
+        """Replay what came in the packet's session since the last one seen of it."""
+        packet = _packet_of(message)
+        if packet is None:
+            return
+        session = (message.scope, packet.session)
+        last = self._seen.get(session)
+        if last is None or packet.sequence != last.sequence + 1:
+            missed = await self._missed(message, packet, last)
+            self.replay(missed, message.scope)
+            self.counts["replayed_total"] += len(missed)
+        self._seen[session] = _Seen(packet.sequence, message.id)
+        self._seen.move_to_end(session)
+        if len(self._seen) > KEPT_SESSIONS:
+            self._seen.popitem(last=False)
+
+    async def _missed(
+        self, message: OonaMessage, packet: SystemStatePacket, last: _Seen | None
+    ) -> list[SystemStatePacket]:
+        """The session's packets that the bus keeps, from after `last` to before `message`.
+
+        A trainer that went back to a checkpoint numbers its packets anew, so it is the order of the
+        bus that counts. Where `last` itself is no longer kept, it is the number after all.
+        """
+        found: list[SystemStatePacket] = []
+        kept = last is None
+        async for past in self._bus.history({TopicNames.PACKETS}, message.scope):
+            if past.id == message.id:
+                break
+            if last is not None and past.id == last.id:
+                found, kept = [], True
+                continue
+            earlier = _packet_of(past)
+            if earlier is not None and earlier.session == packet.session:
+                found.append(earlier)
+        if last is None or kept:
+            return found
+        return [earlier for earlier in found if earlier.sequence > last.sequence]
 
     def _answer(self, message: OonaMessage) -> AdaptationDecision | None:
         try:
@@ -167,6 +202,13 @@ class TamiyoService:
             _log.exception("packet %s is not of the contract", message.id)
             return _unreadable(message, error)
         return self.decide(packet, message.scope)
+
+
+def _packet_of(message: OonaMessage) -> SystemStatePacket | None:
+    """The packet that a message carries; None where it breaks its contract."""
+    with suppress(ValidationError):
+        return SystemStatePacket.model_validate(message.payload)
+    return None
 
 
 def _unreadable(message: OonaMessage, error: ValidationError) -> AdaptationDecision | None:

@@ -26,11 +26,12 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from esper.configs import why_no_url, without_password
+from esper.configs import without_password
 from esper.contracts.messages import TopicNames
 from esper.errors import BusUnavailable, ConfigError, one_line
 
-_ADDING = ("xadd",)
+# Who adds to a stream also trims what all groups of it have dealt with; it reads no message.
+_ADDING = ("xadd", "xinfo|groups", "xlen", "xpending", "xtrim")
 # What a group does; of these XREADGROUP and XPENDING read, and the rest change the group's state.
 _RECEIVING = (
     "xack",
@@ -44,7 +45,9 @@ _RECEIVING = (
     "xrevrange",
 )
 # Redis 6 can't tell streams apart by what is done to them: one list for all that a user reaches.
-_STREAM_COMMANDS = (*_ADDING, *_RECEIVING, "xgroup", "xtrim")
+_STREAM_COMMANDS = tuple(sorted({*_ADDING, *_RECEIVING, "xgroup", "xinfo"}))
+# A client finds out what it may do on a stream that is none.
+_CHECK = ("check",)
 _CONNECTION_COMMANDS = ("ping", "client|setname", "client|id", "multi", "exec", "discard")
 _SELECTORS_SINCE = 7
 _SCANNED = 1000
@@ -80,9 +83,10 @@ class RedisUser:
         added = [*self.publishes, *(f"{topic}:dead" for topic in self.receives)]
         # A selector allows its commands on its keys and nothing on others.
         if added:
-            rules.append(_selector("%W~", self.streams, added, _ADDING))
+            rules.append(_selector("%RW~", self.streams, added, _ADDING))
         if self.receives:
             rules.append(_selector("%RW~", self.streams, self.receives, _RECEIVING))
+        rules.append(_selector("%RW~", self.streams, _CHECK, _STREAM_COMMANDS))
         return rules
 
 
@@ -127,10 +131,8 @@ class RedisUsers:
                 # Whoever asks tries again: an endpoint's caller, or the next look after upkeep.
                 retry=Retry(NoBackoff(), 0),
             )
-        except ValueError as error:
-            raise ConfigError(
-                "redis.url", self._url, f"a Redis URL ({why_no_url(error)})"
-            ) from None
+        except ValueError:  # its text may hold a part of the password
+            raise ConfigError("redis.url", self._url, "a Redis URL") from None
         # redis-py gives it no type.
         self._command = cast("Callable[..., Awaitable[Any]]", self._redis.execute_command)
 

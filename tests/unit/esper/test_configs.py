@@ -168,7 +168,7 @@ def test_null_can_be_typed(text):
         ({}, {}, "hub: {breaker_failures: true}", ["hub.breaker_failures", "True"]),
         ({}, {}, "databases: {}", ["file esper.yaml", "databases"]),
         ({}, {}, "database: {size: 1}", ["file esper.yaml", "database.size"]),
-        ({}, {}, "database: 3", ["database (file esper.yaml)", "3", "mapping"]),
+        ({}, {}, "database: 3", ["database (file esper.yaml)", "a number", "mapping"]),
         ({}, {}, "database: {pool_size: true}", ["database.pool_size", "True"]),
         ({}, {}, "database: {pool_size: [1]}", ["database.pool_size", "[1]"]),
         ({}, {}, "database: {pool_timeout_seconds: .nan}", ["pool_timeout_seconds", "nan"]),
@@ -261,6 +261,39 @@ def test_broken_bytes_are_no_yaml(empty_directory):
     (empty_directory / "esper.yaml").write_bytes(b"a: \xff\xfe")
     with pytest.raises(ConfigError, match="well-formed YAML"):
         load()
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("redis: redis://:hunter2@h:6379", "redis (file esper.yaml): got a text"),
+        ("hub: hunter2token", "hub (file esper.yaml): got a text"),
+        ("hunter2token", "esper.yaml: got a text"),
+        ("- hunter2", "esper.yaml: got a list"),
+        ("redis: {url: [redis://:hunter2@h]}", "redis.url (file esper.yaml): got ['redis://:***@h"),
+        ("hub:\n  token: hunter2: x", "esper.yaml:2:17: got broken YAML"),
+        ("hub:\n  token: *hunter2", "esper.yaml:2:10: got broken YAML: found undefined alias …"),
+        ("hub:\n  token: !hunter2 x", "esper.yaml:2:10: got a tag"),
+        ("hub:\n  token: !!int hunter2", "esper.yaml:2:10: got another value"),
+        ("hub:\n  token: 'hunter2", "esper.yaml:2:18: got broken YAML"),
+        ("hub: {token: hunter2}\n---\nhub: {}", "esper.yaml: got 2 documents"),
+        ("hub:\n  token: hunter2\n  token: hunter3", "esper.yaml:3:3: got key 'token' twice"),
+        ("hub: {token: hunter2}\nhub: {}", "esper.yaml:2:1: got key 'hub' twice"),
+    ],
+)
+def test_a_settings_file_that_is_wrong_is_never_quoted(empty_directory, file, said):
+    (empty_directory / "esper.yaml").write_text(file)
+    with pytest.raises(ConfigError) as caught:
+        load()
+    assert said in str(caught.value)
+    shown = f"{caught.value!r} {caught.value.__cause__} {caught.value.came}"
+    assert "hunter" not in shown + str(caught.value)
+
+
+def test_an_assignment_without_a_sign_is_not_quoted():
+    with pytest.raises(ConfigError, match=r"got redis\.url without a value") as caught:
+        parse_assignments(["redis.url:redis://:hunter2@h"])
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_named_file_must_exist_and_be_a_file(empty_directory):

@@ -139,6 +139,22 @@ def test_what_does_not_answer_is_named_by_its_setting(name, setting, url):
     assert "\n" not in check.detail
 
 
+@pytest.mark.parametrize(
+    ("name", "setting", "url"),
+    [
+        ("bus", "redis__url", "redis://:sup3rsecret/x@127.0.0.1:6379/0"),
+        ("database", "database__url", "postgresql+asyncpg://u:sup3rsecret/x@127.0.0.1/d"),
+        ("database", "database__url", "postgresql+asyncpg://u:sup3rsecret?x@127.0.0.1/d"),
+    ],
+)
+def test_a_password_that_is_not_encoded_is_not_shown(name, setting, url):
+    check = look(**{setting: url})[name]
+    assert check.status == "failed"
+    assert check.detail.startswith(setting.replace("__", "."))
+    assert "%XX" in check.detail
+    assert "sup3rsecret" not in check.detail
+
+
 def test_an_absent_extra_says_how_to_install_it(monkeypatch):
     absent = {"torch", "rliable"}
     monkeypatch.setattr(checkup, "find_spec", lambda name: None if name in absent else object())

@@ -11,10 +11,10 @@ import pytest
 from pydantic import ConfigDict, Field
 
 from esper.contracts.crds import crd, crds, structural_schema, write_crds
-from esper.contracts.documents import read_documents
 from esper.contracts.refusals import dotted
 from esper.contracts.resources import KINDS, Blueprint, CompiledKernel, Resource, TrainingSession
 from esper.contracts.resources.common import ResourceModel, immutable, rules
+from esper.utils.documents import read_documents
 
 Schema = dict[str, Any]
 

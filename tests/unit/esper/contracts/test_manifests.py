@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from esper.contracts.blueprints import CATALOGUE
-from esper.contracts.documents import MAX_BYTES
 from esper.contracts.manifests import (
     NAME_LABEL,
     load_manifest,
@@ -19,6 +18,7 @@ from esper.contracts.manifests import (
 )
 from esper.contracts.resources import Blueprint, LabelSelector, TrainingSession
 from esper.errors import BadInput, BlueprintError, ManifestError
+from esper.utils.documents import MAX_BYTES
 
 SESSION = """\
 apiVersion: esper.dev/v1alpha1

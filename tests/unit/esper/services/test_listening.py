@@ -98,3 +98,31 @@ def test_wrong_credentials_end_it_at_first_and_are_waited_out_later(caplog):
 
     asyncio.run(life())
     assert "broken off" in caplog.text
+
+
+def test_what_nobody_foresaw_is_a_failed_delivery(caplog):
+    async def life():
+        bus = InProcessOona()
+        heard = []
+
+        async def handle(came):
+            heard.append(came.id)
+            if len(heard) < 3:
+                raise ValueError("unforeseen")
+
+        task = asyncio.create_task(keep_listening(lambda: bus.subscribe(TOPICS, "g"), handle))
+        await asyncio.sleep(0.05)
+        await bus.publish(one := message())
+        await asyncio.sleep(0.2)
+        assert heard == [one.id] * 3
+        assert not task.done()
+        task.cancel()
+
+    asyncio.run(life())
+    assert "could not be handled" in caplog.text
+
+    async def broken():
+        raise ValueError("no bus was reached yet")
+
+    with pytest.raises(ValueError, match="no bus"):
+        asyncio.run(keep_listening(broken, broken))

@@ -1,4 +1,5 @@
 import asyncio
+import base64
 import contextvars
 import io
 import json
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper.configs import LOG_NAMES
+from esper.utils import logging as logging_module
 from esper.utils.log_lines import redacted
 from esper.utils.logging import (
     LOGGERS,
@@ -539,6 +541,78 @@ def test_no_bearer_token_is_ever_written(secret, before, scheme):
     assert "***" in said(text)
 
 
+@given(SECRETS, WORDS, st.sampled_from(["password", "token", "client_secret", "X-Api-Key"]))
+def test_no_secret_that_is_called_one_is_ever_written(secret, before, name):
+    marked = f"SECRET{secret.replace('&', '')}SECRET".replace(" ", "")
+    pair = base64.b64encode(f"me:{marked}".encode()).decode()
+    text = line_of(
+        f"{before} http://h/a?x=1&{name}={marked}&y=2 Authorization: Basic {pair}",
+        {
+            name: marked,
+            "pin_token": 1234567,
+            "headers": {"Authorization": f"Basic {pair}", name: marked, "db_password": 7654321},
+            "pairs": [["Authorization", f"basic {pair}"]],
+        },
+    )
+    for shown in ("SECRET", pair, "1234567", "7654321"):
+        assert shown not in text
+    assert f"?x=1&{name}=***" in said(text)
+    assert "Basic ***" in said(text)
+
+
+def test_words_that_only_sound_like_secrets_stay():
+    extras = {"tokens": 3, "keyword": "a", "basic": "basic usage of tokens", "secretary": "b"}
+    line = json.loads(line_of("a token is missing; basic training, key 'a' twice", extras))
+    assert extras.items() <= line.items()
+    assert line["message"] == "a token is missing; basic training, key 'a' twice"
+
+
+def test_a_very_long_text_is_cut_and_says_so():
+    url = "redis://:hunter2@h"
+    message = " ".join(["word"] * 20_000) + "redis://:hunter2" + "x" * 10_000_000
+    text = line_of(message, {"big": "y" * 10_000_000, "url": url})
+    assert len(text) < 200_000
+    assert text.count("(cut: 10") == 2
+    assert "hunter2" not in text
+    edge = " ".join(["word"] * 13_105)  # a URL astride the place of the cut
+    assert "hunter2" not in line_of(f"{edge} redis://:hunter2" + "x" * 3000 + "@h", {})
+
+
+def test_a_record_that_cannot_be_made_is_lost_not_raised(tmp_path):
+    class Broken:
+        def __str__(self):
+            raise RuntimeError("no text")
+
+        __repr__ = __str__
+
+    path = tmp_path / "log"
+    with AsyncEsperLogger("c", file=path) as logger:
+        log.warning("%s", Broken())
+        log.warning(Broken())
+        log.warning("after")
+    assert logger.dropped == 2
+    assert [line["message"] for line in lines(path)] == ["after", "log records lost"]
+
+
+def test_stopping_ends_although_nobody_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging_module, "STOP_SECONDS", 0.3)
+    reading, writing = os.pipe()
+    with open(writing, "w") as pipe, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", pipe)
+        logger = AsyncEsperLogger("c")
+        logger.start()
+        for _ in range(20):
+            log.warning("x" * 10_000)
+        began = time.monotonic()
+        logger.stop()
+        assert time.monotonic() - began < 5
+        assert 1 <= logger.dropped <= 20
+        with AsyncEsperLogger("c", file=tmp_path / "log"):
+            log.warning("another log")
+        os.close(reading)  # the thread that waits is let go
+    assert [line["message"] for line in lines(tmp_path / "log")] == ["another log"]
+
+
 def test_secrets_of_other_looks_are_not_written():
     token = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhIn0.c2lnbmF0dXJl"
     url = "http://h/b/k?X-Amz-Credential=me&X-Amz-Signature=0f9e&X-Amz-Expires=60"
@@ -552,12 +626,23 @@ def test_secrets_of_other_looks_are_not_written():
 def test_redacted_lines_are_still_json_and_without_secrets_nothing_changes(message, extras):
     text = line_of(f"://:{message}@", extras)
     json.loads(text)
-    plain = re.sub(r"(?i)eyj|bearer|://|x-amz", "", message)
+    plain = re.sub(r"(?i)eyj|bearer|://|x-amz|basic|=", "", message)
     assert json.loads(line_of(plain, extras))["message"] == plain
 
 
 def test_a_hostile_line_costs_little():
     began = time.monotonic()
-    for part in ("://a:", "://a:b@", "bearer ", "eyJ", "eyJ-", "eyJ.", "x-amz-signature="):
+    for part in (
+        "://a:",
+        "://a:b@",
+        "bearer ",
+        "eyJ",
+        "eyJ-",
+        "eyJ.",
+        "x-amz-signature=",
+        "token=",
+        "basic ",
+        'key": ',
+    ):
         redacted(part * 20_000)
     assert time.monotonic() - began < 10

@@ -153,3 +153,58 @@ def test_what_the_bus_keeps_and_can_not_be_read_is_passed_over(build):
         assert service.counts["replayed_total"] == 0
 
     asyncio.run(life())
+
+
+async def shared(bus, analyzers, messages, turns):
+    """Services of one group that answer `messages` in turn, as `turns` says who gets which."""
+    decisions = await bus.subscribe({TopicNames.DECISIONS}, "test")
+    services = [TamiyoService(bus, analyzer=one, lasting=True) for one in analyzers]
+    answers = []
+    for message, turn in zip(messages, turns, strict=True):
+        bus.kept.append(message)
+        await services[turn]._handle(message)
+        answers.append(await asyncio.wait_for(decisions.receive(), timeout=30))
+    await decisions.close()
+    return answers, services
+
+
+@pytest.mark.parametrize("turns", [(0, 1, 0, 1, 0, 1), (0, 0, 1, 1, 0, 1), (1, 0, 0, 0, 0, 1)])
+def test_services_of_one_group_decide_on_the_same_averages(build, turns):
+    """As in a rolling update: each gets a part of the packets, and both know all of them."""
+
+    async def life():
+        alone, both = Watched(), (Watched(), Watched())
+        messages = [carrying(packet) for packet in packets(build)]
+        expected, _ = await shared(Remembering(), [alone], messages, [0] * 6)
+        answers, services = await shared(Remembering(), both, messages, turns)
+        assert [a.payload for a in answers] == [a.payload for a in expected]
+        for analyzer, turn in zip(both, (0, 1), strict=True):
+            last = max(number for number, who in enumerate(turns) if who == turn)
+            assert analyzer.states == alone.states[: last + 1]
+        assert sum(service.counts["replayed_total"] for service in services) == sum(
+            len(analyzer.states) for analyzer in both
+        ) - len(turns)
+
+    asyncio.run(life())
+
+
+def test_a_gap_is_closed_after_a_trainer_went_back_and_where_the_stream_was_trimmed(build):
+    async def life():
+        analyzer, bus = Watched(), Remembering()
+        one, two, three, four, five, six = (carrying(packet) for packet in packets(build))
+        again = one.model_copy(update={"id": "again", "payload": two.payload | {"trainLoss": 9.0}})
+        service = TamiyoService(bus, analyzer=analyzer, lasting=True)
+        for message, heard in ((one, True), (two, True), (three, True), (again, False)):
+            bus.kept.append(message)
+            if heard:
+                await service._handle(message)
+        bus.kept += [six.model_copy(update={"id": "late", "payload": three.payload}), four]
+        await service._handle(four)  # follows three by number, though another lap lies between
+        bus.kept = [five, six]
+        await service._handle(six)
+        assert [sequence for _, sequence, _ in analyzer.states] == [1, 2, 3, 4, 5, 6]
+        bus.kept.append(again)
+        await service._handle(again)
+        assert analyzer.states[-1][1] == 2
+
+    asyncio.run(life())

@@ -88,10 +88,9 @@ def test_from_redis_7_on_a_session_writes_and_reads_what_tolaria_does(
                 for topic in PUBLISHED:
                     at = key(topic)
                     await redis.xadd(at, {"a": "b"}, maxlen=10)
+                    await redis.xtrim(at, maxlen=10)  # whoever adds keeps the stream short
                     await refused(
                         redis.xrange(at),
-                        redis.xlen(at),
-                        redis.xtrim(at, maxlen=0),
                         redis.xgroup_create(at, "g"),
                         redis.xreadgroup("g", "me", {at: ">"}),
                     )

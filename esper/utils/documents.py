@@ -42,6 +42,7 @@ _CORE = (
     ),
     ("merge", re.compile(r"^<<$"), ["<"]),
 )
+_QUOTED = re.compile(r"(['\"])[^<].+\1")  # more than one character, and no token's name
 _NUMBER_BASES = {"0o": 8, "0x": 16}
 
 
@@ -91,8 +92,11 @@ class Document:
         return f"{self.source} line {self.lines.get(path, 1)}"
 
 
-def read_documents(text: str, source: str) -> list[Document]:
+def read_documents(text: str, source: str, *, quoting: bool = True) -> list[Document]:
     """The documents of `text` that are not empty; `source` names it in errors.
+
+    Without `quoting`, for text that may hold secrets, errors say where and what is wrong, and of
+    the text itself nothing but the name of a key that is there twice.
 
     Raises:
         ManifestError: larger than `MAX_BYTES`, no YAML (with line and column), a key twice, a tag
@@ -104,7 +108,7 @@ def read_documents(text: str, source: str) -> list[Document]:
     documents = []
     try:
         for node in _compose(text):
-            reading = _Reading(source)
+            reading = _Reading(source, quoting)
             data = reading.value(node, ())
             if data is not None:
                 documents.append(Document(source, data, reading.lines))
@@ -112,6 +116,8 @@ def read_documents(text: str, source: str) -> list[Document]:
         mark = error.problem_mark or error.context_mark
         where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
         problem = error.problem or error.context or "no YAML"
+        if not quoting:
+            problem = _QUOTED.sub("…", problem)
         raise ManifestError(where, f"broken YAML: {problem}", "well-formed YAML") from error
     except yaml.reader.ReaderError as error:
         came = f"character #x{error.character:02x} at position {error.position}"
@@ -137,8 +143,9 @@ def _compose(text: str) -> Iterator[Node]:
 class _Reading:
     """Turns one document's nodes into data; counts values, so that aliases can't explode."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, quoting: bool) -> None:
         self.source = source
+        self.quoting = quoting
         self.lines: dict[Path, int] = {}
         self.values = 0
 
@@ -157,7 +164,8 @@ class _Reading:
                 return [self.value(item, (*path, index)) for index, item in enumerate(node.value)]
             case ScalarNode() if kind in {"str", "null", "bool", "int", "float", "merge"}:
                 return self.scalar(node, kind)
-        raise self.refused(node, f"tag {node.tag}", "plain values, lists and mappings")
+        tag = f"tag {node.tag}" if self.quoting else "a tag"
+        raise self.refused(node, tag, "plain values, lists and mappings")
 
     def mapping(self, node: MappingNode, path: Path) -> dict[str, Any]:
         own: dict[str, Any] = {}
@@ -195,7 +203,8 @@ class _Reading:
                 case "float":
                     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         except (ValueError, KeyError) as error:
-            raise self.refused(node, text, f"a value of tag {kind}") from error
+            came = text if self.quoting else "another value"
+            raise self.refused(node, came, f"a value of tag {kind}") from error
         return text
 
     def refused(self, node: Node, came: object, allowed: str) -> ManifestError:

@@ -9,14 +9,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper.contracts.documents import (
+from esper.errors import ManifestError
+from esper.utils.documents import (
     MAX_BYTES,
     MAX_DEPTH,
     MAX_VALUES,
     read_documents,
     write_document,
 )
-from esper.errors import ManifestError
 
 
 def _read(text: str) -> object:
