@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 import yaml
 
 from esper.configs import EsperConfig
-from esper.contracts.blueprints import KernelTarget, LayerGeometry, builtin
+from esper.contracts.blueprints import BlueprintDocument, KernelTarget, LayerGeometry, builtin
 from esper.contracts.enums import BlueprintState, DecisionAction
 from esper.contracts.messages import OonaMessage, TopicNames
 from esper.contracts.operational import SeedTransition
@@ -44,7 +44,7 @@ from esper.errors import Unavailable
 from esper.services.oona_client import OonaClient
 from esper.services.urza.http_client import HttpUrza
 from tools.servers.process import ServerProcess
-from tools.stack import DATABASE, Stack
+from tools.stack import DATABASE, ENVIRONMENT, Stack
 
 LOGS = ("metrics.jsonl", "events.jsonl", "decisions.jsonl")
 FAULTS = ("kill", "freeze")
@@ -209,10 +209,21 @@ def _session(stack: Stack, manifest: Path, directory: Path) -> subprocess.Popen[
             *(sys.executable, "-m", "esper", "run", str(manifest), "--quiet"),
             *("--output-dir", str(directory), "--config", str(stack.client_settings)),
         ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | ENVIRONMENT,
         stdout=log,
         stderr=subprocess.STDOUT,
     )
+
+
+def request_kernel(settings: Path, document: BlueprintDocument, target: KernelTarget) -> str:
+    """Ask the hub of these settings for a kernel; returns its id."""
+
+    async def ask() -> str:
+        async with HttpUrza(EsperConfig.load(file=settings).hub) as hub:
+            await hub.put_blueprint(document)
+            return (await hub.request_kernel(document.digest, target)).kernel
+
+    return asyncio.run(ask())
 
 
 async def _request_kernels(config: EsperConfig, widths: Iterable[int]) -> list[str]:

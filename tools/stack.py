@@ -23,6 +23,10 @@ from tools.servers.process import HOST, ServerProcess, new_password
 from tools.servers.redis_server import RedisServer
 from tools.servers.s3 import S3Server
 
+SOURCES = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCES)}
+"""Of every process of Esper: one thread, and the sources that these tools lie beside."""
+
 BUCKET = "kernels"
 DATABASE = "esper"
 _PROBE_SECONDS = 2.0
@@ -76,7 +80,7 @@ class EsperProcess(ServerProcess):
         return [sys.executable, "-m", "esper", "serve", self._service]
 
     def _environment(self) -> Mapping[str, str]:
-        return {"OMP_NUM_THREADS": "1"}
+        return ENVIRONMENT
 
     def _answers(self) -> bool:
         return self._asked("/healthz")[0] == 200

@@ -184,7 +184,8 @@ async def _stream(receiving: Connection) -> AsyncIterator[asyncio.StreamReader]:
     loop = asyncio.get_running_loop()
     stream = asyncio.StreamReader(limit=_READ_BYTES)
     transport, _ = await loop.connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(stream), open(os.dup(receiving.fileno()), "rb", 0)
+        lambda: asyncio.StreamReaderProtocol(stream),
+        os.fdopen(os.dup(receiving.fileno()), "rb", 0),
     )
     try:
         yield stream

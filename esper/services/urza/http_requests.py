@@ -63,6 +63,7 @@ class HubRequest:
     whole: bool = False
     attempts: int | None = None
     params: Mapping[str, str | list[str]] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
     content: bytes | None = None
     content_type: str = "application/json"
 
@@ -256,7 +257,9 @@ async def _pieces(content: bytes) -> AsyncIterator[bytes]:
 
 def _headers(request: HubRequest) -> dict[str, str]:
     trace_id = current_trace_id()
-    headers = {} if trace_id is None else {TRACE_HEADER: trace_id}
+    headers = dict(request.headers)
+    if trace_id is not None:
+        headers[TRACE_HEADER] = trace_id
     if request.content is not None:
         headers["Content-Type"] = request.content_type
         headers["Content-Length"] = str(len(request.content))
