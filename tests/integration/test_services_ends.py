@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -16,12 +17,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from esper.configs import EsperConfig
 from esper.contracts.blueprints import KernelTarget, LayerGeometry, builtin
 from esper.services.urza.auth import Role
+from esper.services.urza.http_client import HttpUrza
 from tests.integration.processes import environment
 from tests.integration.spirals import SESSION, changed, write_session
 from tests.integration.test_services import FAST
-from tools.chaos_services import request_kernel
 from tools.stack import DATABASE, EsperProcess, Stack, write_settings
 
 ENDING_SECONDS = 10.0
@@ -146,7 +148,9 @@ def asked(url: str) -> tuple[int, str]:
 
 def test_a_token_that_allows_too_little_is_refused_at_once(stack: Stack, tmp_path: Path) -> None:
     manifest = write_session(tmp_path / "session")
-    weak = dict(stack.client()) | {"hub": {"url": stack.urza.url, "token": stack.token(Role.READER)}}
+    weak = dict(stack.client()) | {
+        "hub": {"url": stack.urza.url, "token": stack.token(Role.READER)}
+    }
     write_settings(tmp_path / "weak.yaml", weak)
     settings = ("--config", tmp_path / "weak.yaml")
     status, _, err = ended(began("run", manifest, "--output-dir", tmp_path / "run", *settings))
@@ -178,7 +182,14 @@ def test_a_worker_is_not_ready_before_it_has_asked(stack: Stack, tmp_path: Path)
 def kernel(stack: Stack, width: int) -> str:
     layer = LayerGeometry(kind="Linear", inputs=width, outputs=4)
     target = KernelTarget(layer=layer, input_shape=(width,), output_shape=(4,))
-    return request_kernel(stack.client_settings, builtin("bottleneck-mlp", {"units": 3}), target)
+
+    async def ask() -> str:
+        async with HttpUrza(EsperConfig.load(file=stack.client_settings).hub) as hub:
+            document = builtin("bottleneck-mlp", {"units": 3})
+            await hub.put_blueprint(document)
+            return (await hub.request_kernel(document.digest, target)).kernel
+
+    return asyncio.run(ask())
 
 
 def state(stack: Stack, kernel: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import redis
 
-from tools.servers.process import HOST, ServerError, ServerProcess
+from tools.servers.process import HOST, PROBE_SECONDS, ServerError, ServerProcess
 
 OLDEST = (6, 2)  # XAUTOCLAIM
 
@@ -93,7 +93,9 @@ class RedisServer(ServerProcess):
         return [str(redis_binary()), str(self.folder / "redis.conf")]
 
     def _answers(self) -> bool:
-        with redis.Redis(host=HOST, port=self.port, password=self.password) as client:
+        with redis.Redis(
+            host=HOST, port=self.port, password=self.password, socket_timeout=PROBE_SECONDS
+        ) as client:
             try:
                 return bool(client.ping())
             except redis.RedisError:

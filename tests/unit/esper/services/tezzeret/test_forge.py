@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from itertools import pairwise
 
 import pytest
 
@@ -350,7 +351,7 @@ def test_the_service_survives_what_gives_work_back_and_pauses(tmp_path, fault):
             await service.stop()
 
     asyncio.run(life())
-    pauses = [later - sooner for sooner, later in zip(tries, tries[1:], strict=False)]
+    pauses = [later - sooner for sooner, later in pairwise(tries)]
     assert pauses[0] > 0.09
     assert pauses[2] > 0.39
 
