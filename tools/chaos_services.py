@@ -6,7 +6,8 @@ trains with unlimited patience and workers compile blueprints. In the end nothin
 - the session's metrics, transitions and decisions are those of a run without faults;
 - each transition was published, in order, and no receiver that drops what it has heard already
   applies one twice;
-- the database holds one accepted result for each kernel, and every artifact has its digest.
+- the database has accepted one result for each kernel, by the note that a trigger took of every
+  one that it ever accepted, and every artifact has its digest.
 
 Then sessions with finite patience run, one without any controller and others through as many
 faults: they end, and every decision that they stopped waiting for is in their record.
@@ -31,7 +32,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import yaml
 
@@ -43,12 +44,14 @@ from esper.contracts.operational import SeedTransition
 from esper.errors import Unavailable
 from esper.services.oona_client import OonaClient
 from esper.services.urza.http_client import HttpUrza
-from tools.servers.process import ServerProcess
-from tools.stack import DATABASE, Stack
+from tools.servers.postgres import PostgresServer
+from tools.servers.process import ServerProcess, dismiss, keeper_of
+from tools.stack import DATABASE, ENVIRONMENT, Stack
 
 LOGS = ("metrics.jsonl", "events.jsonl", "decisions.jsonl")
 FAULTS = ("kill", "freeze")
 IMPATIENT = 0.5
+SESSION_SECONDS = 1800.0
 WAITED = "waited for a decision"
 _OPEN = (BlueprintState.PROPOSED, BlueprintState.COMPILING)
 SETTINGS = {
@@ -104,25 +107,79 @@ def run(manifest: Path, folder: Path, plan: Plan, say: Callable[[str], None] = p
     """Train `manifest` without faults, then through `plan`, and compare."""
     outcome = Outcome()
     with Stack(folder / "stack", workers=2, settings=SETTINGS) as stack:
-        undisturbed = _session(stack, manifest, folder / "undisturbed")
-        outcome.check(undisturbed.wait() == 0, "the undisturbed session did not end well")
+        note_results(stack.postgres)
+        with Session(stack, manifest, folder / "undisturbed") as undisturbed:
+            outcome.check(undisturbed.wait() == 0, "the undisturbed session did not end well")
         say("the undisturbed session has ended")
         config = EsperConfig.load(file=stack.client_settings)
         started = time.monotonic()
-        sessions = _Sessions(stack, manifest, folder)
-        kernels = _disturb(stack, plan, config, sessions, outcome, say)
-        outcome.check(sessions.wait(), "a disturbed session did not end well")
+        with _Sessions(stack, manifest, folder) as sessions:
+            kernels = _disturb(stack, plan, config, sessions, outcome, say)
+            outcome.check(sessions.wait(), "a disturbed session did not end well")
         say(f"the last disturbed session has ended after {time.monotonic() - started:.0f} s")
         for directory in sessions.directories:
             _compare(folder / "undisturbed", directory, outcome)
             asyncio.run(_check_news(config, directory, outcome))
         asyncio.run(_check_kernels(config, kernels, outcome))
-        _check_database(stack, outcome)
+        check_database(stack.postgres, outcome)
         outcome.figures |= {
             "seconds": round(time.monotonic() - started, 1),
             "sessions": len(sessions.directories),
         }
     return outcome
+
+
+class Session:
+    """A session over the stack, as a process; a context manager that it does not outlive.
+
+    Nor does it outlive this process, however that ends.
+    """
+
+    def __init__(self, stack: Stack, manifest: Path, directory: Path) -> None:
+        """Start it; what it says is kept beside its directory."""
+        with (directory.parent / f"{directory.name}.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command(stack, manifest, directory),
+                env=os.environ | ENVIRONMENT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self._keeper = keeper_of(self._process)
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it is at work."""
+        return self._process.poll() is None
+
+    def wait(self) -> int | None:
+        """Its exit status, once it has ended; None where it took longer than any session may."""
+        try:
+            return self._process.wait(SESSION_SECONDS)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def kill(self) -> None:
+        """End it at once, if it has not ended."""
+        self._process.kill()
+        self._process.wait()
+        dismiss(self._keeper)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def _command(self, stack: Stack, manifest: Path, directory: Path) -> Sequence[str]:
+        return [
+            *(sys.executable, "-m", "esper", "run", str(manifest), "--quiet"),
+            *("--output-dir", str(directory), "--config", str(stack.client_settings)),
+        ]
 
 
 class _Sessions:
@@ -132,20 +189,27 @@ class _Sessions:
         self._stack = stack
         self._manifest = manifest
         self._folder = folder
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._sessions: list[Session] = []
         self.directories: list[Path] = []
 
     def go_on(self) -> bool:
         """See to it that one is at work; whether another had to be begun."""
-        if self._processes and self._processes[-1].poll() is None:
+        if self._sessions and self._sessions[-1].running:
             return False
         self.directories.append(self._folder / f"disturbed-{len(self.directories) + 1}")
-        self._processes.append(_session(self._stack, self._manifest, self.directories[-1]))
+        self._sessions.append(Session(self._stack, self._manifest, self.directories[-1]))
         return True
 
     def wait(self) -> bool:
         """Wait for the last one; whether all ended well."""
-        return not any(process.wait() for process in self._processes)
+        return all(session.wait() == 0 for session in self._sessions)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for session in self._sessions:
+            session.kill()
 
 
 def run_impatient(
@@ -166,13 +230,14 @@ def run_impatient(
     impatient.write_text(yaml.safe_dump_all(documents))
     with Stack(folder / "stack", workers=1, settings=SETTINGS) as stack:
         stack.tamiyo.kill()
-        session = _session(stack, impatient, folder / "without-controller")
-        outcome.check(session.wait() == 0, "the session without a controller did not end well")
+        with Session(stack, impatient, folder / "without-controller") as session:
+            ended_well = session.wait() == 0
+        outcome.check(ended_well, "the session without a controller did not end well")
         stack.tamiyo.start()
         config = EsperConfig.load(file=stack.client_settings)
-        sessions = _Sessions(stack, impatient, folder)
-        _disturb(stack, replace(plan, blueprints=0), config, sessions, outcome, say)
-        outcome.check(sessions.wait(), "an impatient session did not end well")
+        with _Sessions(stack, impatient, folder) as sessions:
+            _disturb(stack, replace(plan, blueprints=0), config, sessions, outcome, say)
+            outcome.check(sessions.wait(), "an impatient session did not end well")
     waited = _check_waiting(folder / "without-controller", boundaries, outcome)
     outcome.check(waited == boundaries, f"{waited} of {boundaries} decisions came from nowhere")
     through = [_check_waiting(one, boundaries, outcome) for one in sessions.directories]
@@ -199,20 +264,6 @@ def _check_waiting(directory: Path, boundaries: int, outcome: Outcome) -> int:
         f"{name}: a decision that never came is not to wait",
     )
     return len(recorded)
-
-
-def _session(stack: Stack, manifest: Path, directory: Path) -> subprocess.Popen[bytes]:
-    """A session over the stack, as a process."""
-    log = (directory.parent / f"{directory.name}.log").open("wb")
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "esper", "run", str(manifest), "--quiet"),
-            *("--output-dir", str(directory), "--config", str(stack.client_settings)),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
 
 
 async def _request_kernels(config: EsperConfig, widths: Iterable[int]) -> list[str]:
@@ -364,18 +415,42 @@ async def _check_news(config: EsperConfig, directory: Path, outcome: Outcome) ->
     )
 
 
-def _check_database(stack: Stack, outcome: Outcome) -> None:
+def note_results(postgres: PostgresServer) -> None:
+    """From now on the database keeps a note of every result that it accepts for a kernel."""
+    for statement in (
+        "CREATE TABLE accepted_results (kernel text, lease text)",
+        "CREATE FUNCTION note_result() RETURNS trigger LANGUAGE plpgsql AS "
+        "'BEGIN INSERT INTO accepted_results VALUES (NEW.kernel, NEW.lease_token); "
+        "RETURN NEW; END'",
+        "CREATE TRIGGER note_result AFTER UPDATE OF state ON compiled_kernels FOR EACH ROW "
+        "WHEN (NEW.state = 'characterized') EXECUTE FUNCTION note_result()",
+    ):
+        postgres.execute(statement, DATABASE)
+
+
+def check_database(postgres: PostgresServer, outcome: Outcome) -> None:
     """One accepted result a kernel, and no row in the middle of something."""
-    rows = stack.postgres.execute(
-        "SELECT count(*), count(DISTINCT kernel), "
+    rows = postgres.execute(
+        "SELECT count(*), "
         "count(*) FILTER (WHERE artifact_digest IS NULL), "
         "count(*) FILTER (WHERE state <> 'characterized') FROM compiled_kernels",
         DATABASE,
     )
-    kernels, distinct, without, unsettled = (int(value) for value in rows.split("|"))
+    kernels, without, unsettled = (int(value) for value in rows.split("|"))
     outcome.figures["rows"] = kernels
-    outcome.check(kernels == distinct, f"{kernels} rows for {distinct} kernels")
     outcome.check(without == unsettled == 0, f"{without} kernels without an artifact")
+    accepted = postgres.execute(
+        "SELECT k.kernel, count(a.kernel) FROM compiled_kernels k "
+        "LEFT JOIN accepted_results a ON a.kernel = k.kernel AND a.lease = k.lease_token "
+        "GROUP BY k.kernel",
+        DATABASE,
+    ).split()
+    total = int(postgres.execute("SELECT count(*) FROM accepted_results", DATABASE))
+    outcome.figures["acceptedResults"] = total
+    for line in accepted:
+        kernel, results = line.split("|")
+        outcome.check(results == "1", f"kernel {kernel}: {results} accepted results of its lease")
+    outcome.check(total == kernels, f"{total} results were accepted for {kernels} kernels")
 
 
 def timeless(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`make services`: every service as a process, its address and its health, until Ctrl-C.
+"""`make services`: every service as a process, its address and its health, until a signal.
 
 What is kept (rows, artifacts, streams) lies in the folder and is found again by the next start.
 """
@@ -19,10 +19,14 @@ from tools.stack import EsperProcess, Stack
 FOLDER = Path("runs/services")
 READY_SECONDS = 60.0
 WATCH_SECONDS = 1.0
+NO_ANSWER = "does not answer"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Start, show, wait, stop; 0 where everything was ready, 1 where something was not."""
+    """Start, show, wait, stop; 0 where everything was ready, 1 where something was not.
+
+    Ctrl-C and SIGTERM are how it is meant to end: they change nothing about that.
+    """
     arguments = _parsed(argv)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -67,7 +71,8 @@ def _show(stack: Stack) -> None:
             problem = part.ready()
             _say(f"  {name:<12} {part.url:<28} {'ready' if problem is None else problem}")
         else:
-            _say(f"  {name:<12} {f'127.0.0.1:{part.port}':<28} answers")
+            problem = None if part.answers() else NO_ANSWER
+            _say(f"  {name:<12} {f'127.0.0.1:{part.port}':<28} {problem or 'answers'}")
     settings = stack.client_settings
     _say(f"settings and token of a session (keep them private): {settings}")
     _say(f"a session that uses them: esper run FILE --config {settings}")
@@ -81,6 +86,8 @@ def _watch(stack: Stack, stop: threading.Event) -> None:
             problem = "has ended" if not part.running else None
             if problem is None and isinstance(part, EsperProcess):
                 problem = part.ready()
+            elif problem is None and not part.answers():
+                problem = NO_ANSWER
             if problem != told[name]:
                 _say(f"  {name:<12} {problem or 'ready again'}")
                 told[name] = problem

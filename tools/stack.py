@@ -19,13 +19,16 @@ from pydantic import SecretStr
 
 from esper.services.urza.auth import Role, Tokens
 from tools.servers.postgres import PostgresServer
-from tools.servers.process import HOST, ServerProcess, new_password
+from tools.servers.process import HOST, PROBE_SECONDS, ServerProcess, new_password
 from tools.servers.redis_server import RedisServer
 from tools.servers.s3 import S3Server
 
+SOURCES = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCES)}
+"""Of every process of Esper: one thread, and the sources that these tools lie beside."""
+
 BUCKET = "kernels"
 DATABASE = "esper"
-_PROBE_SECONDS = 2.0
 
 Settings = Mapping[str, Mapping[str, Any]]
 
@@ -62,7 +65,7 @@ class EsperProcess(ServerProcess):
 
     def _asked(self, path: str) -> tuple[int, str]:
         try:
-            with urllib.request.urlopen(self.url + path, timeout=_PROBE_SECONDS) as answer:
+            with urllib.request.urlopen(self.url + path, timeout=PROBE_SECONDS) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as refusal:
             return refusal.code, refusal.read().decode()
@@ -76,7 +79,7 @@ class EsperProcess(ServerProcess):
         return [sys.executable, "-m", "esper", "serve", self._service]
 
     def _environment(self) -> Mapping[str, str]:
-        return {"OMP_NUM_THREADS": "1"}
+        return ENVIRONMENT
 
     def _answers(self) -> bool:
         return self._asked("/healthz")[0] == 200

@@ -27,13 +27,14 @@ def execute(arguments: argparse.Namespace, config: EsperConfig) -> int:
         ConfigError: `hub.url` is missing.
         KernelError: the hub does not know the kernel, or it can't be compiled.
         Unavailable: the hub does not answer, or the compilation was killed from outside.
+        Interrupted: a signal stopped it; the kernel is given back.
     """
     import asyncio
 
     from esper.contracts.enums import BlueprintState
     from esper.errors import KernelError
 
-    kernel = asyncio.run(_compiled(arguments.kernel, config))
+    kernel = asyncio.run(_compiled_unless_stopped(arguments.kernel, config))
     if kernel.state is not BlueprintState.CHARACTERIZED:
         raise KernelError(f"kernel {kernel.kernel}: {kernel.error or kernel.state}")
     if arguments.json:
@@ -41,6 +42,15 @@ def execute(arguments: argparse.Namespace, config: EsperConfig) -> int:
     else:
         write_result(f"kernel {kernel.kernel}: {kernel.artifact_digest}")
     return 0
+
+
+async def _compiled_unless_stopped(kernel: str, config: EsperConfig) -> CompiledKernel:
+    """As `_compiled`; a signal ends it in order."""
+    from esper.cli.closing import Closing, unless_stopped
+    from esper.cli.serving import stop_on_signals
+
+    with stop_on_signals() as stop:
+        return await unless_stopped(_compiled(kernel, config), stop, Closing())
 
 
 async def _compiled(kernel: str, config: EsperConfig) -> CompiledKernel:

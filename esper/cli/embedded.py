@@ -16,16 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from esper.cli.finished import tell_again
 from esper.cli.live import make_view
 from esper.cli.output import write_json
 from esper.cli.preparing import SOURCE_ANNOTATION, Prepared, own_manifest, prepare
 from esper.cli.report_page import write_report
 from esper.cli.trainers import Attention, Progress, embedded_trainer, wired_trainer
 from esper.cli.view_observer import ViewObserver
+from esper.cli.watching import watched_services
 from esper.cli.wiring import refuse_unreachable
 from esper.configs import EsperConfig
 from esper.contracts.enums import SessionOutcome
-from esper.contracts.manifests import load_manifest, parse_manifest
+from esper.contracts.manifests import Manifest, load_manifest, parse_manifest
 from esper.core.export import export_grown
 from esper.errors import BadInput, ConfigError, EsperError, Interrupted, StorageFull, one_line
 from esper.services.health import ServiceHealth
@@ -82,6 +84,8 @@ def resume(
 ) -> int:
     """`esper run --resume D`: on from the newest checkpoint, or from the start without one.
 
+    A run that has ended is shown, and bus and hub are told of its end once more.
+
     With `health` it is a service's: services that do not answer yet are waited for.
     """
     wired = _wired(config)
@@ -92,6 +96,7 @@ def resume(
         result = run.result()
         if result is not None:
             write_report(directory)
+            _tell_again(run, manifest, result, config, lasting=health is not None)
             _shown_end(result, directory, shown)
             return 0
         source = manifest.session.metadata.annotations.get(SOURCE_ANNOTATION, ".")
@@ -102,6 +107,22 @@ def resume(
         return _carry_out(prepared, run, snapshot, config, shown)
     finally:
         run.close()
+
+
+def _tell_again(
+    run: RunDirectory,
+    manifest: Manifest,
+    result: Mapping[str, Any],
+    config: EsperConfig,
+    *,
+    lasting: bool,
+) -> None:
+    tolaria = TolariaService()
+    places = config.inside(run.path)
+    with tolaria.signals():
+        asyncio.run(
+            tell_again(run, manifest, result, places, lasting=lasting, stopping=tolaria.stopping)
+        )
 
 
 @dataclass(frozen=True)
@@ -176,6 +197,10 @@ async def _session(
     if shown.health is not None:
         observers.append(HealthObserver(shown.health))
     with ExitStack() as stack:
+        # Before and after the training too: it may wait for services there.
+        stack.enter_context(tolaria.signals())
+        if shown.health is not None and _wired(config):
+            stack.enter_context(watched_services(shown.health, config, prepared.uid))
         stack.callback(log.close)
         log.open()
         if not shown.quiet:

@@ -130,7 +130,7 @@ def prepare(manifest: Manifest, folder: Path) -> Prepared:
         objective=objective,
         model=wrapped,
         folder=folder,
-        uid=_uid(manifest),
+        uid=uid_of(manifest),
     )
 
 
@@ -146,7 +146,7 @@ def own_manifest(prepared: Prepared) -> str:
     return "---\n".join(map(session_document, (own, *prepared.manifest.blueprints)))
 
 
-def _uid(manifest: Manifest) -> str:
+def uid_of(manifest: Manifest) -> str:
     """The session's uid: the cluster's, that of the run that is resumed, or a new one."""
     metadata = manifest.session.metadata
     return metadata.uid or metadata.annotations.get(UID_ANNOTATION) or str(uuid4())

@@ -13,12 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from esper.cli.wiring import bus_answers, bus_elsewhere, hub_answers, hub_elsewhere
+from esper.cli.closing import Closing
+from esper.cli.wiring import bus_answers, bus_elsewhere, hub_elsewhere, hub_gives_work
 from esper.configs import EsperConfig
 from esper.services.health import Check, HealthServer, ServiceHealth, watch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 COUNT_SECONDS = 1.0
+STOP_SECONDS = 4.0
+"""For what a service stops doing; what is left of the time is for what it says last."""
 
 
 class Service(Protocol):
@@ -56,10 +59,11 @@ def serve_tamiyo(config: EsperConfig) -> int:
     from esper.services.tamiyo.main import TamiyoService
 
     async def life() -> None:
-        async with bus_elsewhere(config, None) as bus:
+        closing = Closing()
+        async with bus_elsewhere(config, None, closing) as bus:
             service = TamiyoService(bus, lasting=True)
             checks: dict[str, Check] = {"redis.url": lambda: bus_answers(bus)}
-            await attend("tamiyo", service, checks, config)
+            await attend("tamiyo", service, checks, config, closing)
 
     asyncio.run(life())
     return 0
@@ -74,7 +78,8 @@ def serve_tezzeret(config: EsperConfig) -> int:
     settings = config.tezzeret
 
     async def life() -> None:
-        async with bus_elsewhere(config, None) as bus, hub_elsewhere(config) as hub:
+        closing = Closing()
+        async with bus_elsewhere(config, None, closing) as bus, hub_elsewhere(config) as hub:
             compiler = SubprocessCompiler(
                 seconds=settings.compile_seconds, memory_bytes=settings.compile_memory_bytes
             )
@@ -82,9 +87,9 @@ def serve_tezzeret(config: EsperConfig) -> int:
             service = TezzeretService(bus, hub, forge=forge, poll_seconds=settings.poll_seconds)
             checks: dict[str, Check] = {
                 "redis.url": lambda: bus_answers(bus),
-                "hub.url": lambda: hub_answers(hub),
+                "hub.url": lambda: hub_gives_work(hub),
             }
-            await attend("tezzeret", service, checks, config)
+            await attend("tezzeret", service, checks, config, closing)
 
     asyncio.run(life())
     return 0
@@ -121,9 +126,15 @@ def serve_tolaria(config: EsperConfig, manifest: Path, directory: Path | None) -
 
 
 async def attend(
-    component: str, service: Service, checks: Mapping[str, Check], config: EsperConfig
+    component: str,
+    service: Service,
+    checks: Mapping[str, Check],
+    config: EsperConfig,
+    closing: Closing,
 ) -> None:
     """Run `service` with its health endpoints until a signal stops it, or it ends by itself.
+
+    It is stopped within `closing`: what it could not give back by then ends with its leases.
 
     Raises:
         EsperError: what ended it.
@@ -139,7 +150,7 @@ async def attend(
                 await _sleep_unless(stop, COUNT_SECONDS)
         finally:
             watching.cancel()
-            await service.stop()
+            await closing.do(service.stop(), most=STOP_SECONDS)
 
 
 async def _sleep_unless(stop: asyncio.Event, seconds: float) -> None:

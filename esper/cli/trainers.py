@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
+from esper.cli.closing import Closing
 from esper.cli.preparing import Prepared
 from esper.cli.wiring import bus_elsewhere, hub_elsewhere
 from esper.configs import EsperConfig
@@ -27,14 +27,19 @@ from esper.services.oona_client import InProcessOona, Oona
 from esper.services.tamiyo.main import TamiyoService
 from esper.services.tezzeret.main import TezzeretService
 from esper.services.tolaria.boundary import BusController, HubKernels
-from esper.services.tolaria.patience import IN_PROCESS, Patience
+from esper.services.tolaria.patience import HUB, IN_PROCESS, Patience
 from esper.services.tolaria.snapshots import Snapshot
 from esper.services.tolaria.trainer import Observer, TolariaTrainer
 from esper.services.urza.client import UrzaClient, in_process_urza
 
-FAREWELL_SECONDS = 5.0
+FAREWELL_SECONDS = 4.0
+"""For the last word to the hub of a session that breaks off, while what it listened on closes."""
 
 _log = logging.getLogger(__name__)
+
+
+class Hub(UrzaClient, KernelSource, Protocol):
+    """A hub that also gives out the kernels that it keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +83,7 @@ async def embedded_trainer(
             for service in services:
                 await service.start()
             async with _trainer(
-                prepared, config, bus, hub, hub, IN_PROCESS, progress, attention
+                prepared, config, bus, hub, IN_PROCESS, progress, attention, Closing()
             ) as trainer:
                 yield trainer
         finally:
@@ -107,10 +112,11 @@ async def wired_trainer(
         look_seconds=config.tolaria.kernel_poll_seconds,
         stopping=attention.stopping,
     )
+    closing = Closing()
     async with (
-        bus_elsewhere(config, prepared.uid) as bus,
+        bus_elsewhere(config, prepared.uid, closing) as bus,
         hub_elsewhere(config) as hub,
-        _trainer(prepared, config, bus, hub, hub, patience, progress, attention) as trainer,
+        _trainer(prepared, config, bus, hub, patience, progress, attention, closing) as trainer,
     ):
         yield trainer
 
@@ -120,15 +126,15 @@ async def _trainer(
     prepared: Prepared,
     config: EsperConfig,
     bus: Oona,
-    hub: UrzaClient,
-    source: KernelSource,
+    hub: Hub,
     patience: Patience,
     progress: Progress,
     attention: Attention,
+    closing: Closing,
 ) -> AsyncIterator[TolariaTrainer]:
     """A trainer between `bus` and `hub`, which knows the session and its blueprints."""
     scope, wait = prepared.uid, patience.begin()
-    cache = KernelCache(source, max_bytes=config.component.kernel_cache_bytes)
+    cache = KernelCache(hub, max_bytes=config.component.kernel_cache_bytes)
     controller = await BusController.over(bus, scope=scope, patience=patience)
     kernels = await HubKernels.over(
         prepared.config.session,
@@ -139,8 +145,9 @@ async def _trainer(
         scope=scope,
         patience=patience,
     )
+    last_words: list[Awaitable[None]] = []
     try:
-        session = await wait.outlast(partial(hub.register_session, prepared.asset()))
+        session = await wait.outlast(partial(hub.register_session, prepared.asset()), by=HUB)
         if session.outcome is not SessionOutcome.RUNNING:
             # An earlier part of it ended; live again, what it uses is kept.
             alive = session.changed(outcome=SessionOutcome.RUNNING)
@@ -167,27 +174,47 @@ async def _trainer(
             trainer.restore(progress.snapshot, progress.told)
         try:
             yield trainer
-            await controller.finish()
-            ended = session.changed(outcome=SessionOutcome.SUCCEEDED, epoch=trainer.epoch)
-            await patience.begin().outlast(partial(hub.update_session, ended))
-        except Interrupted:
-            broken = session.changed(outcome=SessionOutcome.INTERRUPTED, epoch=trainer.epoch)
-            await _try_to_tell(hub, broken)
+        except Exception as error:
+            interrupted = isinstance(error, Interrupted)
+            outcome = SessionOutcome.INTERRUPTED if interrupted else SessionOutcome.FAILED
+            broken = session.changed(outcome=outcome, epoch=trainer.epoch)
+            last_words.append(_try_to_tell(hub, broken))
             raise
-        except Exception:
-            broken = session.changed(outcome=SessionOutcome.FAILED, epoch=trainer.epoch)
-            await _try_to_tell(hub, broken)
-            raise
+        succeeded = session.changed(outcome=SessionOutcome.SUCCEEDED, epoch=trainer.epoch)
+        await tell_success(succeeded, hub, controller, patience)
     finally:
-        await controller.close()
-        await kernels.close()
+        await closing.do(*last_words, controller.close(), kernels.close(), most=FAREWELL_SECONDS)
+
+
+async def tell_success(
+    session: TrainingSession, hub: UrzaClient, controller: BusController, patience: Patience
+) -> None:
+    """Tell bus and hub of a session that succeeded, while patience lasts.
+
+    Its result is written by now, so what can't be told does not make it fail: it is logged, and
+    told by a resumption.
+    """
+    for what, tell in (
+        ("all of its news", controller.finish),
+        (
+            "that it succeeded",
+            partial(patience.begin().outlast, partial(hub.update_session, session)),
+        ),
+    ):
+        try:
+            await tell()
+        except EsperError as error:
+            _log.warning(
+                "session %s could not tell %s: %s; `esper run --resume` tells it again",
+                *(session.name, what, error),
+            )
 
 
 async def _try_to_tell(hub: UrzaClient, session: TrainingSession) -> None:
     """Tell the hub how a session broke off; a hub that is away does not hold up the end."""
     try:
-        await asyncio.wait_for(hub.update_session(session), FAREWELL_SECONDS)
-    except (EsperError, TimeoutError) as error:
+        await hub.update_session(session)
+    except EsperError as error:
         # Whoever runs it is told why it broke off; that the hub is not is of less weight.
         _log.info("the hub does not know that the session %s: %s", session.outcome, error)
 

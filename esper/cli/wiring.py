@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
+from esper.cli.closing import Closing
 from esper.configs import EsperConfig, without_password
 from esper.errors import BusUnavailable, ConfigError, HubUnavailable, KernelNotFound
 
@@ -14,13 +16,17 @@ if TYPE_CHECKING:
     from esper.services.urza.client import UrzaClient
     from esper.services.urza.http_client import HttpUrza
 
+_log = logging.getLogger(__name__)
+
 NO_KERNEL = "0" * 40
 """A kernel id that no kernel has: asking for it tells what the hub makes of the token."""
 
 
 @asynccontextmanager
-async def bus_elsewhere(config: EsperConfig, scope: str | None) -> AsyncIterator[OonaClient]:
-    """The bus at `redis.url`, in one scope or (None) in all; closed at the end.
+async def bus_elsewhere(
+    config: EsperConfig, scope: str | None, closing: Closing | None = None
+) -> AsyncIterator[OonaClient]:
+    """The bus at `redis.url`, in one scope or (None) in all; closed at the end, within `closing`.
 
     Raises:
         ConfigError: `redis.url` is missing or can't be read.
@@ -31,7 +37,8 @@ async def bus_elsewhere(config: EsperConfig, scope: str | None) -> AsyncIterator
     try:
         yield bus
     finally:
-        await bus.close()
+        if not await (closing or Closing()).do(bus.close()):
+            _log.error("closed with %d messages that Redis did not take", bus.statistics().buffered)
 
 
 def hub_elsewhere(config: EsperConfig) -> HttpUrza:
@@ -57,6 +64,17 @@ async def hub_answers(hub: UrzaClient) -> bool:
     return True
 
 
+async def hub_gives_work(hub: HttpUrza) -> bool:
+    """Whether the hub answers and lets a worker work.
+
+    Raises:
+        HubUnavailable: it does not answer.
+        Unauthorized: it refuses the token, or the token's role; the error names the setting.
+    """
+    await hub.require_work()
+    return True
+
+
 async def bus_answers(bus: OonaClient) -> bool:
     """Whether the bus answers and takes the user.
 
@@ -73,7 +91,7 @@ async def refuse_unreachable(config: EsperConfig, scope: str) -> None:
 
     Raises:
         ConfigError: one does not, or refuses the user; the error names the setting.
-        Unauthorized: the hub refuses the token.
+        Unauthorized: the hub refuses the token, or the token's role.
     """
     async with bus_elsewhere(config, scope) as bus, hub_elsewhere(config) as hub:
         try:
@@ -83,5 +101,6 @@ async def refuse_unreachable(config: EsperConfig, scope: str) -> None:
             raise ConfigError("redis.url", shown, f"a Redis that answers ({error})") from error
         try:
             await hub_answers(hub)
+            await hub.require_session(scope)
         except HubUnavailable as error:
             raise ConfigError("hub.url", config.hub.url, f"a hub that answers ({error})") from error

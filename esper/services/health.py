@@ -16,11 +16,11 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from esper.errors import ConfigError, EsperError, one_line
 
@@ -103,15 +103,33 @@ class ServiceHealth:
 Check = Callable[[], Awaitable[bool]]
 
 
-async def watch(health: ServiceHealth, checks: Mapping[str, Check]) -> None:
-    """Beat and look at what a service needs, for ever; `checks` are by setting.
+def watch(
+    health: ServiceHealth, checks: Mapping[str, Check], *, beating: bool = True
+) -> Coroutine[Any, Any, None]:
+    """Look at what a service needs, all of it at once and for ever; `checks` are by setting.
 
-    A check that raises an error of Esper's, or doesn't answer in time, has failed.
+    From this call on, before it is awaited, the service is not ready until each has gone well
+    once. A check that raises, or doesn't answer in time, has failed. `beating` says that this is
+    the loop of the service itself.
     """
+    not_looked_at(health, checks)
+    return _watching(health, checks, beating)
+
+
+def not_looked_at(health: ServiceHealth, settings: Iterable[str]) -> None:
+    """Report that it is not known yet whether what `settings` name answers."""
+    for setting in settings:
+        health.report(setting, f"{setting}: what it names was not asked yet")
+
+
+async def _watching(health: ServiceHealth, checks: Mapping[str, Check], beating: bool) -> None:
+    async def look(setting: str, check: Check) -> None:
+        health.report(setting, await _problem(setting, check))
+
     while True:
-        health.beat()
-        for setting, check in checks.items():
-            health.report(setting, await _problem(setting, check))
+        if beating:
+            health.beat()
+        await asyncio.gather(*[look(setting, check) for setting, check in checks.items()])
         await asyncio.sleep(CHECK_SECONDS)
 
 
@@ -122,7 +140,12 @@ async def _problem(setting: str, check: Check) -> str | None:
     except TimeoutError:
         return f"{setting}: what it names gives no answer in {CHECK_TIMEOUT_SECONDS:g} s"
     except EsperError as error:
-        return f"{setting}: {error}"
+        said = str(error)
+        return said if said.startswith(setting) else f"{setting}: {said}"
+    except Exception as error:
+        # A library's own, whose text may hold what it was given; and no check may end the watch.
+        _log.debug("the check of %s broke off", setting, exc_info=True)
+        return f"{setting}: the check of what it names broke off with {type(error).__name__}"
 
 
 class HealthServer:

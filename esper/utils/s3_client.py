@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -314,7 +314,7 @@ class OptimizedS3Client:
     async def _upload_parts(
         self, key: str, begun: list[bytearray], rest: AsyncIterator[bytearray], receipt: Receipt
     ) -> bool:
-        upload = await self._run(self._begin, key)
+        upload = await self._begun(key)
         sending: deque[Future[Any]] = deque()
         parts: list[Any] = []
 
@@ -343,6 +343,22 @@ class OptimizedS3Client:
         if not stored:
             await self._run(self._give_up, key, upload, sending)
         return stored
+
+    async def _begun(self, key: str) -> str:
+        """A new upload. Where whoever wants it is cancelled meanwhile, it is given up again."""
+        beginning = self._submit(self._begin, key)
+
+        def give_up(begun: Future[str]) -> None:
+            if begun.cancelled() or begun.exception() is not None:
+                return  # it never began
+            with suppress(StoreUnavailable, RuntimeError):  # the store is closed
+                self._submit(self._give_up, key, begun.result(), deque())
+
+        try:
+            return await asyncio.wrap_future(beginning)
+        except asyncio.CancelledError:
+            beginning.add_done_callback(give_up)
+            raise
 
     def _begin(self, key: str) -> str:
         checksum: dict[str, Any] = {"ChecksumAlgorithm": "CRC32"} if self._verifying else {}

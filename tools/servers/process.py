@@ -23,6 +23,8 @@ import psutil
 HOST = "127.0.0.1"
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
+PROBE_SECONDS = 2.0
+"""Without an answer for so long, a server does not answer."""
 _ATTEMPTS = 20
 _KEEPER = 'read word; [ "$word" = done ] || kill -KILL "$1"'
 
@@ -42,6 +44,26 @@ def free_port() -> int:
 def new_password() -> str:
     """A password that needs no quoting anywhere."""
     return secrets.token_hex(16)
+
+
+def keeper_of(process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+    """What kills `process` when this process ends without having called `dismiss`."""
+    return subprocess.Popen(
+        ["/bin/sh", "-c", _KEEPER, "keeper", str(process.pid)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def dismiss(keeper: subprocess.Popen[bytes]) -> None:
+    """Let go of a keeper whose process has ended."""
+    if keeper.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            keeper.stdin.write(b"done\n")
+            keeper.stdin.close()
+    keeper.wait()
 
 
 class ServerProcess:
@@ -105,6 +127,10 @@ class ServerProcess:
             time.sleep(0.1)
         self.kill()
         raise ServerError(f"{self.name} did not start in {self.folder}: {self._last_words()}")
+
+    def answers(self) -> bool:
+        """Whether it runs, and answers at this moment."""
+        return self.running and self._answers()
 
     def stop(self) -> None:
         """End it in its own orderly way; twice is as once."""
@@ -189,13 +215,7 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            self._keeper = subprocess.Popen(
-                ["/bin/sh", "-c", _KEEPER, "keeper", str(self._process.pid)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            self._keeper = keeper_of(self._process)
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 self._forget()
@@ -208,11 +228,8 @@ class ServerProcess:
     def _forget(self) -> None:
         """Let go of a process that has ended, and of its keeper."""
         keeper, self._keeper, self._process = self._keeper, None, None
-        if keeper is not None and keeper.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                keeper.stdin.write(b"done\n")
-                keeper.stdin.close()
-            keeper.wait()
+        if keeper is not None:
+            dismiss(keeper)
 
     def _family(self) -> list[psutil.Process]:
         """The server and its children; empty once it has ended."""

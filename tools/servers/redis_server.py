@@ -14,7 +14,7 @@ from typing import Literal
 import redis
 import redis.asyncio
 
-from tools.servers.process import HOST, ServerError, ServerProcess
+from tools.servers.process import HOST, PROBE_SECONDS, ServerError, ServerProcess
 
 OLDEST = (6, 2)  # XAUTOCLAIM
 Release = Literal[6, 8]
@@ -116,7 +116,9 @@ class RedisServer(ServerProcess):
         return [str(binary), str(self.folder / "redis.conf")]
 
     def _answers(self) -> bool:
-        with redis.Redis(host=HOST, port=self.port, password=self.password) as client:
+        with redis.Redis(
+            host=HOST, port=self.port, password=self.password, socket_timeout=PROBE_SECONDS
+        ) as client:
             try:
                 return bool(client.ping())
             except redis.RedisError:

@@ -15,7 +15,17 @@ from typing import Protocol, TypeVar
 
 from esper.contracts.assets import Blueprint, CompiledKernel
 from esper.contracts.blueprints import BlueprintDocument, KernelTarget
-from esper.errors import Conflict, EsperError, KernelError, Unavailable, WorkFailed
+from esper.errors import (
+    ConfigError,
+    Conflict,
+    EsperError,
+    KernelError,
+    NotFound,
+    StorageFull,
+    Unauthorized,
+    Unavailable,
+    WorkFailed,
+)
 from esper.services.contracts import BlueprintClaim, KernelClaim
 from esper.services.tezzeret.samples import sample_targets
 from esper.services.tezzeret.sandbox import CompiledBytes
@@ -23,6 +33,8 @@ from esper.services.urza.client import UrzaClient
 
 BEATS_PER_LEASE = 3
 _RETRY_SECONDS = 0.5
+_NOT_THE_RESULTS_FAULT = (ConfigError, Conflict, NotFound, StorageFull, Unauthorized)
+"""Permanent refusals that say nothing of the result that was handed in."""
 
 Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
@@ -109,17 +121,21 @@ class Forge:
             async with self._beating(beat):
                 try:
                     made = await self._compiler.compile(claim.blueprint, claim.target)
-                except KernelError as error:
-                    reason = str(error)
+                    settled = await self._handed_in(
+                        lambda: self._hub.complete_kernel(
+                            made.metadata, made.data, token=claim.lease
+                        )
+                    )
+                except EsperError as error:
+                    reason = _judgement(error)
+                    if reason is None:
+                        raise
                     settled = await self._handed_in(
                         lambda: self._hub.fail_kernel(claim.kernel, reason, token=claim.lease)
                     )
                     self.counts["failed_total"] += 1
                     _log.warning("kernel %s: %s", claim.kernel, reason)
                     return settled
-                settled = await self._handed_in(
-                    lambda: self._hub.complete_kernel(made.metadata, made.data, token=claim.lease)
-                )
                 self.counts["compiled_total"] += 1
                 _log.info("kernel %s is compiled", claim.kernel)
                 return settled
@@ -215,3 +231,15 @@ class Forge:
         finally:
             beating.cancel()
             await asyncio.wait({beating})
+
+
+def _judgement(error: EsperError) -> str | None:
+    """Why the kernel can't be had, for good; None where `error` says nothing of the kernel.
+
+    A result that the hub refuses, as one above its size cap, would be refused from every worker.
+    """
+    if isinstance(error, KernelError) and not isinstance(error, NotFound):
+        return str(error)
+    if not error.permanent or isinstance(error, _NOT_THE_RESULTS_FAULT):
+        return None
+    return f"the hub refuses the result: {error}"

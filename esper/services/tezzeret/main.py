@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 
-from esper.errors import EsperError, Unavailable
+from esper.errors import ConfigError, EsperError, Unauthorized
 from esper.services.listening import keep_listening
 from esper.services.oona_client import Oona
 from esper.services.tezzeret.forge import Forge
@@ -14,6 +14,8 @@ from esper.services.tezzeret.worker import TezzeretWorker
 from esper.services.urza.client import UrzaClient
 
 POLL_SECONDS = 2.0
+MAX_PAUSE_SECONDS = 10.0
+"""Between two looks for work at most, while each comes to nothing."""
 
 _log = logging.getLogger(__name__)
 
@@ -86,10 +88,31 @@ class TezzeretService:
             raise failures.exceptions[0] from failures
 
     async def _poll(self, forge: Forge) -> None:
-        """Work off what nobody has asked for on the bus, or what the bus has lost."""
+        """Work off what nobody has asked for on the bus, or what the bus has lost.
+
+        After work that was given back, the next try waits longer each time: the same work would
+        be found again at once.
+
+        Raises:
+            ConfigError, Unauthorized: a person has to mend the settings.
+        """
+        failures = 0
         while True:
             try:
                 await forge.work_off()
-            except Unavailable as error:
-                _log.warning("no work can be had at the moment: %s", error)
-            await asyncio.sleep(self._poll_seconds)
+                failures = 0
+            except (ConfigError, Unauthorized):
+                raise
+            except EsperError as error:
+                failures += 1
+                _log.warning("no work can be done at the moment: %s", error)
+            except Exception:
+                # The worker outlives faults that nobody foresaw; the next work may go well.
+                failures += 1
+                _log.exception("work broke off")
+            await asyncio.sleep(self._pause_seconds(failures))
+
+    def _pause_seconds(self, failures: int) -> float:
+        """How long to wait for the next look, after that many in a row that came to nothing."""
+        longest = max(self._poll_seconds, MAX_PAUSE_SECONDS)
+        return min(self._poll_seconds * 2.0 ** min(failures, 60), longest)

@@ -17,13 +17,13 @@ from esper.contracts.enums import BlueprintState, ComponentType, DecisionAction
 from esper.contracts.ir import source_of
 from esper.contracts.messages import KernelReady, KernelRequested, OonaMessage, TopicNames
 from esper.contracts.operational import AdaptationDecision, SeedTransition, SystemStatePacket
-from esper.errors import EsperError, HubUnavailable, KernelError, one_line
+from esper.errors import BadInput, EsperError, HubUnavailable, KernelError, one_line
 from esper.execution.kernel_cache import KernelCache
 from esper.services.oona_client import Oona, Subscription
 from esper.services.tolaria.engine import stable_seed
 from esper.services.tolaria.growth import BuiltSeed
 from esper.services.tolaria.news import News
-from esper.services.tolaria.patience import IN_PROCESS, Patience, PatienceEnded, Wait
+from esper.services.tolaria.patience import BUS, HUB, IN_PROCESS, Patience, PatienceEnded, Wait
 from esper.utils.logging import current_trace_id
 
 CONSUMER_GROUP = "tolaria"
@@ -37,25 +37,25 @@ _log = logging.getLogger(__name__)
 class Inbox:
     """What came on a topic, received in the background; `open` makes it.
 
-    Where the bus may be away (`lasting`), it is gone back to for as long as it takes.
+    Where the bus may be away (`patience.lasting`), it is gone back to for as long as it takes.
     """
 
-    def __init__(self, bus: Oona, topic: TopicNames, *, lasting: bool) -> None:
+    def __init__(self, bus: Oona, topic: TopicNames, patience: Patience) -> None:
         self._bus = bus
         self._topic = topic
-        self._lasting = lasting
+        self._patience = patience
         self._came: asyncio.Queue[OonaMessage | EsperError] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
 
     @classmethod
-    async def open(cls, bus: Oona, topic: TopicNames, *, lasting: bool) -> Self:
+    async def open(cls, bus: Oona, topic: TopicNames, patience: Patience) -> Self:
         """The inbox of `topic`; what is published from now on comes in.
 
         Raises:
             BusUnavailable: the bus does not answer, and is not waited for.
         """
-        inbox = cls(bus, topic, lasting=lasting)
-        first = None if lasting else await inbox._subscribed()
+        inbox = cls(bus, topic, patience)
+        first = None if patience.lasting else await inbox._subscribed()
         inbox._task = asyncio.create_task(inbox._receive(first), name=f"inbox of {topic}")
         return inbox
 
@@ -84,13 +84,15 @@ class Inbox:
         while True:
             try:
                 subscription = subscription or await self._subscribed()
+                self._patience.accepted.add(BUS)
                 while True:
                     message = await subscription.receive()
                     # A question that was not answered is asked again, so nothing hangs on this.
                     await subscription.acknowledge(message)
                     self._came.put_nowait(message)
             except EsperError as error:
-                if not self._lasting:
+                refused = isinstance(error, BadInput) and not self._patience.once_accepted(error)
+                if refused or not self._patience.lasting:
                     self._came.put_nowait(error)
                     return
                 _log.warning("nothing is heard on %s at the moment: %s", self._topic, error)
@@ -127,7 +129,7 @@ class BusController:
         Raises:
             BusUnavailable: the bus is closed, or does not answer and is not waited for.
         """
-        inbox = await Inbox.open(bus, TopicNames.DECISIONS, lasting=patience.lasting)
+        inbox = await Inbox.open(bus, TopicNames.DECISIONS, patience)
         return cls(bus, inbox, scope=scope, patience=patience)
 
     async def decide(self, packet: SystemStatePacket) -> AdaptationDecision:
@@ -137,6 +139,7 @@ class BusController:
 
         Raises:
             BusUnavailable: the bus is closed.
+            ConfigError: the bus refuses the user, and never has accepted it.
             Interrupted: the run was asked to stop.
         """
         asked = OonaMessage.carrying(
@@ -284,7 +287,7 @@ class HubKernels:
         Raises:
             BusUnavailable: the bus is closed, or does not answer and is not waited for.
         """
-        ready = await Inbox.open(bus, TopicNames.KERNEL_READY, lasting=patience.lasting)
+        ready = await Inbox.open(bus, TopicNames.KERNEL_READY, patience)
         return cls(session, seed, bus, hub, cache, ready, scope=scope, patience=patience)
 
     async def build(
@@ -299,7 +302,7 @@ class HubKernels:
             Interrupted: the run was asked to stop.
         """
         wait = self._patience.begin()
-        return await wait.outlast(lambda: self._built(document, target, layer, slot, wait))
+        return await wait.outlast(lambda: self._built(document, target, layer, slot, wait), by=HUB)
 
     async def close(self) -> None:
         """Listen no more."""

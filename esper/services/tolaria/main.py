@@ -23,6 +23,7 @@ class TolariaService:
     def __init__(self) -> None:
         self._stopping = False
         self._running = False
+        self._heeding = False
 
     def stopping(self) -> bool:
         """Whether the trainer should stop; given to the trainer, which asks before each batch."""
@@ -46,14 +47,20 @@ class TolariaService:
         """
         self._running = True
         try:
-            with self._signals():
+            with self.signals():
                 return await trainer.run()
         finally:
             self._running = False
 
     @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The loop is busy training, so the handler only sets a flag that the trainer reads."""
+    def signals(self) -> Iterator[None]:
+        """Inside, signals ask to stop; `run` does it too, for those who don't.
+
+        The loop is busy training, so the handler only sets a flag that the trainer reads.
+        """
+        if self._heeding:
+            yield
+            return
         before = {number: signal.getsignal(number) for number in SIGNALS}
 
         def ask(number: int, _frame: FrameType | None) -> None:
@@ -67,8 +74,10 @@ class TolariaService:
             # Only the main thread may set handlers; elsewhere `stop` is the way.
             yield
             return
+        self._heeding = True
         try:
             yield
         finally:
+            self._heeding = False
             for number, handler in before.items():
                 signal.signal(number, handler)

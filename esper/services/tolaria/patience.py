@@ -2,6 +2,10 @@
 
 In one process nothing is ever away: what fails there is raised at once. Over the wire whatever
 fails for a time is tried again, for ever or for as long as the session's `patienceSeconds` say.
+
+A service that refuses the credentials is waited for only where it has accepted them before: then
+it is the service that has changed, as a Redis that was started anew and knows no users yet. One
+that never has would refuse them for ever.
 """
 
 from __future__ import annotations
@@ -11,10 +15,17 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
-from esper.errors import ConfigError, EsperError, Interrupted, Unauthorized, Unavailable
+from esper.errors import (
+    BadInput,
+    ConfigError,
+    EsperError,
+    Interrupted,
+    Unauthorized,
+    Unavailable,
+)
 
 Outcome = TypeVar("Outcome")
 
@@ -22,6 +33,9 @@ LOOK_SECONDS = 0.25
 """How long a request to stop waits at most to be seen."""
 PAUSE_SECONDS = 0.5
 """Between two tries, beside what the clients wait themselves."""
+
+HUB, BUS = "hub", "redis"
+"""The services, by the sections of the settings that lead to them."""
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +50,8 @@ class Patience:
 
     `lasting`: services are elsewhere, their absence is waited out. `seconds`: for so long; None is
     for ever. `ask_again_seconds`: until a question is asked once more; `look_seconds`: between two
-    looks at the hub for a kernel. `stopping` says whether the run should stop.
+    looks at the hub for a kernel. `stopping` says whether the run should stop. `accepted` are the
+    services that have accepted this process' credentials so far.
     """
 
     lasting: bool = False
@@ -44,10 +59,15 @@ class Patience:
     ask_again_seconds: float = 10.0
     look_seconds: float = 1.0
     stopping: Callable[[], bool] = lambda: False
+    accepted: set[str] = field(default_factory=set)
 
     def begin(self) -> Wait:
         """One wait, which begins now."""
         return Wait(self)
+
+    def once_accepted(self, refusal: BadInput) -> bool:
+        """Whether the service whose setting `refusal` names has accepted this process before."""
+        return refusal.field.partition(".")[0] in self.accepted
 
 
 IN_PROCESS = Patience()
@@ -62,10 +82,15 @@ class Wait:
         seconds = math.inf if patience.seconds is None else patience.seconds
         self._end = time.monotonic() + seconds
 
-    async def outlast(self, work: Callable[[], Coroutine[Any, Any, Outcome]]) -> Outcome:
+    async def outlast(
+        self, work: Callable[[], Coroutine[Any, Any, Outcome]], *, by: str | None = None
+    ) -> Outcome:
         """What `work` comes to, tried again while a service that it needs is away.
 
+        `by` is the service that has accepted this process once the work is done.
+
         Raises:
+            ConfigError, Unauthorized: one that never has accepted it refuses it.
             PatienceEnded: it came to nothing for too long; the cause is what was last in the way.
             Interrupted: the run was asked to stop.
             Unavailable: a service is away and its absence is not waited out.
@@ -75,11 +100,15 @@ class Wait:
         last: EsperError | None = None
         while True:
             try:
-                return cast("Outcome", await self._attended(work(), last))
+                outcome = cast("Outcome", await self._attended(work(), last))
+                if by is not None:
+                    self._patience.accepted.add(by)
+                return outcome
             except PatienceEnded:
                 raise
             except (Unavailable, ConfigError, Unauthorized) as error:
-                # What the settings say was good when the run began: it is the service that changed.
+                if isinstance(error, BadInput) and not self._patience.once_accepted(error):
+                    raise
                 if str(error) != str(last):
                     _log.warning("waiting, because something is away: %s", error)
                 last = error

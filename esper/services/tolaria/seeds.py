@@ -6,7 +6,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from esper.contracts.enums import SeedState
-from esper.contracts.operational import Measurement, SeedObservation, TrialRecord
+from esper.contracts.operational import (
+    Measurement,
+    SeedObservation,
+    SeedTransition,
+    SessionEvent,
+    TrialRecord,
+)
 
 ALIVE = (SeedState.GERMINATED, SeedState.TRAINING, SeedState.GRAFTING, SeedState.FOSSILIZED)
 
@@ -129,6 +135,13 @@ class SeedBook:
                     }
                 )
                 return
+
+    def trace_of(self, item: SeedTransition | SessionEvent) -> str | None:
+        """The trace of what was told in an earlier process, where the book still knows it."""
+        if not isinstance(item, SeedTransition):
+            return None
+        record = self.records.get((item.layer, item.slot))
+        return record.trace_id or None if record and record.cycle == item.cycle else None
 
     def to_state(self) -> dict[str, Any]:
         """JSON-ready, for a checkpoint."""

@@ -192,7 +192,7 @@ class TolariaTrainer:
         self._applied = list(state["applied"])
         self._seconds_before = state["seconds"]
         for item in told:
-            self._add_news(item, self._trace_of(item))
+            self._add_news(item, self.growth.book.trace_of(item))
         self._last = self._capture()
 
     def _interval(self, epochs: int) -> list[Row] | None:
@@ -460,13 +460,6 @@ class TolariaTrainer:
     def _add_news(self, item: SeedTransition | SessionEvent, trace_id: str | None) -> None:
         self._news.append(News(item=item, number=self._told, trace_id=trace_id))
         self._told += 1
-
-    def _trace_of(self, item: SeedTransition | SessionEvent) -> str | None:
-        """The trace of what was told in an earlier process, where the book still knows it."""
-        if not isinstance(item, SeedTransition):
-            return None
-        record = self.growth.book.records.get((item.layer, item.slot))
-        return record.trace_id or None if record and record.cycle == item.cycle else None
 
     def _each(self, tell: Callable[[Observer], None]) -> None:
         for observer in self._observers:

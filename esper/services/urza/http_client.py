@@ -60,6 +60,7 @@ from esper.services.urza.wire import (
 )
 
 MAX_ANSWER_BYTES = 64 * 2**20
+_NO_VERSION = '"999999999"'
 OWN_LEASE_SECONDS = 3600.0
 """How long a kernel that was claimed without a lease of the caller's stays claimed."""
 
@@ -245,6 +246,32 @@ class HttpUrza(HttpKernelSource):
     async def update_session(self, session: TrainingSession) -> TrainingSession:
         """Replace what is stored of a registered session."""
         return await self._asked(TrainingSession, "PUT", f"{_SESSIONS}/{session.uid}", body=session)
+
+    async def require_session(self, uid: str) -> None:
+        """Return if the token may keep the session of that uid; changes nothing.
+
+        It asks for a change under an entity tag that no session comes to have: whoever may not
+        make it is told so, before the tag is looked at.
+
+        Raises:
+            Unauthorized: it may not.
+        """
+        probe = TrainingSession(name="probe", uid=_uid(uid), epochs=1, num_layers=0, num_slots=1)
+        try:
+            await self._sent(
+                "PUT", f"{_SESSIONS}/{uid}", body=probe, headers={"If-Match": _NO_VERSION}
+            )
+        except EsperError as error:
+            if isinstance(error, Unauthorized) or not error.permanent:
+                raise
+
+    async def require_work(self) -> None:
+        """Return if the token may take work from the hub; takes none.
+
+        Raises:
+            Unauthorized: it may not.
+        """
+        await self._sent("GET", _REQUESTED, params={"limit": "1"})
 
     async def session_credentials(self, uid: str, namespace: str) -> IssuedCredentials:
         """What opens a session's rows and streams; asking again gives the same."""

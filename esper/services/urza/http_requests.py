@@ -63,9 +63,9 @@ class HubRequest:
     whole: bool = False
     probe: bool = False
     params: Mapping[str, str | list[str]] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
     content: bytes | None = None
     content_type: str = "application/json"
-    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class _TemporaryError(Exception):

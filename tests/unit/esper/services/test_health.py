@@ -163,7 +163,8 @@ def test_watching_reports_each_check_by_its_setting(monkeypatch):
     async def life() -> None:
         checks = {"hub.url": answering, "redis.url": away, "storage.uri": hanging}
         watching = asyncio.create_task(watch(health, checks))
-        await until(lambda: len(health.problems()) == 3)
+        assert set(health.problems()) == set(checks)  # nothing is known yet
+        await until(lambda: "no answer in" in health.problems()["storage.uri"])
         assert health.problems() == {
             "hub.url": "hub.url: what it names does not answer",
             "redis.url": "redis.url: 127.0.0.1:1: connection refused",
@@ -175,6 +176,56 @@ def test_watching_reports_each_check_by_its_setting(monkeypatch):
 
     asyncio.run(life())
     assert not health.hangs()
+
+
+def test_nothing_is_ready_before_everything_was_asked_once(monkeypatch):
+    monkeypatch.setattr(module, "CHECK_TIMEOUT_SECONDS", 0.3)
+    health = ServiceHealth("tezzeret")
+
+    async def answering() -> bool:
+        return True
+
+    async def hanging() -> bool:
+        await asyncio.sleep(60)
+        return True
+
+    async def life() -> None:
+        names = ("hub.url", "redis.url", "storage.uri")
+        checks = {"urza.url": answering} | dict.fromkeys(names, hanging)
+        began = time.monotonic()
+        watching = asyncio.create_task(watch(health, checks))
+        health.started()
+        assert len(health.problems()) == 4
+        await until(lambda: "urza.url" not in health.problems())
+        assert set(health.problems()) == set(names)
+        assert all("was not asked yet" in line for line in health.problems().values())
+        await until(lambda: all("no answer" in line for line in health.problems().values()))
+        assert time.monotonic() - began < 0.8  # one limit, not three of them
+        watching.cancel()
+
+    asyncio.run(life())
+
+
+def test_a_check_that_breaks_off_is_a_problem_and_the_watch_goes_on(monkeypatch):
+    monkeypatch.setattr(module, "CHECK_SECONDS", 0.01)
+    health = ServiceHealth("tamiyo")
+    health.started()
+    calls = []
+
+    async def breaking() -> bool:
+        calls.append(True)
+        if len(calls) < 3:
+            raise LookupError("it may hold a password")
+        return True
+
+    async def life() -> None:
+        watching = asyncio.create_task(watch(health, {"redis.url": breaking}))
+        await until(lambda: "LookupError" in health.problems().get("redis.url", ""))
+        assert "password" not in health.problems()["redis.url"]
+        await until(lambda: not health.problems())
+        watching.cancel()
+
+    asyncio.run(life())
 
 
 async def until(condition):

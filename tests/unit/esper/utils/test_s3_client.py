@@ -182,6 +182,37 @@ def test_an_upload_that_a_death_ended_shows_nothing(server, opened, caplog):
     assert asyncio.run(store.put(KEY, LARGE))
 
 
+def test_an_upload_that_is_cancelled_while_it_begins_is_given_up(server, opened, monkeypatch):
+    store = opened()
+    begin, begun, returned = store._begin, threading.Event(), threading.Event()
+
+    def slowly(key):
+        upload = begin(key)
+        begun.set()
+        assert returned.wait(30)
+        return upload
+
+    monkeypatch.setattr(store, "_begin", slowly)
+
+    def left():
+        return server.client().list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
+
+    async def life():
+        stream = store.put_stream(KEY, pieces(LARGE), sha256=sha256(LARGE), max_bytes=len(LARGE))
+        upload = asyncio.create_task(stream)
+        await asyncio.to_thread(begun.wait, 30)
+        assert len(left()) == 1
+        upload.cancel()
+        await asyncio.gather(upload, return_exceptions=True)
+        returned.set()
+        deadline = time.monotonic() + 30
+        while left():
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.02)
+
+    asyncio.run(life())
+
+
 @pytest.mark.parametrize(
     ("wrong", "setting", "came"),
     [

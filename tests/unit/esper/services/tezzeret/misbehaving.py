@@ -1,8 +1,11 @@
 """Compilers that do what a compiler must not: each really does it."""
 
+import contextlib
 import ctypes
+import fcntl
 import os
 import signal
+import tempfile
 import time
 
 import torch
@@ -62,3 +65,43 @@ def raise_something(document, target):
 def compile_slowly(document, target):
     time.sleep(0.5)
     return compile_kernel(document, target)
+
+
+def die_but_leave_a_child(document, target):
+    if os.fork() == 0:
+        time.sleep(60)
+    os._exit(3)
+
+
+def begin_to_answer_and_freeze(document, target):
+    os.write(_result_pipe(), b"\0" * 12)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def fork_and_compile(document, target):
+    if os.fork() == 0:
+        time.sleep(60)
+        os._exit(0)
+    return compile_kernel(document, target)
+
+
+def write_a_file(document, target):
+    with tempfile.TemporaryFile() as file:
+        file.write(b"x" * 2**16)
+
+
+def say_something(document, target):
+    os.write(1, b"a line that was not asked for\n")
+    os.write(2, b"a line that was not asked for\n")
+    return compile_kernel(document, target)
+
+
+def _result_pipe():
+    """The pipe that the worker reads from: the last one that this process may write to."""
+    pipes = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            place = os.readlink(f"/proc/self/fd/{name}")
+            if place.startswith("pipe:") and fcntl.fcntl(int(name), fcntl.F_GETFL) & os.O_WRONLY:
+                pipes.append(int(name))
+    return max(pipes)

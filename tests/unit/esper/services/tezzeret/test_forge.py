@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from itertools import pairwise
 
 import pytest
 
@@ -9,7 +10,14 @@ from esper.configs import DatabaseConfig, StorageConfig
 from esper.contracts.blueprints import BlueprintDocument, builtin, kernel_id
 from esper.contracts.enums import BlueprintState
 from esper.contracts.messages import KernelReady, TopicNames
-from esper.errors import HubUnavailable, KernelError, KernelNotFound, StorageFull
+from esper.errors import (
+    BadInput,
+    HubUnavailable,
+    KernelError,
+    KernelNotFound,
+    StorageFull,
+    Unauthorized,
+)
 from esper.services.oona_client import InProcessOona
 from esper.services.tezzeret.compiler import compile_kernel
 from esper.services.tezzeret.forge import Forge
@@ -39,10 +47,11 @@ class Here:
 
 
 class Flaky:
-    """A hub whose methods named in `away` don't answer the first times."""
+    """A hub whose methods named in `away` fail the first times, by default as one that is away."""
 
-    def __init__(self, hub, times, *away):
+    def __init__(self, hub, times, *away, error=HubUnavailable("the hub is away")):  # noqa: B008
         self._hub = hub
+        self._error = error
         self._left = dict.fromkeys(away, times)
 
     def __getattr__(self, name):
@@ -53,7 +62,7 @@ class Flaky:
         async def flaky(*arguments, **named):
             if self._left[name]:
                 self._left[name] -= 1
-                raise HubUnavailable("the hub is away")
+                raise self._error
             return await method(*arguments, **named)
 
         return flaky
@@ -302,7 +311,64 @@ def test_the_service_outlasts_a_hub_that_is_away(tmp_path, caplog):
             await service.stop()
 
     asyncio.run(life())
-    assert "no work can be had at the moment: the hub is away" in caplog.text
+    assert "no work can be done at the moment: the hub is away" in caplog.text
+
+
+def test_a_result_that_the_hub_refuses_fails_the_kernel_and_the_worker_goes_on(tmp_path):
+    refusal = BadInput("body", "1248 bytes or more", "at most 1024 bytes")
+
+    async def life():
+        async with hub_in(tmp_path) as hub:
+            refusing = Flaky(hub, 1, "complete_kernel", error=refusal)
+            first, second = [await requested(hub, inputs=n) for n in (6, 7)]
+            forge = forge_of(refusing)
+            assert await forge.work_off() >= 2
+            failed = await hub.kernel(first)
+            assert failed.state is BlueprintState.FAILED
+            assert failed.error == f"the hub refuses the result: {refusal}"
+            assert (await hub.kernel(second)).state is BlueprintState.CHARACTERIZED
+
+    asyncio.run(life())
+
+
+@pytest.mark.parametrize("fault", [StorageFull("no room"), LookupError("nobody foresaw this")])
+def test_the_service_survives_what_gives_work_back_and_pauses(tmp_path, fault):
+    tries = []
+
+    async def fail():
+        tries.append(asyncio.get_running_loop().time())
+        if len(tries) < 4:
+            raise fault
+
+    async def life():
+        async with hub_in(tmp_path) as hub:
+            forge = forge_of(hub, Here(fail))
+            service = TezzeretService(InProcessOona(), hub, forge=forge, poll_seconds=0.05)
+            await requested(hub)
+            await service.start()
+            await compiled(hub, KERNEL)
+            assert service.running
+            await service.stop()
+
+    asyncio.run(life())
+    pauses = [later - sooner for sooner, later in pairwise(tries)]
+    assert pauses[0] > 0.09
+    assert pauses[2] > 0.39
+
+
+def test_a_token_that_is_refused_ends_the_service(tmp_path):
+    async def life():
+        async with hub_in(tmp_path) as hub:
+            refusal = Unauthorized("hub.token", "token's role: reader", "worker, admin")
+            weak = Flaky(hub, 1, "claim_next_kernel", error=refusal)
+            service = TezzeretService(InProcessOona(), hub, forge=forge_of(weak))
+            await service.start()
+            await asyncio.sleep(0.05)
+            assert not service.running
+            with pytest.raises(Unauthorized):
+                await service.stop()
+
+    asyncio.run(life())
 
 
 def test_what_does_not_pass_ends_the_service_and_is_told(tmp_path):

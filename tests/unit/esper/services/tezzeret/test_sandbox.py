@@ -77,6 +77,51 @@ def test_one_that_hangs_is_killed_when_its_time_is_over(hanging):
     assert compilations() == []
 
 
+def test_the_limit_on_time_holds_until_the_last_byte():
+    started = time.monotonic()
+    with pytest.raises(KernelError, match=r"tezzeret\.compile_seconds"):
+        compiled(compiler(misbehaving.begin_to_answer_and_freeze, seconds=1.0))
+    assert time.monotonic() - started < 10
+    assert compilations() == []
+
+
+def test_one_that_ends_is_not_waited_for_while_its_child_holds_the_pipe():
+    started = time.monotonic()
+    with pytest.raises(KernelError, match="ended with status 3"):
+        compiled(compiler(misbehaving.die_but_leave_a_child))
+    assert time.monotonic() - started < 10
+
+
+def test_what_a_compilation_forks_ends_with_it():
+    before = orphans()
+    assert compiled(compiler(misbehaving.fork_and_compile)).data
+    deadline = time.monotonic() + 5
+    while orphans() - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert orphans() == before
+
+
+def orphans():
+    """What compilations have forked and left behind: forks of a fork server without its parent."""
+    found = set()
+    for process in psutil.process_iter(["pid", "ppid", "cmdline", "status"]):
+        of_ours = "forkserver" in " ".join(process.info["cmdline"] or ())
+        alive = process.info["status"] != psutil.STATUS_ZOMBIE
+        if of_ours and alive and process.info["ppid"] == 1:
+            found.add(process.info["pid"])
+    return found
+
+
+def test_a_compilation_writes_no_files():
+    with pytest.raises(KernelError, match="No usable temporary directory"):
+        compiled(compiler(misbehaving.write_a_file))
+
+
+def test_what_a_compilation_says_is_not_heard(capfd):
+    assert compiled(compiler(misbehaving.say_something)).data
+    assert "not asked for" not in "".join(capfd.readouterr())
+
+
 @pytest.mark.parametrize("eating", [misbehaving.eat_python_memory, misbehaving.eat_torch_memory])
 def test_one_that_eats_memory_is_refused_it(eating):
     with pytest.raises(KernelError, match=r"bytes of memory; .* tezzeret.compile_memory_bytes"):

@@ -7,7 +7,7 @@ import pytest
 
 from esper.errors import BusUnavailable, ConfigError, HubUnavailable, Interrupted, KernelError
 from esper.services.tolaria import patience as module
-from esper.services.tolaria.patience import IN_PROCESS, Patience, PatienceEnded
+from esper.services.tolaria.patience import BUS, HUB, IN_PROCESS, Patience, PatienceEnded
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +39,28 @@ def test_in_one_process_nothing_is_waited_for():
         outlasted(IN_PROCESS, away(1))
 
 
-@pytest.mark.parametrize("error", [HubUnavailable, BusUnavailable, ConfigError])
+@pytest.mark.parametrize("error", [HubUnavailable, BusUnavailable])
 def test_endless_patience_outlasts_what_is_away(error, caplog):
     assert outlasted(Patience(lasting=True), away(5, error)) == "an answer"
     assert len(caplog.records) == 1  # said once, not five times
+
+
+def test_a_refusal_is_waited_out_only_where_the_service_has_accepted_this_process():
+    patience = Patience(lasting=True)
+
+    async def refused():
+        raise ConfigError("redis.url", "u", "v")
+
+    async def life():
+        with pytest.raises(ConfigError):
+            await patience.begin().outlast(refused)
+        await patience.begin().outlast(away(0), by=HUB)
+        with pytest.raises(ConfigError):
+            await patience.begin().outlast(refused)  # the hub's word says nothing of the bus
+        await patience.begin().outlast(away(0), by=BUS)
+        assert await patience.begin().outlast(away(3, ConfigError)) == "an answer"
+
+    asyncio.run(life())
 
 
 def test_what_is_permanent_is_not_waited_for():
