@@ -28,7 +28,7 @@ from esper.errors import (
 )
 from esper.services.contracts import BlueprintClaim, KernelClaim
 from esper.services.tezzeret.samples import sample_targets
-from esper.services.tezzeret.sandbox import CompiledBytes
+from esper.services.tezzeret.sandbox import CompilationKilled, CompiledBytes
 from esper.services.urza.client import UrzaClient
 
 BEATS_PER_LEASE = 3
@@ -143,12 +143,14 @@ class Forge:
             self.counts["lost_total"] += 1
             _log.warning("kernel %s is another worker's now: %s", claim.kernel, error)
             return None
-        except BaseException:
-            # Not the kernel's fault: a full store, a process killed from outside, a worker that
-            # stops. Where giving it back fails too, the lease ends by itself.
+        except BaseException as error:
+            # Not judged: a full store, a process killed from outside, a worker that stops. Where
+            # giving it back fails too, the lease ends by itself.
             self.counts["given_back_total"] += 1
             with suppress(EsperError):
-                await self._hub.release_kernel(claim.kernel, self._worker, token=claim.lease)
+                await self._hub.release_kernel(
+                    claim.kernel, self._worker, token=claim.lease, blamed=_is_to_blame(error)
+                )
             raise
 
     async def _validate(self, claim: BlueprintClaim) -> Blueprint | None:
@@ -174,10 +176,12 @@ class Forge:
             self.counts["lost_total"] += 1
             _log.warning("blueprint %s is another worker's now: %s", claim.digest, error)
             return None
-        except BaseException:
+        except BaseException as error:
             self.counts["given_back_total"] += 1
             with suppress(EsperError):
-                await self._hub.release_blueprint(claim.digest, self._worker, token=claim.lease)
+                await self._hub.release_blueprint(
+                    claim.digest, self._worker, token=claim.lease, blamed=_is_to_blame(error)
+                )
             raise
 
     async def _fault(self, document: BlueprintDocument) -> str | None:
@@ -231,6 +235,11 @@ class Forge:
         finally:
             beating.cancel()
             await asyncio.wait({beating})
+
+
+def _is_to_blame(error: BaseException) -> bool:
+    """Whether the work itself may have ended the attempt at it."""
+    return isinstance(error, CompilationKilled)
 
 
 def _judgement(error: EsperError) -> str | None:

@@ -59,6 +59,10 @@ CRASHES = frozenset(
 out-of-memory killer, a pod that is moved."""
 
 
+class CompilationKilled(HubUnavailable):
+    """A compilation was killed from outside, for want of memory perhaps; another may go well."""
+
+
 @dataclass(frozen=True)
 class CompiledBytes:
     """A compiled kernel: what the hub keeps of it, and its artifact."""
@@ -90,7 +94,7 @@ class SubprocessCompiler:
 
         Raises:
             KernelError: it can't be compiled, not in that time or not in that memory.
-            HubUnavailable: the process was killed from outside; another try may go well.
+            CompilationKilled: the process was killed from outside; another try may go well.
         """
         request = json.dumps([document.to_wire(), target.to_wire()])
         receiving, sending = self._context.Pipe(duplex=False)
@@ -141,7 +145,7 @@ class SubprocessCompiler:
             name = signal.Signals(number).name
             return KernelError(f"blueprint {document.name}: compiling it ended with {name}")
         if number > 0:
-            return HubUnavailable(
+            return CompilationKilled(
                 f"blueprint {document.name}: its compilation was killed by signal {number}"
             )
         return KernelError(f"blueprint {document.name}: compiling it ended with status {status}")

@@ -22,8 +22,9 @@ from esper.services.oona_client import InProcessOona
 from esper.services.tezzeret.compiler import compile_kernel
 from esper.services.tezzeret.forge import Forge
 from esper.services.tezzeret.main import TezzeretService
-from esper.services.tezzeret.sandbox import CompiledBytes, SubprocessCompiler
+from esper.services.tezzeret.sandbox import CompilationKilled, CompiledBytes, SubprocessCompiler
 from esper.services.urza.client import in_process_urza
+from esper.services.urza.leases import MAX_ATTEMPTS
 from tests.unit.esper.services.tezzeret.test_worker import LOUD, LOW_RANK, carrying, request, target
 
 LEASE = 5.0
@@ -157,6 +158,33 @@ def test_what_is_not_the_kernels_fault_gives_it_back(tmp_path, fault):
             assert (await hub.kernel(KERNEL)).state is BlueprintState.PROPOSED
             assert forge.counts["given_back_total"] == 1
             assert (await forge_of(hub).compile(KERNEL)).state is BlueprintState.CHARACTERIZED
+
+    asyncio.run(life())
+
+
+def test_a_kernel_whose_compilation_is_always_killed_is_given_up_and_holds_up_no_other(tmp_path):
+    async def life():
+        async with hub_in(tmp_path) as hub:
+            bad, good = await requested(hub), await requested(hub, inputs=7)
+            compiled = []
+
+            class Killing(Here):
+                async def compile(self, document, target):
+                    if target.input_shape == (7,):
+                        compiled.append(target)
+                        return await super().compile(document, target)
+                    raise CompilationKilled("its compilation was killed by signal 9")
+
+            forge = forge_of(hub, Killing())
+            for attempt in range(1, MAX_ATTEMPTS + 1):
+                with pytest.raises(CompilationKilled):
+                    await forge.work_off()
+                state = (await hub.kernel(bad)).state
+                given_up = BlueprintState.FAILED if attempt == MAX_ATTEMPTS else None
+                assert state is (given_up or BlueprintState.PROPOSED)
+                if attempt == 2:  # what was tried less came before the second try
+                    assert (await hub.kernel(good)).state is BlueprintState.CHARACTERIZED
+            assert len(compiled) == 1
 
     asyncio.run(life())
 
