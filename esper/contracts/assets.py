@@ -39,7 +39,7 @@ def _uid_of(fields: Mapping[str, object]) -> str:
     return session_uid(str(fields["namespace"]), str(fields["name"]))
 
 
-class _Asset(Contract):
+class Asset(Contract):
     """Identity and audit times, in UTC. The times serve people and enter no digest."""
 
     id: Annotated[UUID, Field(default_factory=uuid4)]
@@ -56,7 +56,7 @@ class _Asset(Contract):
         return type(self).model_validate({**values, "updated_at": utc_now(), **fields})
 
 
-class Seed(_Asset):
+class Seed(Asset):
     """A slot of a host layer, and what grows in it.
 
     `seed_id` is (index of the host layer in execution order, slot), `layer` that layer's name.
@@ -80,7 +80,7 @@ class Seed(_Asset):
         return self
 
 
-class Blueprint(_Asset):
+class Blueprint(Asset):
     """A blueprint in the hub. Its identity is its content: equal digests are one blueprint.
 
     `error` says why it did not pass validation.
@@ -103,7 +103,7 @@ class Blueprint(_Asset):
         return self
 
 
-class CompiledKernel(_Asset):
+class CompiledKernel(Asset):
     """A blueprint compiled, or to be compiled, for one kind of host.
 
     `kernel` is its content address. `artifact_digest` is the SHA-256 of the artifact's bytes,
@@ -138,7 +138,7 @@ class CompiledKernel(_Asset):
         return self
 
 
-class TrainingSession(_Asset):
+class TrainingSession(Asset):
     """A training session as the hub knows it.
 
     `uid` tells apart sessions that bear one name in turn; on Kubernetes it is the resource's. A

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Generic, Self, TypeVar
+from uuid import UUID
 
 from pydantic import Field
 
@@ -41,6 +42,7 @@ DEFAULT_PAGE_ITEMS = 100
 MAX_LEASE_SECONDS = 86_400.0
 
 Item = TypeVar("Item")
+AnyAsset = TypeVar("AnyAsset", bound=assets.Asset)
 LeaseToken = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Name = Annotated[str, Field(min_length=1, max_length=253)]
 
@@ -133,11 +135,21 @@ class BlueprintClaim(Contract):
     expires_at: AwareTime
 
 
-class Stored(Contract, Generic[Item]):
+def entity_tag(key: UUID, version: int) -> str:
+    """What tells a state of an asset from all others: also from those of one made in its place."""
+    return f"{key.hex}-{version}"
+
+
+class Stored(Contract, Generic[AnyAsset]):
     """An asset as it stands in the hub; `version` grows by one with every change."""
 
-    item: Item
+    item: AnyAsset
     version: Annotated[int, Field(ge=1)]
+
+    @property
+    def tag(self) -> str:
+        """Its entity tag."""
+        return entity_tag(self.item.id, self.version)
 
 
 class Page(Contract, Generic[Item]):

@@ -60,7 +60,8 @@ from esper.services.urza.wire import (
 )
 
 MAX_ANSWER_BYTES = 64 * 2**20
-_NO_VERSION = '"999999999"'
+_NO_TAG = '""'
+"""An entity tag that nothing has."""
 OWN_LEASE_SECONDS = 3600.0
 """How long a kernel that was claimed without a lease of the caller's stays claimed."""
 
@@ -258,9 +259,7 @@ class HttpUrza(HttpKernelSource):
         """
         probe = TrainingSession(name="probe", uid=_uid(uid), epochs=1, num_layers=0, num_slots=1)
         try:
-            await self._sent(
-                "PUT", f"{_SESSIONS}/{uid}", body=probe, headers={"If-Match": _NO_VERSION}
-            )
+            await self._sent("PUT", f"{_SESSIONS}/{uid}", body=probe, headers={"If-Match": _NO_TAG})
         except EsperError as error:
             if isinstance(error, Unauthorized) or not error.permanent:
                 raise

@@ -13,10 +13,11 @@ from esper.services.urza import models
 from esper.services.urza.store_rows import (
     Collided,
     HubRows,
+    Match,
     blueprint_row,
     bring_back,
     change,
-    check_version,
+    check_match,
     in_states,
     insert_unless_there,
     kept,
@@ -124,18 +125,18 @@ class HubBlueprints(HubRows):
         *,
         name: str | None = None,
         description: str | None = None,
-        version: int | None = None,
+        match: Match = None,
     ) -> Stored[Blueprint]:
         """Give a blueprint another name or description; its content never changes.
 
         Raises:
             BlueprintNotFound: there is none.
-            Conflict: it is not at `version` any more.
+            Conflict: it is not in a state of `match` any more.
             pydantic.ValidationError: a name or a description that no blueprint can have.
         """
         async with self._database.transaction(writing=True) as session:
             row = await blueprint_row(session, digest, lock=True)
-            check_version(f"blueprint {digest}", row, version)
+            check_match(f"blueprint {digest}", row, match)
             given = {"name": name, "description": description}
             changed = {key: value for key, value in given.items() if value is not None}
             was = row.document["name"]
@@ -153,29 +154,28 @@ class HubBlueprints(HubRows):
             return row.as_stored()
 
     @retried
-    async def archive_blueprint(
-        self, digest: str, *, version: int | None = None
-    ) -> Stored[Blueprint]:
+    async def archive_blueprint(self, digest: str, *, match: Match = None) -> Stored[Blueprint]:
         """Take a blueprint out of lists and of work; whoever puts it again brings it back.
 
         Raises:
             BlueprintNotFound: there is none.
-            Conflict: it is not at `version` any more.
+            Conflict: it is not in a state of `match` any more.
         """
         async with self._database.transaction(writing=True) as session:
             row = await blueprint_row(session, digest, lock=True)
-            check_version(f"blueprint {digest}", row, version)
+            check_match(f"blueprint {digest}", row, match)
             if row.archived_at is None:
                 row.archived_at = self._clock()
                 change(row, row.archived_at)
             return row.as_stored()
 
     @retried
-    async def delete_blueprint(self, digest: str, *, version: int | None = None) -> bool:
+    async def delete_blueprint(self, digest: str, *, match: Match = None) -> bool:
         """Remove a blueprint, its kernels and their artifacts; whether there was one.
 
         Raises:
-            Conflict: it is not at `version` any more, or a live session uses it or a kernel of it.
+            Conflict: it is not in a state of `match` any more, or a live session uses it or a
+                kernel of it.
         """
         kernel = models.CompiledKernel
         async with self._database.transaction(writing=True) as session:
@@ -183,7 +183,7 @@ class HubBlueprints(HubRows):
                 blueprint = await blueprint_row(session, digest, lock=True)
             except BlueprintNotFound:
                 return False
-            check_version(f"blueprint {digest}", blueprint, version)
+            check_match(f"blueprint {digest}", blueprint, match)
             # A session that begins to use a kernel of it at this moment is waited for.
             await session.execute(
                 select(kernel.id)

@@ -27,11 +27,12 @@ from esper.services.urza import models
 from esper.services.urza.store_rows import (
     Collided,
     HubRows,
+    Match,
     artifact_key,
     blueprint_row,
     bring_back,
     change,
-    check_version,
+    check_match,
     in_states,
     insert_unless_there,
     kept,
@@ -154,31 +155,29 @@ class HubKernels(HubRows):
         return Page[Stored[CompiledKernel]](items=items, next_cursor=after)
 
     @retried
-    async def archive_kernel(
-        self, kernel: str, *, version: int | None = None
-    ) -> Stored[CompiledKernel]:
+    async def archive_kernel(self, kernel: str, *, match: Match = None) -> Stored[CompiledKernel]:
         """Take a kernel out of lists and of work; its artifact can still be read.
 
         Whoever requests it again brings it back.
 
         Raises:
             KernelNotFound: there is none.
-            Conflict: it is not at `version` any more.
+            Conflict: it is not in a state of `match` any more.
         """
         async with self._database.transaction(writing=True) as session:
             row = await kernel_row(session, kernel, lock=True)
-            check_version(f"kernel {kernel}", row, version)
+            check_match(f"kernel {kernel}", row, match)
             if row.archived_at is None:
                 row.archived_at = self._clock()
                 change(row, row.archived_at)
             return row.as_stored()
 
     @retried
-    async def delete_kernel(self, kernel: str, *, version: int | None = None) -> bool:
+    async def delete_kernel(self, kernel: str, *, match: Match = None) -> bool:
         """Remove a kernel and its artifact; whether there was one.
 
         Raises:
-            Conflict: it is not at `version` any more, or a live session uses it.
+            Conflict: it is not in a state of `match` any more, or a live session uses it.
         """
         user, uses = models.TrainingSession, models.SessionKernel
         async with self._database.transaction(writing=True) as session:
@@ -186,7 +185,7 @@ class HubKernels(HubRows):
                 row = await kernel_row(session, kernel, lock=True)
             except KernelNotFound:
                 return False
-            check_version(f"kernel {kernel}", row, version)
+            check_match(f"kernel {kernel}", row, match)
             name = await session.scalar(
                 select(user.name)
                 .join(uses, uses.session_id == user.id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import random
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from datetime import UTC, datetime
 from functools import cache, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
@@ -39,7 +39,7 @@ from esper.errors import (
     KernelNotFound,
     NotFound,
 )
-from esper.services.contracts import MAX_PAGE_ITEMS
+from esper.services.contracts import MAX_PAGE_ITEMS, entity_tag
 from esper.services.urza import models
 from esper.services.urza.database import Database
 from esper.services.urza.database_errors import sqlstate
@@ -48,6 +48,8 @@ from esper.utils.object_store import ObjectStore
 MAX_ERROR_CHARACTERS = 2000
 
 Clock = Callable[[], datetime]
+Match = Collection[str] | None
+"""The entity tags of the states that a change is meant for; None: any."""
 AnyRow = TypeVar("AnyRow", bound=models.Row)
 Hub = TypeVar("Hub")
 Outcome = TypeVar("Outcome")
@@ -260,16 +262,18 @@ def of_session(uid: str, uses: InstrumentedAttribute[UUID]) -> Select[UUID]:
     return select(uses).join(user, user.id == uses.class_.session_id).where(user.uid == uid)
 
 
-def check_version(what: str, row: models.Row, version: int | None) -> None:
-    """Refuse a change of another version than the one that was read; None is any.
+def check_match(what: str, row: models.Row, match: Match) -> None:
+    """Refuse a change of another state than one that was read.
 
     Raises:
         Conflict: it was changed meanwhile.
     """
-    if version is not None and version != row.version:
+    now = entity_tag(row.id, row.version)
+    if match is not None and now not in match:
         raise Conflict(
             ConflictReason.STALE_VERSION,
-            f"{what}: got version {version}; allowed: {row.version}, it was changed meanwhile",
+            f"{what}: got entity tag {', '.join(sorted(match)) or 'none'}; allowed: {now}, "
+            "it was changed meanwhile",
         )
 
 

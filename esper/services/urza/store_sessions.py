@@ -23,8 +23,9 @@ from esper.services.contracts import (
 from esper.services.urza import models
 from esper.services.urza.store_rows import (
     HubRows,
+    Match,
     change,
-    check_version,
+    check_match,
     insert_unless_there,
     mark_used,
     page_of,
@@ -67,7 +68,7 @@ class HubSessions(HubRows):
             return stored.as_stored(), made
 
     async def update_session(
-        self, session: TrainingSession, *, version: int | None = None
+        self, session: TrainingSession, *, match: Match = None
     ) -> TrainingSession:
         """Replace what is stored of a registered session; returns what is stored now.
 
@@ -77,12 +78,12 @@ class HubSessions(HubRows):
         Raises:
             NotFound: no session of that uid is registered.
             BadInput: it is registered under another id, name or namespace.
-            Conflict: it is not at `version` any more, or its credentials were revoked.
+            Conflict: it is not in a state of `match` any more, or its credentials were revoked.
         """
-        return (await self.replace_session(session, version=version)).item
+        return (await self.replace_session(session, match=match)).item
 
     async def replace_session(
-        self, session: TrainingSession, *, version: int | None = None
+        self, session: TrainingSession, *, match: Match = None
     ) -> Stored[TrainingSession]:
         """As `update_session`, with its version."""
         async with self._database.transaction(writing=True) as transaction:
@@ -91,7 +92,7 @@ class HubSessions(HubRows):
                 came, stored = getattr(session, field), getattr(row, field)
                 if came != stored:
                     raise BadInput(f"session.{field}", str(came), str(stored))
-            check_version(f"session {session.name}", row, version)
+            check_match(f"session {session.name}", row, match)
             await _refuse_revoked(transaction, session.uid)
             change(row, self._clock())
             row.outcome = session.outcome
@@ -145,35 +146,33 @@ class HubSessions(HubRows):
             items = tuple(found.as_stored() for found in rows)
         return Page[Stored[TrainingSession]](items=items, next_cursor=after)
 
-    async def archive_session(
-        self, uid: str, *, version: int | None = None
-    ) -> Stored[TrainingSession]:
+    async def archive_session(self, uid: str, *, match: Match = None) -> Stored[TrainingSession]:
         """Take an ended session out of lists.
 
         Raises:
             NotFound: there is none.
-            Conflict: it is not at `version` any more, or it is live.
+            Conflict: it is not in a state of `match` any more, or it is live.
         """
         async with self._database.transaction(writing=True) as session:
             row = await session_row(session, uid, lock=True)
-            _check_ended(row, version)
+            _check_ended(row, match)
             if row.archived_at is None:
                 row.archived_at = self._clock()
                 change(row, row.archived_at)
             return row.as_stored()
 
-    async def delete_session(self, uid: str, *, version: int | None = None) -> bool:
+    async def delete_session(self, uid: str, *, match: Match = None) -> bool:
         """Remove an ended session; whether there was one.
 
         Raises:
-            Conflict: it is not at `version` any more, or it is live.
+            Conflict: it is not in a state of `match` any more, or it is live.
         """
         async with self._database.transaction(writing=True) as session:
             try:
                 row = await session_row(session, uid, lock=True)
             except NotFound:
                 return False
-            _check_ended(row, version)
+            _check_ended(row, match)
             await session.delete(row)
         return True
 
@@ -337,7 +336,7 @@ def _kernels(session: TrainingSession) -> list[str]:
     return sorted({seed.kernel for seed in session.seeds if seed.kernel is not None})
 
 
-def _check_ended(row: models.TrainingSession, version: int | None) -> None:
-    check_version(f"session {row.name}", row, version)
+def _check_ended(row: models.TrainingSession, match: Match) -> None:
+    check_match(f"session {row.name}", row, match)
     if row.ended_at is None:
         raise Conflict(ConflictReason.IN_USE, f"session {row.name}: it is live; end it first")

@@ -11,7 +11,7 @@ from esper.contracts.blueprints import BlueprintDocument
 from esper.contracts.kernels import Digest
 from esper.errors import BlueprintNotFound
 from esper.services.contracts import BlueprintFilter, Page, SimpleBlueprintContract, Stored
-from esper.services.urza.api.conditions import IfMatch, tagged, unless_known, version_of
+from esper.services.urza.api.conditions import IfMatch, match_of, tagged, unless_known
 from esper.services.urza.api.lists import BlueprintQuery, filter_of, page
 from esper.services.urza.api.reach import reaches
 from esper.services.urza.api.routes import (
@@ -98,7 +98,7 @@ async def update_blueprint(
         digest,
         name=change.name,
         description=change.description,
-        version=version_of(if_match),
+        match=match_of(if_match),
     )
     return tagged(stored)
 
@@ -112,7 +112,7 @@ async def archive_blueprint(
 ) -> Response:
     """Take a blueprint out of lists and of work; whoever puts it again brings it back."""
     hub = urza_of(request).hub
-    stored: Stored[Blueprint] = await hub.archive_blueprint(digest, version=version_of(if_match))
+    stored: Stored[Blueprint] = await hub.archive_blueprint(digest, match=match_of(if_match))
     return tagged(stored)
 
 
@@ -125,6 +125,6 @@ async def delete_blueprint(
     request: Request, digest: BlueprintDigest, if_match: IfMatch = None
 ) -> Response:
     """Delete a blueprint, its kernels and their artifacts; not while a live session uses them."""
-    if not await urza_of(request).hub.delete_blueprint(digest, version=version_of(if_match)):
+    if not await urza_of(request).hub.delete_blueprint(digest, match=match_of(if_match)):
         raise BlueprintNotFound("blueprint digest", digest, "a blueprint that the hub has")
     return Response(status_code=204)

@@ -20,10 +20,10 @@ from esper.services.contracts import (
 from esper.services.urza.api.blueprints import UsedBy
 from esper.services.urza.api.conditions import (
     IfMatch,
+    match_of,
     not_modified,
     tagged,
     unless_known,
-    version_of,
 )
 from esper.services.urza.api.lists import KernelQuery, filter_of, page
 from esper.services.urza.api.reach import reaches
@@ -154,7 +154,7 @@ async def archive_kernel(
 ) -> Response:
     """Take a kernel out of lists and of work; whoever requests it again brings it back."""
     hub = urza_of(request).hub
-    return tagged(await hub.archive_kernel(kernel, version=version_of(if_match)))
+    return tagged(await hub.archive_kernel(kernel, match=match_of(if_match)))
 
 
 @kernels.delete(
@@ -164,7 +164,7 @@ async def archive_kernel(
 )
 async def delete_kernel(request: Request, kernel: KernelPath, if_match: IfMatch = None) -> Response:
     """Delete a kernel and its artifact; not while a live session uses it."""
-    if not await urza_of(request).hub.delete_kernel(kernel, version=version_of(if_match)):
+    if not await urza_of(request).hub.delete_kernel(kernel, match=match_of(if_match)):
         raise KernelNotFound("kernel", kernel, "a kernel that the hub has")
     return Response(status_code=204)
 

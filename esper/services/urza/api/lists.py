@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeVar
 from fastapi import Response
 from pydantic import Field
 
+from esper.contracts.assets import Asset
 from esper.contracts.base import Contract
 from esper.services.contracts import (
     DEFAULT_PAGE_ITEMS,
@@ -58,7 +59,7 @@ class SessionQuery(Paged, SessionFilter):
 
 
 Filter = TypeVar("Filter", bound=Contract)
-Item = TypeVar("Item")
+Item = TypeVar("Item", bound=Asset)
 Shown = TypeVar("Shown", bound=Contract)
 
 

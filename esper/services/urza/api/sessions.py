@@ -12,7 +12,7 @@ from fastapi import Path, Query, Request, Response
 from esper.contracts.assets import SessionUid, TrainingSession
 from esper.errors import BadInput, NotFound
 from esper.services.contracts import Page, SessionFilter
-from esper.services.urza.api.conditions import IfMatch, tagged, unless_known, version_of
+from esper.services.urza.api.conditions import IfMatch, match_of, tagged, unless_known
 from esper.services.urza.api.lists import SessionQuery, filter_of, page
 from esper.services.urza.api.reach import reached_session
 from esper.services.urza.api.routes import (
@@ -87,7 +87,7 @@ async def update_session(
     if session.uid != uid:
         raise BadInput("session.uid", session.uid, uid)
     hub = urza_of(request).hub
-    return tagged(await hub.replace_session(session, version=version_of(if_match)))
+    return tagged(await hub.replace_session(session, match=match_of(if_match)))
 
 
 @sessions.post(
@@ -97,7 +97,7 @@ async def update_session(
 async def archive_session(request: Request, uid: Uid, if_match: IfMatch = None) -> Response:
     """Take an ended session out of lists."""
     hub = urza_of(request).hub
-    return tagged(await hub.archive_session(uid, version=version_of(if_match)))
+    return tagged(await hub.archive_session(uid, match=match_of(if_match)))
 
 
 @sessions.delete(
@@ -107,6 +107,6 @@ async def archive_session(request: Request, uid: Uid, if_match: IfMatch = None) 
 )
 async def delete_session(request: Request, uid: Uid, if_match: IfMatch = None) -> Response:
     """Delete an ended session."""
-    if not await urza_of(request).hub.delete_session(uid, version=version_of(if_match)):
+    if not await urza_of(request).hub.delete_session(uid, match=match_of(if_match)):
         raise NotFound("session uid", uid, "a session that was registered")
     return Response(status_code=204)

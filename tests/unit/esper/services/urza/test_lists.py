@@ -22,7 +22,7 @@ from esper.errors import (
     KernelNotFound,
     NotFound,
 )
-from esper.services.contracts import BlueprintFilter, KernelFilter, SessionFilter
+from esper.services.contracts import BlueprintFilter, KernelFilter, SessionFilter, entity_tag
 from esper.services.urza import models
 from esper.services.urza.store import UrzaHub, artifact_key
 from tests.unit.esper.services.urza.hubs import (
@@ -273,24 +273,32 @@ def test_a_change_of_another_version_is_refused(place):
         async with opened(place) as hub:
             kernel = await requested(hub)
             user = await hub.register_session(session())
-            stale = 7
+            stale = [entity_tag(uuid.uuid4(), 1), entity_tag(user.id, 7)]
             for call in (
-                hub.update_blueprint(DOCUMENT.digest, name="x", version=stale),
-                hub.archive_blueprint(DOCUMENT.digest, version=stale),
-                hub.delete_blueprint(DOCUMENT.digest, version=stale),
-                hub.archive_kernel(kernel, version=stale),
-                hub.delete_kernel(kernel, version=stale),
-                hub.update_session(user, version=stale),
-                hub.archive_session(user.uid, version=stale),
-                hub.delete_session(user.uid, version=stale),
+                hub.update_blueprint(DOCUMENT.digest, name="x", match=stale),
+                hub.archive_blueprint(DOCUMENT.digest, match=stale),
+                hub.delete_blueprint(DOCUMENT.digest, match=stale),
+                hub.archive_kernel(kernel, match=stale),
+                hub.delete_kernel(kernel, match=stale),
+                hub.update_session(user, match=stale),
+                hub.archive_session(user.uid, match=stale),
+                hub.delete_session(user.uid, match=stale),
             ):
                 async with refused(ConflictReason.STALE_VERSION):
                     await call
             assert (await hub.read_blueprint(DOCUMENT.digest)).version == 1
             assert (await hub.read_kernel(kernel)).version == 1
             assert (await hub.read_session(user.uid)).version == 1
-            assert await hub.delete_kernel(kernel, version=1)
-            assert (await hub.update_blueprint(DOCUMENT.digest, name="x", version=1)).version == 2
+            known = [*stale, (await hub.read_kernel(kernel)).tag]
+            assert await hub.delete_kernel(kernel, match=known)
+            now = (await hub.read_blueprint(DOCUMENT.digest)).tag
+            renamed = await hub.update_blueprint(DOCUMENT.digest, name="x", match=[now])
+            assert renamed.version == 2
+            # What is made in the place of another is no later state of that one.
+            await hub.delete_blueprint(DOCUMENT.digest)
+            again, _ = await hub.add_blueprint(DOCUMENT)
+            assert again.version == 1
+            assert again.tag != now
 
     asyncio.run(life())
 
@@ -298,10 +306,10 @@ def test_a_change_of_another_version_is_refused(place):
 def test_of_changes_made_at_once_from_one_version_one_is_made(place):
     async def life() -> None:
         async with opened(place) as here, opened(place) as there:
-            await here.put_blueprint(DOCUMENT)
+            made, _ = await here.add_blueprint(DOCUMENT)
             calls = (
                 (here, there)[number % 2].update_blueprint(
-                    DOCUMENT.digest, name=f"name-{number}", version=1
+                    DOCUMENT.digest, name=f"name-{number}", match=[made.tag]
                 )
                 for number in range(8)
             )
