@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.processes import environment
+from tests.integration.processes import ROOT, Ended, Server, until
 from tests.integration.spirals import write_session
 from tools.stack import Stack
 
 LOGS = ("metrics.jsonl", "events.jsonl", "decisions.jsonl")
-FAST = {
-    "tezzeret": {"poll_seconds": 0.2, "lease_seconds": 5},
-    "redis": {"discovery_seconds": 0.1},
-    "tolaria": {"republish_seconds": 1, "kernel_poll_seconds": 0.2},
-}
-
 
 # One worker starts the services, once for all tests.
 pytestmark = pytest.mark.xdist_group("services")
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with Stack(tmp_path_factory.mktemp("stack"), workers=1, settings=FAST) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -41,22 +25,15 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def embedded(manifest: Path) -> Path:
+def embedded(server: Server, manifest: Path) -> Path:
     """What the session leaves when every service is in its process."""
-    ended = esper("run", manifest, "--output-dir", manifest.parent / "embedded", "--quiet")
-    assert ended.returncode == 0, ended.stderr
+    ended = esper(server, "run", manifest, "--output-dir", manifest.parent / "embedded", "--quiet")
+    assert ended.status == 0, ended.err
     return manifest.parent / "embedded"
 
 
-def esper(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "esper", *map(str, arguments)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def esper(server: Server, *arguments: object) -> Ended:
+    return server.run(*arguments, folder=ROOT)
 
 
 def timeless(directory: Path) -> dict[str, list[dict[str, Any]]]:
@@ -81,15 +58,16 @@ def records(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_session_over_the_services_is_the_embedded_one_to_the_bit(
-    stack: Stack, manifest: Path, embedded: Path, tmp_path: Path
+    server: Server, stack: Stack, manifest: Path, embedded: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "tolaria.log"
     ended = esper(
+        server,
         *("run", manifest, "--output-dir", tmp_path / "run", "--quiet"),
         *("--config", stack.client_settings, "--set", "component.log_level=info"),
         *("--set", f"component.log_file={log}"),
     )
-    assert ended.returncode == 0, ended.stderr
+    assert ended.status == 0, ended.err
     assert timeless(tmp_path / "run") == timeless(embedded)
     one, two = (folder / "model.safetensors" for folder in (embedded, tmp_path / "run"))
     assert one.read_bytes() == two.read_bytes()
@@ -123,25 +101,20 @@ def follow_a_trace(
 
 
 def test_a_killed_session_goes_on_over_the_services(
-    stack: Stack, manifest: Path, embedded: Path, tmp_path: Path
+    server: Server, stack: Stack, manifest: Path, embedded: Path, tmp_path: Path
 ) -> None:
     """`esper serve tolaria`, killed and started again until it is done."""
-    command = [sys.executable, "-m", "esper", "serve", "tolaria", str(manifest)]
-    command += ["--output-dir", str(tmp_path / "run"), "--config", str(stack.client_settings)]
+    command = ("serve", "tolaria", manifest, "--output-dir", tmp_path / "run")
+    command = (*command, "--config", stack.client_settings)
+    metrics = tmp_path / "run" / "metrics.jsonl"
     for epochs in (2, 5):
-        with subprocess.Popen(
-            command, env=environment(), stderr=subprocess.PIPE, text=True
-        ) as serving:
-            metrics = tmp_path / "run" / "metrics.jsonl"
-            while serving.poll() is None:
-                if metrics.exists() and metrics.read_text().count("\n") >= epochs:
-                    os.kill(serving.pid, signal.SIGKILL)
-                    break
-    ended = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.startswith("tolaria: http://127.0.0.1:")
+        started = server.start(*command, folder=ROOT)
+        until(lambda n=epochs: metrics.exists() and metrics.read_text().count("\n") >= n)
+        started.signal(signal.SIGKILL)
+        assert started.wait().status == -signal.SIGKILL
+    ended = esper(server, *command)
+    assert ended.status == 0, ended.err
+    assert ended.err.startswith("tolaria: http://127.0.0.1:")
     assert timeless(tmp_path / "run") == timeless(embedded)
 
 
@@ -156,31 +129,38 @@ def test_a_killed_session_goes_on_over_the_services(
     ],
 )
 def test_a_setting_that_leads_nowhere_is_named_and_nothing_is_written(
-    stack: Stack, manifest: Path, tmp_path: Path, settings: dict[str, str | None], said: str
+    server: Server,
+    stack: Stack,
+    manifest: Path,
+    tmp_path: Path,
+    settings: dict[str, str | None],
+    said: str,
 ) -> None:
     sets = [part for k, v in settings.items() for part in ("--set", f"{k}={v or 'null'}")]
     ended = esper(
+        server,
         *("run", manifest, "--output-dir", tmp_path / "run"),
         *("--config", stack.client_settings, *sets),
     )
-    assert ended.returncode == 2
-    assert ended.stderr.count("\n") == 1
-    assert ended.stderr.startswith(f"esper: error: {said}: got ")
-    assert str(stack.redis.password) not in ended.stderr
+    assert ended.status == 2
+    assert ended.err.count("\n") == 1
+    assert ended.err.startswith(f"esper: error: {said}: got ")
+    assert str(stack.redis.password) not in ended.err
     assert not (tmp_path / "run").exists()
 
 
 def test_a_wrong_password_of_the_bus_is_not_shown(
-    stack: Stack, manifest: Path, tmp_path: Path
+    server: Server, stack: Stack, manifest: Path, tmp_path: Path
 ) -> None:
     url = stack.redis.url.replace(str(stack.redis.password), "not-the-password")
     ended = esper(
+        server,
         *("run", manifest, "--output-dir", tmp_path / "run"),
         *("--config", stack.client_settings, "--bus", url),
     )
-    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
-    assert ended.stderr.startswith("esper: error: redis.url")
-    assert "not-the-password" not in ended.stderr
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    assert ended.err.startswith("esper: error: redis.url")
+    assert "not-the-password" not in ended.err
 
 
 def test_a_service_whose_bus_is_away_says_so_and_waits(stack: Stack, tmp_path: Path) -> None:
@@ -201,10 +181,10 @@ def test_a_service_whose_bus_is_away_says_so_and_waits(stack: Stack, tmp_path: P
         assert service.running
 
 
-def test_a_kernel_that_nobody_asked_for_is_not_compiled(stack: Stack) -> None:
-    ended = esper("compile", "--kernel", "0" * 40, "--config", stack.client_settings)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == (
+def test_a_kernel_that_nobody_asked_for_is_not_compiled(server: Server, stack: Stack) -> None:
+    ended = esper(server, "compile", "--kernel", "0" * 40, "--config", stack.client_settings)
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err == (
         f"esper: error: kernel: got {'0' * 40}; allowed: a kernel that was requested; the "
         "hub does not know it\n"
     )

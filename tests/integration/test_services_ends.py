@@ -6,12 +6,10 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,19 +19,17 @@ from esper.configs import EsperConfig
 from esper.contracts.blueprints import KernelTarget, LayerGeometry, builtin
 from esper.services.urza.auth import Role
 from esper.services.urza.http_client import HttpUrza
-from tests.integration.processes import environment
+from tests.integration.processes import ROOT, Ended, Server, Started, until
 from tests.integration.spirals import SESSION, changed, write_session
-from tests.integration.test_services import FAST
+from tools.servers.process import free_port
 from tools.stack import DATABASE, EsperProcess, Stack, write_settings
 
 ENDING_SECONDS = 10.0
 """What an end may take whatever is away, with the program's own default limits."""
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with Stack(tmp_path_factory.mktemp("stack"), workers=1, settings=FAST) as running:
-        yield running
+# One worker starts the services, once for all tests.
+pytestmark = pytest.mark.xdist_group("services")
 
 
 @pytest.fixture(autouse=True)
@@ -43,33 +39,12 @@ def thawed(stack: Stack) -> Iterator[None]:
         part.start()
 
 
-def began(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "esper", *map(str, arguments)],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def ended(process: subprocess.Popen[str], seconds: float = 120.0) -> tuple[int, str, str]:
-    """Exit status and what was written; killed where it takes longer than that."""
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        raise
-    return process.returncode, out, err
-
-
-def until(condition: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "what was waited for did not happen"
-        assert process is None or process.poll() is None, process.communicate()
-        time.sleep(0.01)
+def ended(started: Started, seconds: float) -> Ended:
+    """How a command ended, which took no longer than that."""
+    begun = time.monotonic()
+    found = started.wait()
+    assert time.monotonic() - begun < seconds, found
+    return found
 
 
 def epochs(directory: Path) -> int:
@@ -86,42 +61,45 @@ def outcome(stack: Stack, directory: Path) -> str:
 
 
 def test_a_session_that_succeeded_is_so_although_the_hub_was_away(
-    stack: Stack, tmp_path: Path
+    server: Server, stack: Stack, tmp_path: Path
 ) -> None:
     session = changed(SESSION, spec__growth__controller__patienceSeconds=1.0)
     manifest, run = write_session(tmp_path / "session", session), tmp_path / "run"
     common = ("--config", stack.client_settings)
-    process = began("run", manifest, "--output-dir", run, "--quiet", *common)
-    until(lambda: epochs(run) >= 6, process)
+    started = server.start("run", manifest, "--output-dir", run, "--quiet", *common, folder=ROOT)
+    until(lambda: epochs(run) >= 6)
     stack.urza.freeze()
-    status, _, err = ended(process)
-    assert status == 0, err
-    assert "could not tell that it succeeded" in err
+    succeeded = started.wait()
+    assert succeeded.status == 0, succeeded.err
+    assert "could not tell that it succeeded" in succeeded.err
     assert json.loads((run / "result.json").read_text())["outcome"] == "Succeeded"
     stack.urza.start()
     assert outcome(stack, run) == "Running"
-    status, out, err = ended(began("run", "--resume", run, "--quiet", "--json", *common))
-    assert (status, err) == (0, "")
-    assert json.loads(out)["outcome"] == "Succeeded"
+    resumed = server.run("run", "--resume", run, "--quiet", "--json", *common, folder=ROOT)
+    assert (resumed.status, resumed.err) == (0, "")
+    assert json.loads(resumed.out)["outcome"] == "Succeeded"
     assert outcome(stack, run) == "Succeeded"
 
 
-def test_a_trainer_says_what_went_away_and_ends_in_time(stack: Stack, tmp_path: Path) -> None:
-    manifest, run = write_session(tmp_path / "session"), tmp_path / "run"
-    process = began(
-        *("serve", "tolaria", manifest, "--output-dir", run, "--config", stack.client_settings)
+def test_a_trainer_says_what_went_away_and_ends_in_time(
+    server: Server, stack: Stack, tmp_path: Path
+) -> None:
+    manifest, run, port = write_session(tmp_path / "session"), tmp_path / "run", free_port()
+    started = server.start(
+        *("serve", "tolaria", manifest, "--output-dir", run, "--config", stack.client_settings),
+        *("--set", f"component.health_port={port}"),
+        folder=ROOT,
     )
-    assert process.stderr is not None
-    url = process.stderr.readline().split()[1]
-    until(lambda: epochs(run) >= 2, process)
+    url = f"http://127.0.0.1:{port}"
+    until(lambda: epochs(run) >= 2)
     assert asked(url) == (200, "ready\n")
     for part in (stack.redis, stack.urza):
         part.freeze()
-    until(lambda: asked(url)[1].count("\n") == 2, process)
+    until(lambda: asked(url)[1].count("\n") == 2)
     assert [line.split(":")[0] for line in asked(url)[1].splitlines()] == ["redis.url", "hub.url"]
-    process.send_signal(signal.SIGTERM)
-    status, _, err = ended(process, ENDING_SECONDS)
-    assert status == 130, err
+    started.signal(signal.SIGTERM)
+    found = ended(started, ENDING_SECONDS)
+    assert found.status == 130, found.err
 
 
 def test_a_worker_ends_in_time_when_all_is_frozen(stack: Stack) -> None:
@@ -146,20 +124,26 @@ def asked(url: str) -> tuple[int, str]:
         return refusal.code, refusal.read().decode()
 
 
-def test_a_token_that_allows_too_little_is_refused_at_once(stack: Stack, tmp_path: Path) -> None:
+def test_a_token_that_allows_too_little_is_refused_at_once(
+    server: Server, stack: Stack, tmp_path: Path
+) -> None:
     manifest = write_session(tmp_path / "session")
     weak = dict(stack.client()) | {
         "hub": {"url": stack.urza.url, "token": stack.token(Role.READER)}
     }
     write_settings(tmp_path / "weak.yaml", weak)
     settings = ("--config", tmp_path / "weak.yaml")
-    status, _, err = ended(began("run", manifest, "--output-dir", tmp_path / "run", *settings))
-    assert (status, err.count("\n")) == (2, 1), err
-    assert err.startswith("esper: error: hub.token: got token's role: reader; allowed: session, ")
+    refused = server.run("run", manifest, "--output-dir", tmp_path / "run", *settings, folder=ROOT)
+    assert (refused.status, refused.err.count("\n")) == (2, 1), refused.err
+    assert refused.err.startswith(
+        "esper: error: hub.token: got token's role: reader; allowed: session, "
+    )
     assert not (tmp_path / "run").exists()
-    status, _, err = ended(began("serve", "tezzeret", *settings))
-    assert status == 2, err
-    assert err.splitlines()[-1].startswith("esper: error: hub.token: got token's role: reader")
+    ending = server.run("serve", "tezzeret", *settings, folder=ROOT)
+    assert ending.status == 2, ending.err
+    assert ending.err.splitlines()[-1].startswith(
+        "esper: error: hub.token: got token's role: reader"
+    )
 
 
 def test_a_worker_is_not_ready_before_it_has_asked(stack: Stack, tmp_path: Path) -> None:
@@ -197,18 +181,21 @@ def state(stack: Stack, kernel: str) -> str:
     return stack.postgres.execute(query, DATABASE).strip()
 
 
-def test_one_kernel_is_compiled_by_its_id_and_given_back_at_a_signal(stack: Stack) -> None:
+def test_one_kernel_is_compiled_by_its_id_and_given_back_at_a_signal(
+    server: Server, stack: Stack
+) -> None:
     stack.workers[0].stop()
     asked_for = kernel(stack, 41)
     command = ("compile", "--kernel", asked_for, "--json", "--config", stack.client_settings)
-    process = began(*command)
-    until(lambda: state(stack, asked_for) == "compiling", process)
-    process.send_signal(signal.SIGTERM)
-    status, _, err = ended(process, ENDING_SECONDS)
-    assert (status, err) == (130, "esper: interrupted; what was begun is given back\n")
+    started = server.start(*command, folder=ROOT)
+    until(lambda: state(stack, asked_for) == "compiling")
+    started.signal(signal.SIGTERM)
+    stopped = ended(started, ENDING_SECONDS)
+    assert stopped.status == 130
+    assert stopped.err == "esper: interrupted; what was begun is given back\n"
     assert state(stack, asked_for) == "proposed"
-    status, out, err = ended(began(*command))
-    assert (status, err) == (0, "")
-    shown = json.loads(out.splitlines()[-1])
+    compiled = server.run(*command, folder=ROOT)
+    assert (compiled.status, compiled.err) == (0, "")
+    shown = json.loads(compiled.out.splitlines()[-1])
     assert (shown["kernel"], shown["state"]) == (asked_for, "characterized")
     assert state(stack, asked_for) == "characterized"
