@@ -187,6 +187,8 @@ class RedisUsers:
             # Of a command, a message of Redis quotes names at most; rules hold no password.
             raise BusUnavailable(f"Redis at {self._url} refuses: {one_line(str(error))}") from error
         except (RedisError, OSError) as error:
+            # The connections that wait for use ended with this one; each would fail once more.
+            await self._redis.connection_pool.disconnect(inuse_connections=False)
             reason = one_line(f"{type(error).__name__}: {error}")
             raise BusUnavailable(
                 f"Redis at {self._url} does not answer: {reason}; see redis.url"

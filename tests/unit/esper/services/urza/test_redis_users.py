@@ -225,6 +225,22 @@ def test_what_can_not_be_read_or_was_left_behind_is_dealt_with(place, any_redis,
     asyncio.run(life())
 
 
+def test_a_redis_that_is_back_answers_although_all_connections_had_ended(private_redis):
+    async def life() -> None:
+        users = RedisUsers(private_redis.url)
+        try:
+            first = set(await asyncio.gather(*(users.run() for _ in range(4))))
+            private_redis.kill()
+            private_redis.start()
+            with pytest.raises(BusUnavailable):
+                await users.run()
+            assert await users.run() not in first
+        finally:
+            await users.close()
+
+    asyncio.run(life())
+
+
 BAD = [("wrong-password", ConfigError), (None, BusUnavailable)]
 
 
