@@ -175,9 +175,7 @@ class UrzaConfig(Section):
         512 * 2**20, "bytes of one artifact", least=2**10, most=2**31 - 1
     )
     lease_seconds: Real = _seconds(60.0, "that a claim lasts unheard", least=1, most=86_400)
-    credential_days: Whole = _whole(
-        90, "days that a session's credentials last", least=1, most=3650
-    )
+    credential_days: Whole = _whole(90, "days that a session's credentials last", least=1, most=366)
     upkeep_seconds: Real = _seconds(5.0, "between looks at Redis and revocations", most=3600)
     shutdown_seconds: Whole = _whole(10, "seconds for requests to end", least=1, most=600)
 

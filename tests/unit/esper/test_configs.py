@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from esper.cli.main import main
+from esper.config_sections import UrzaConfig
 from esper.configs import MAXIMUM_FILE_BYTES, NAMES, EsperConfig, parse_assignments, parse_levels
 from esper.errors import ConfigError, OutputError
+from esper.services.urza.store_sessions import MAX_CREDENTIAL_SECONDS
 
 DEFAULTS = {
     "database.url": "sqlite+aiosqlite:///{run}/hub/urza.sqlite",
@@ -392,3 +394,10 @@ def test_a_refused_url_is_named_without_its_password():
     with pytest.raises(ConfigError, match=r"database\.url") as caught:
         load({"database.url": "mysql://user:hush@host/db"})
     assert "hush" not in str(caught.value)
+
+
+def test_credentials_last_no_longer_than_the_hub_gives_any() -> None:
+    days = MAX_CREDENTIAL_SECONDS / 86_400
+    assert UrzaConfig(credential_days=int(days)).credential_days == days
+    with pytest.raises(ValueError, match="credential_days"):
+        UrzaConfig(credential_days=int(days) + 1)
