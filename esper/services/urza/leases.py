@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import ColumnElement, and_, or_, select, true, update
+from sqlalchemy import ColumnElement, and_, case, or_, select, true, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
@@ -164,7 +164,9 @@ class Leases(Generic[AnyLeasable]):
         if blamed:
             await self._set(session, held, now, lease_expires_at=now - timedelta(microseconds=1))
             await self._give_up(session, now)
-        attempts = row.attempts if blamed else row.attempts - 1
+        # A claim in the hub's own process has counted none that could be taken back.
+        fewer = case((row.attempts > 0, row.attempts - 1), else_=0)
+        attempts = row.attempts if blamed else fewer
         await self._set(
             session, held, now, **NO_LEASE, state=BlueprintState.PROPOSED, attempts=attempts
         )

@@ -91,7 +91,7 @@ class Leased(Row):
 
     Without `lease_expires_at` the claim ends only when it is given up: that of the worker in the
     hub's own process. `lease_token` outlasts the work: it says whose result was accepted.
-    `attempts` are the leases so far that did not end by themselves.
+    `attempts` are the leases so far, but for those given back for no fault of the work.
     """
 
     __abstract__ = True

@@ -14,6 +14,7 @@ from esper.services.urza.store_rows import (
     Collided,
     HubRows,
     Match,
+    archive,
     blueprint_row,
     bring_back,
     change,
@@ -164,9 +165,7 @@ class HubBlueprints(HubRows):
         async with self._database.transaction(writing=True) as session:
             row = await blueprint_row(session, digest, lock=True)
             check_match(f"blueprint {digest}", row, match)
-            if row.archived_at is None:
-                row.archived_at = self._clock()
-                change(row, row.archived_at)
+            archive(row, self._clock())
             return row.as_stored()
 
     @retried

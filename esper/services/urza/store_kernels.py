@@ -28,10 +28,10 @@ from esper.services.urza.store_rows import (
     Collided,
     HubRows,
     Match,
+    archive,
     artifact_key,
     blueprint_row,
     bring_back,
-    change,
     check_match,
     in_states,
     insert_unless_there,
@@ -167,9 +167,7 @@ class HubKernels(HubRows):
         async with self._database.transaction(writing=True) as session:
             row = await kernel_row(session, kernel, lock=True)
             check_match(f"kernel {kernel}", row, match)
-            if row.archived_at is None:
-                row.archived_at = self._clock()
-                change(row, row.archived_at)
+            archive(row, self._clock())
             return row.as_stored()
 
     @retried

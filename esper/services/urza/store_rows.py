@@ -233,6 +233,13 @@ async def _insert_uses(
     )
 
 
+def archive(row: models.Row, now: datetime) -> None:
+    """Put a row that this transaction has locked into the archive, if it is not there."""
+    if row.archived_at is None:
+        row.archived_at = now
+        change(row, now)
+
+
 async def bring_back(session: AsyncSession, row: type[models.Row], key: UUID) -> None:
     """Take a row out of the archive, if it is there."""
     await session.execute(

@@ -24,6 +24,7 @@ from esper.services.urza import models
 from esper.services.urza.store_rows import (
     HubRows,
     Match,
+    archive,
     change,
     check_match,
     insert_unless_there,
@@ -156,9 +157,7 @@ class HubSessions(HubRows):
         async with self._database.transaction(writing=True) as session:
             row = await session_row(session, uid, lock=True)
             _check_ended(row, match)
-            if row.archived_at is None:
-                row.archived_at = self._clock()
-                change(row, row.archived_at)
+            archive(row, self._clock())
             return row.as_stored()
 
     async def delete_session(self, uid: str, *, match: Match = None) -> bool:

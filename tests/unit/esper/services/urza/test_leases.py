@@ -486,6 +486,21 @@ def test_what_is_given_back_counts_only_where_the_work_itself_is_to_blame(place)
     asyncio.run(life())
 
 
+def test_what_the_hubs_own_process_gives_back_takes_no_attempt_back(place):
+    async def life() -> None:
+        async with opened(place) as hub:
+            kernel = await requested(hub)
+            for _ in range(3):
+                assert await hub.claim_kernel(kernel, "inside")
+                await hub.release_kernel(kernel, "inside")
+            for _ in range(MAX_ATTEMPTS):
+                claim = await leased(hub)
+                await hub.release_kernel(kernel, "one", token=claim.lease, blamed=True)
+            assert (await hub.kernel(kernel)).state is BlueprintState.FAILED
+
+    asyncio.run(life())
+
+
 async def leased(hub, worker="one"):
     claim = await hub.claim_next_kernel(worker, 60)
     assert claim is not None
