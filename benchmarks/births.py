@@ -30,8 +30,9 @@ from esper.execution.state_layout import SeedLifecycleState
 from esper.services.tolaria.births import give_birth
 from esper.services.tolaria.config import TolariaConfig
 from esper.services.tolaria.data import gathered
-from esper.services.tolaria.engine import Engine, stable_seed
+from esper.services.tolaria.engine import Engine
 from esper.services.tolaria.entrypoints import build_datasets, build_model, build_objective
+from esper.services.tolaria.randomness import stable_seed
 from esper.services.tolaria.seeds import SeedBook, SeedRecord
 
 CASE = "mnist1d-mlp"

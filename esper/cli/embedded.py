@@ -31,6 +31,7 @@ from esper.contracts.manifests import Manifest, load_manifest, parse_manifest
 from esper.core.export import export_grown
 from esper.errors import BadInput, ConfigError, EsperError, Interrupted, StorageFull, one_line
 from esper.services.health import ServiceHealth
+from esper.services.tolaria.distribution import Alone
 from esper.services.tolaria.engine import layer_kind
 from esper.services.tolaria.health import HealthObserver
 from esper.services.tolaria.main import TolariaService
@@ -214,7 +215,8 @@ async def _session(
                 metric=prepared.objective.metric_name,
             )
             observers.append(ViewObserver(stack.enter_context(view)))
-        attention = Attention(observers=observers, stopping=tolaria.stopping, positions=log.lengths)
+        ranks = Alone(tolaria.stopping)
+        attention = Attention(observers=observers, ranks=ranks, positions=log.lengths)
         trainer_of = wired_trainer if _wired(config) else embedded_trainer
         async with trainer_of(prepared, config, progress=progress, attention=attention) as trainer:
             status.write()

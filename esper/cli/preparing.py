@@ -155,12 +155,6 @@ def uid_of(manifest: Manifest) -> str:
 def _refuse_unserved(manifest: Manifest) -> None:
     """Refuse what this version can't do, rather than train something else than was asked for."""
     training = manifest.session.spec.training
-    if training.logical_shards is not None:
-        raise ManifestError(
-            "spec.training.logicalShards",
-            training.logical_shards,
-            "nothing; this version computes a batch in one piece",
-        )
     if training.checkpoint.resume_from is not None:
         raise ManifestError(
             "spec.training.checkpoint.resumeFrom",

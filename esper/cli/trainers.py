@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -27,9 +27,12 @@ from esper.services.oona_client import InProcessOona, Oona
 from esper.services.tamiyo.main import TamiyoService
 from esper.services.tezzeret.main import TezzeretService
 from esper.services.tolaria.boundary import BusController, HubKernels
+from esper.services.tolaria.distribution import Alone, Ranks
+from esper.services.tolaria.growth import KernelSupply
 from esper.services.tolaria.patience import HUB, IN_PROCESS, Patience
+from esper.services.tolaria.sharing import SharedController, SharedKernels
 from esper.services.tolaria.snapshots import Snapshot
-from esper.services.tolaria.trainer import Observer, TolariaTrainer
+from esper.services.tolaria.trainer import Controller, Observer, TolariaTrainer
 from esper.services.urza.client import UrzaClient, in_process_urza
 
 FAREWELL_SECONDS = 4.0
@@ -57,10 +60,13 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Who watches a trainer, who may stop it, and how long the run's files are."""
+    """Who watches a trainer, the ranks it is one of, and how long the run's files are.
+
+    The ranks know whether one of them was asked to stop. Those but the first have no observers.
+    """
 
     observers: Sequence[Observer] = ()
-    stopping: Callable[[], bool] = lambda: False
+    ranks: Ranks = field(default_factory=Alone)
     positions: Callable[[], Mapping[str, int]] = dict
 
 
@@ -110,7 +116,7 @@ async def wired_trainer(
         seconds=prepared.config.growth.controller.patience_seconds,
         ask_again_seconds=config.tolaria.republish_seconds,
         look_seconds=config.tolaria.kernel_poll_seconds,
-        stopping=attention.stopping,
+        stopping=attention.ranks.stopping,
     )
     closing = Closing()
     async with (
@@ -132,8 +138,11 @@ async def _trainer(
     attention: Attention,
     closing: Closing,
 ) -> AsyncIterator[TolariaTrainer]:
-    """A trainer between `bus` and `hub`, which knows the session and its blueprints."""
-    scope, wait = prepared.uid, patience.begin()
+    """A trainer between `bus` and `hub`, which knows the session and its blueprints.
+
+    Of several ranks it is the first's, and the only one that has bus and hub.
+    """
+    scope, wait, ranks = prepared.uid, patience.begin(), attention.ranks
     cache = KernelCache(hub, max_bytes=config.component.kernel_cache_bytes)
     controller = await BusController.over(bus, scope=scope, patience=patience)
     kernels = await HubKernels.over(
@@ -146,32 +155,30 @@ async def _trainer(
         patience=patience,
     )
     last_words: list[Awaitable[None]] = []
-    try:
-        session = await wait.outlast(partial(hub.register_session, prepared.asset()), by=HUB)
+    session = prepared.asset()
+
+    async def registered() -> None:
+        nonlocal session
+        session = await wait.outlast(partial(hub.register_session, session), by=HUB)
         if session.outcome is not SessionOutcome.RUNNING:
             # An earlier part of it ended; live again, what it uses is kept.
             alive = session.changed(outcome=SessionOutcome.RUNNING)
             session = await wait.outlast(partial(hub.update_session, alive))
         for document in prepared.documents:
             await wait.outlast(partial(hub.put_blueprint, document, session=scope))
-        trainer = TolariaTrainer(
-            prepared.config,
-            prepared.model,
-            prepared.datasets,
-            prepared.objective,
-            prepared.documents,
-            controller=controller,
-            kernels=kernels,
-            observers=attention.observers,
-            recorded=progress.recorded,
-            stopping=attention.stopping,
-            positions=attention.positions,
-            scope=scope,
-        )
-        if progress.snapshot is not None:
-            structure = progress.snapshot.structure
-            prepared.model.morphology.restore(structure, partial(_rebuilt, prepared.model))
-            trainer.restore(progress.snapshot, progress.told)
+
+    try:
+        await ranks.awaited(registered)
+        if ranks.size == 1:
+            trainer = _made(prepared, controller, kernels, progress, attention)
+        else:
+            trainer = _made(
+                prepared,
+                SharedController(ranks, controller),
+                _shared(prepared, config, ranks, kernels),
+                progress,
+                attention,
+            )
         try:
             yield trainer
         except Exception as error:
@@ -184,6 +191,61 @@ async def _trainer(
         await tell_success(succeeded, hub, controller, patience)
     finally:
         await closing.do(*last_words, controller.close(), kernels.close(), most=FAREWELL_SECONDS)
+
+
+@asynccontextmanager
+async def following_trainer(
+    prepared: Prepared, config: EsperConfig, *, progress: Progress, ranks: Ranks
+) -> AsyncIterator[TolariaTrainer]:
+    """The trainer of a rank that is not the first: it hears of bus and hub from that one."""
+
+    async def registered() -> None:
+        raise AssertionError("rank 0 alone talks to the hub")
+
+    await ranks.awaited(registered)
+    yield _made(
+        prepared,
+        SharedController(ranks, None),
+        _shared(prepared, config, ranks, None),
+        progress,
+        Attention(ranks=ranks),
+    )
+
+
+def _shared(
+    prepared: Prepared, config: EsperConfig, ranks: Ranks, kernels: HubKernels | None
+) -> SharedKernels:
+    max_bytes = config.component.kernel_cache_bytes
+    return SharedKernels(ranks, prepared.config.training.seed, kernels, max_bytes)
+
+
+def _made(
+    prepared: Prepared,
+    controller: Controller,
+    kernels: KernelSupply,
+    progress: Progress,
+    attention: Attention,
+) -> TolariaTrainer:
+    """A trainer that stands where `progress` says."""
+    trainer = TolariaTrainer(
+        prepared.config,
+        prepared.model,
+        prepared.datasets,
+        prepared.objective,
+        prepared.documents,
+        controller=controller,
+        kernels=kernels,
+        observers=attention.observers,
+        recorded=progress.recorded,
+        ranks=attention.ranks,
+        positions=attention.positions,
+        scope=prepared.uid,
+    )
+    if progress.snapshot is not None:
+        structure = progress.snapshot.structure
+        prepared.model.morphology.restore(structure, partial(_rebuilt, prepared.model))
+        trainer.restore(progress.snapshot, progress.told)
+    return trainer
 
 
 async def tell_success(

@@ -195,6 +195,12 @@ class KasminaLayer(nn.Module):
         self.refresh()
         return opened
 
+    def count_faults(self, slot: int, errors: int, fallbacks: int, fault: str) -> None:
+        """Set a seed's faults in a row and in all, and the last of them: what ranks agreed on."""
+        layout, index = self.site.layout, self.site.index
+        layout.write(index, slot, errors=errors, fallbacks=fallbacks, fault=fault)
+        self.refresh()
+
     @contextmanager
     def overriding(
         self, *, trialled: frozenset[int] = frozenset(), muted: frozenset[int] = frozenset()

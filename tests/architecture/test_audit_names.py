@@ -400,6 +400,7 @@ def test_tolaria(tmp_path):
     from esper.contracts.manifests import parse_manifest
     from esper.services.tolaria import entrypoints
     from esper.services.tolaria.config import TolariaConfig
+    from esper.services.tolaria.distribution import Alone
 
     manifest = parse_manifest(
         json.dumps(
@@ -449,7 +450,7 @@ def test_tolaria(tmp_path):
         (),
         controller=Tamiyo(),
         kernels=None,
-        stopping=service.stopping,
+        ranks=Alone(service.stopping),
     )
     result = asyncio.run(service.run(trainer))
     assert result.epochs == 2

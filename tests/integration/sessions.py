@@ -12,10 +12,11 @@ import torch
 import yaml
 
 from esper.cli.preparing import Prepared, prepare
-from esper.cli.trainers import Attention, embedded_trainer
+from esper.cli.trainers import Attention, Progress, embedded_trainer, following_trainer
 from esper.configs import EsperConfig
 from esper.contracts.manifests import parse_manifest
 from esper.contracts.operational import AdaptationDecision, SeedTransition
+from esper.services.tolaria.distribution import Alone, Ranks
 from esper.services.tolaria.snapshots import Snapshot
 from esper.services.tolaria.trainer import TrainingResult
 
@@ -91,13 +92,33 @@ def document(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 def trained(changes: Mapping[str, Any], folder: Path) -> tuple[TrainingResult, Watching, Prepared]:
     """Train the changed base session with every service in this process."""
-    manifest = parse_manifest(yaml.safe_dump(document(changes)), "test")
-    prepared = prepare(manifest, folder)
-    watching = Watching()
+    return trained_rank(Alone(), document(changes), folder)
+
+
+def trained_rank(
+    ranks: Ranks,
+    session: Mapping[str, Any],
+    folder: Path,
+    *,
+    source: Path | None = None,
+    watching: Watching | None = None,
+) -> tuple[TrainingResult, Watching, Prepared]:
+    """Train a session as one of `ranks`, the services in the first one's process.
+
+    `source` is the folder of the session's own modules.
+    """
+    manifest = parse_manifest(yaml.safe_dump(dict(session)), "test")
+    prepared = prepare(manifest, source or folder)
+    watching = watching or Watching()
 
     async def train() -> TrainingResult:
         config = EsperConfig().inside(folder)
-        attention = Attention(observers=[watching])
+        if ranks.rank:
+            async with following_trainer(
+                prepared, config, progress=Progress(), ranks=ranks
+            ) as trainer:
+                return await trainer.run()
+        attention = Attention(observers=[watching], ranks=ranks)
         async with embedded_trainer(prepared, config, attention=attention) as trainer:
             return await trainer.run()
 

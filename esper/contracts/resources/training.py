@@ -134,8 +134,9 @@ class TrainingSpec(ResourceModel):
     schedule: ScheduleSpec = Field(default_factory=ScheduleSpec)
     sharding: Literal["none", "data", "full"] = "none"
     """Over several processes: nothing, the data, or data, parameters and optimiser state."""
-    logical_shards: Annotated[int, Field(ge=1, le=65536)] | None = None
-    """Parts a batch is split into whatever the number of processes; absent: one a process."""
+    logical_shards: Annotated[int, Field(ge=1, le=65536)] = 1
+    """Parts that a batch is cut into, whatever the number of processes, which divides them; their
+    sums are made in one order, so that any number gives the same bits. 1: off."""
     compile: bool = False
     """Whether the blocks of the model are compiled one by one, by torch.compile."""
     checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)

@@ -11,7 +11,8 @@ from esper.contracts.ir import Graph
 from esper.core.compilation import uncompiled
 from esper.execution.births import apply_births, births, moments
 from esper.services.tolaria.data import epoch_order
-from esper.services.tolaria.engine import Engine, stable_seed
+from esper.services.tolaria.engine import Engine
+from esper.services.tolaria.randomness import stable_seed
 from esper.services.tolaria.seeds import SeedRecord
 
 BIRTH_SAMPLES = 256
@@ -21,13 +22,24 @@ def give_birth(engine: Engine, record: SeedRecord, module: nn.Module, graph: Gra
     """Give the seed's module the first weights that its bound `graph` asks data for, if it does.
 
     The samples are drawn from the session's seed, the slot and its cycle, and pass through the
-    model as in training; the work counts as a trial's.
+    model as in training; the work counts as a trial's. Of several ranks the first does it, and
+    gives the weights to the others.
 
     Raises:
         BlueprintError: the graph asks for them where they have no meaning.
     """
     if not births(graph):
         return
+    ranks = engine.ranks
+    if engine.parallel.joint:
+        _bear(engine, record, module, graph)
+    else:
+        ranks.led(lambda: _bear(engine, record, module, graph))
+    for parameter in module.parameters():
+        ranks.spread(parameter.data)
+
+
+def _bear(engine: Engine, record: SeedRecord, module: nn.Module, graph: Graph) -> None:
     training = engine.config.training
     draw = stable_seed(training.seed, "birth", record.layer, record.slot, record.cycle)
     size = len(engine.datasets.train)
@@ -36,7 +48,7 @@ def give_birth(engine: Engine, record: SeedRecord, module: nn.Module, graph: Gra
     sizes = tuple(len(batch) for batch in batches)
     key = ("birth", engine.structure_key(), record.layer, record.kernel, sizes)
     engine.model.train()
-    with uncompiled(engine.model), engine.meter.counting(*key, trial=True):
+    with uncompiled(engine.model), engine.metered_once(*key):
         found = moments(
             engine.model,
             engine.model.morphology.layers[record.layer],

@@ -15,15 +15,16 @@ from esper.contracts.assets import CompiledKernel
 from esper.contracts.blueprints import BlueprintDocument, KernelTarget, lower
 from esper.contracts.enums import BlueprintState, ComponentType, DecisionAction
 from esper.contracts.ir import source_of
+from esper.contracts.kernels import KernelMetadata
 from esper.contracts.messages import KernelReady, KernelRequested, OonaMessage, TopicNames
 from esper.contracts.operational import AdaptationDecision, SeedTransition, SystemStatePacket
 from esper.errors import BadInput, EsperError, HubUnavailable, KernelError, one_line
-from esper.execution.kernel_cache import KernelCache
+from esper.execution.kernel_cache import KernelCache, KernelSource
 from esper.services.oona_client import Oona, Subscription
-from esper.services.tolaria.engine import stable_seed
 from esper.services.tolaria.growth import BuiltSeed
 from esper.services.tolaria.news import News
 from esper.services.tolaria.patience import BUS, HUB, IN_PROCESS, Patience, PatienceEnded, Wait
+from esper.services.tolaria.randomness import stable_seed
 from esper.utils.logging import current_trace_id
 
 CONSUMER_GROUP = "tolaria"
@@ -242,6 +243,10 @@ class KernelRequests(Protocol):
         """
 
 
+class KernelHub(KernelRequests, KernelSource, Protocol):
+    """A hub that also gives out the kernels that it keeps."""
+
+
 class HubKernels:
     """Kernels from the hub: asked for, awaited, verified by the cache, cloned into a module."""
 
@@ -250,7 +255,7 @@ class HubKernels:
         session: str,
         seed: int,
         bus: Oona,
-        hub: KernelRequests,
+        hub: KernelHub,
         cache: KernelCache,
         ready: Inbox,
         *,
@@ -276,7 +281,7 @@ class HubKernels:
         session: str,
         seed: int,
         bus: Oona,
-        hub: KernelRequests,
+        hub: KernelHub,
         cache: KernelCache,
         *,
         scope: str = "",
@@ -304,6 +309,26 @@ class HubKernels:
         wait = self._patience.begin()
         return await wait.outlast(lambda: self._built(document, target, layer, slot, wait), by=HUB)
 
+    async def settled(self, document: BlueprintDocument, target: KernelTarget) -> str:
+        """The id of the kernel once it is compiled, for `sharing.Kernels`.
+
+        Raises:
+            EsperError: as `build`, but for what is wrong with its bytes.
+        """
+        wait = self._patience.begin()
+        kernel = await wait.outlast(lambda: self._settled(document, target, wait), by=HUB)
+        return kernel.kernel
+
+    async def fetched(self, kernel_id: str) -> tuple[KernelMetadata, bytes]:
+        """A compiled kernel's metadata and artifact, for `sharing.Kernels`.
+
+        Raises:
+            EsperError: as `build`.
+        """
+        wait = self._patience.begin()
+        metadata = await wait.outlast(lambda: self._hub.metadata(kernel_id), by=HUB)
+        return metadata, await wait.outlast(lambda: self._hub.artifact(kernel_id), by=HUB)
+
     async def close(self) -> None:
         """Listen no more."""
         await self._ready.close()
@@ -311,11 +336,7 @@ class HubKernels:
     async def _built(
         self, document: BlueprintDocument, target: KernelTarget, layer: str, slot: int, wait: Wait
     ) -> BuiltSeed:
-        kernel = await self._requested(document, target)
-        while kernel.state in OPEN_STATES:
-            kernel = await self._compiled(kernel, document, target, wait)
-        if kernel.state is BlueprintState.FAILED:
-            raise KernelError(f"kernel {kernel.kernel}: {kernel.error}")
+        kernel = await self._settled(document, target, wait)
         template = await self._cache.load(kernel.kernel)
         drawn = stable_seed(self._seed, layer, slot, kernel.kernel)
         graph = lower(document, target)
@@ -325,6 +346,16 @@ class HubKernels:
             graph=graph,
             source=source_of(graph),
         )
+
+    async def _settled(
+        self, document: BlueprintDocument, target: KernelTarget, wait: Wait
+    ) -> CompiledKernel:
+        kernel = await self._requested(document, target)
+        while kernel.state in OPEN_STATES:
+            kernel = await self._compiled(kernel, document, target, wait)
+        if kernel.state is BlueprintState.FAILED:
+            raise KernelError(f"kernel {kernel.kernel}: {kernel.error}")
+        return kernel
 
     async def _compiled(
         self,

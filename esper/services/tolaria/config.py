@@ -59,7 +59,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """One training run's numbers. `seed` starts every random stream."""
+    """One training run's numbers. `seed` starts every random stream.
+
+    `logical_shards` are the parts that a batch is cut into whatever the number of ranks; 1: off.
+    """
 
     epochs: int
     batch_size: int
@@ -67,6 +70,8 @@ class TrainingConfig:
     threads: int
     precision: str
     objective: str
+    sharding: str
+    logical_shards: int
     compile: bool
     max_rollbacks: int
     optimizer: OptimizerConfig
@@ -159,6 +164,8 @@ class TolariaConfig:
                 threads=training.threads,
                 precision=str(training.precision),
                 objective=str(training.objective),
+                sharding=str(training.sharding),
+                logical_shards=training.logical_shards,
                 compile=training.compile,
                 max_rollbacks=training.non_finite.max_rollbacks,
                 optimizer=_picked(OptimizerConfig, optimizer),

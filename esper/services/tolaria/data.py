@@ -83,15 +83,18 @@ def gathered(dataset: Any, indices: Tensor) -> Batch:
     return inputs, targets
 
 
-def epoch_order(size: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+def epoch_order(
+    size: int, batch_size: int, seed: int, epoch: int, *, shards: int = 1
+) -> list[Tensor]:
     """One epoch's batches as sample indices, in an order drawn from (`seed`, `epoch`).
 
-    A last batch of one sample joins the one before it: BatchNorm can't train on a single sample.
+    Each is cut into `shards`. A last batch with fewer than two samples for each joins the one
+    before it: BatchNorm can't train on a single sample.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(size, generator=generator)
     pieces = list(order.split(batch_size))
-    if len(pieces) > 1 and len(pieces[-1]) == 1:
+    if len(pieces) > 1 and len(pieces[-1]) < 2 * shards:
         pieces[-2:] = [torch.cat(pieces[-2:])]
     return pieces
 

@@ -5,9 +5,8 @@ It knows the model, its optimisers and what is learning; it decides nothing.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from esper.contracts.enums import SeedState
 from esper.contracts.operational import HealthSignal
 from esper.core.compilation import uncompiled
 from esper.core.model_wrapper import MorphableModel
-from esper.errors import Interrupted
+from esper.errors import Interrupted, WorkFailed
 from esper.execution.isolation import (
     RandomState,
     borrowed_buffers,
@@ -39,15 +38,18 @@ from esper.services.tolaria.data import (
     epoch_order,
     gathered,
     measured_subset,
-    ordered_batches,
 )
+from esper.services.tolaria.distribution import Alone, Ranks
+from esper.services.tolaria.flat import module_digest
 from esper.services.tolaria.flops import FlopMeter
+from esper.services.tolaria.learning import Learning, Site
 from esper.services.tolaria.objective import Objective
+from esper.services.tolaria.parallel import Shard, Trained, parallel_for
+from esper.services.tolaria.randomness import stable_seed
 from esper.services.tolaria.seeds import SeedBook, SeedRecord
 from esper.services.tolaria.snapshots import Snapshot
 from esper.services.tolaria.telemetry import Telemetry, health_signals
 
-Site = tuple[str, int]
 EVALUATION_BATCH = 512
 ACTIVE = (SeedState.GERMINATED, SeedState.TRAINING, SeedState.GRAFTING)
 
@@ -70,9 +72,15 @@ class Engine:
         datasets: Datasets,
         objective: Objective,
         book: SeedBook,
-        stopping: Callable[[], bool] = lambda: False,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`stopping` is asked before every batch; True raises Interrupted there."""
+        """`ranks` are the session's processes, this one alone by default.
+
+        Before a batch they agree whether to stop; Interrupted is raised there.
+
+        Raises:
+            BadInput: batches or data can't be cut into as many shards as the session asks for.
+        """
         self.config = config
         self.model = model
         self.datasets = datasets
@@ -82,36 +90,37 @@ class Engine:
         self.learning_rate_scale = 1.0
         self.telemetry = Telemetry(model, config.growth.controller.probe_interval_steps)
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self._stopping = stopping
+        self.ranks = ranks or Alone()
+        self.parallel = parallel_for(config.training, self.ranks, len(datasets.train))
         self._excluded: Site | None = None
         self._subset = measured_subset(len(datasets.validation), config.training.seed)
-        self._host_groups: list[list[str]] = [[name for name, _ in model.named_parameters()]]
-        self.host_optimizer = self._make_optimizer(self._parameters_named(self._host_groups[0]))
-        self.seed_optimizers: dict[Site, torch.optim.Optimizer] = {}
+        self.learning = Learning(config.training.optimizer, model)
         self._shadow_buffers: dict[Site, dict[str, Tensor]] = {}
 
     # -- seeds ------------------------------------------------------------------------------
 
+    @property
+    def host_optimizer(self) -> torch.optim.Optimizer:
+        """Steps the host, fossilised seeds included."""
+        return self.learning.host
+
+    @property
+    def seed_optimizers(self) -> dict[Site, torch.optim.Optimizer]:
+        """By site, what steps the seeds in training and grafting."""
+        return self.learning.seeds
+
     def start_learning(self, site: Site) -> None:
         """Give a seed its own optimiser."""
-        parameters = self.model.morphology.seed_parameters(*site)
-        if parameters:
-            self.seed_optimizers[site] = self._make_optimizer(parameters)
+        self.learning.start(site)
 
     def stop_learning(self, site: Site) -> None:
-        """Forget a seed's optimiser."""
-        self.seed_optimizers.pop(site, None)
+        """Forget a seed's optimiser and its statistics."""
+        self.learning.stop(site)
         self._shadow_buffers.pop(site, None)
 
     def adopt(self, site: Site) -> None:
-        """Move a fossilised seed's parameters and moments into the host's optimiser."""
-        optimizer = self.seed_optimizers.pop(site, None)
-        if optimizer is not None:
-            optimization.adopt(self.host_optimizer, optimizer)
-            wanted = {id(p) for p in self.model.morphology.seed_parameters(*site)}
-            self._host_groups.append(
-                [name for name, p in self.model.named_parameters() if id(p) in wanted]
-            )
+        """Make a fossilised seed's parameters the host optimiser's."""
+        self.learning.adopt(site)
 
     # -- training ---------------------------------------------------------------------------
 
@@ -136,9 +145,7 @@ class Engine:
         training = self.config.training
         rate = training.optimizer.learning_rate * self.learning_rate_scale
         rate *= optimization.learning_rate_share(training.schedule, epoch, training.epochs)
-        optimization.set_learning_rate(self.host_optimizer, rate)
-        for optimizer in self.seed_optimizers.values():
-            optimization.set_learning_rate(optimizer, rate * optimization.SEED_RATE)
+        self.learning.set_rate(rate)
         self.model.train()
         learning = self.book.learning()
         grafting = [
@@ -146,26 +153,49 @@ class Engine:
             for site in self.seed_optimizers
             if self.book.records[site].alpha > 0 and site != self._excluded
         ]
-        structure = self.structure_key()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        structure, parallel = self.structure_key(), self.parallel
+        totals: dict[int, Tensor] = {}
         every, seen = training.optimizer.accumulation_steps, 0
         dataset = self.datasets.train
-        pieces = epoch_order(len(dataset), training.batch_size, training.seed, epoch)
-        for number, indices in enumerate(pieces, start=1):
-            if self._stopping():
-                raise Interrupted("stopped between two batches")
-            inputs, targets = self._moved(gathered(dataset, indices))
-            for record in learning:
-                self._shadow_batch(record, inputs, targets, epoch, number, every)
-            with self.meter.counting("train", structure, _shape(inputs), trial=trial):
-                loss = self._loss(inputs, targets)
-                (loss / every if every > 1 else loss).backward()
-            total += loss.detach().double() * len(targets)
-            seen += len(targets)
-            if number % every == 0 or number == len(pieces):
-                self.telemetry.count_step(last=number == len(pieces))
-                self._step(grafting, [record.site for record in learning])
-        return float(total) / seen
+        pieces = epoch_order(
+            len(dataset), training.batch_size, training.seed, epoch, shards=parallel.count
+        )
+        with parallel.epoch(epoch, self._trained(learning)):
+            for number, indices in enumerate(pieces, start=1):
+                if self.ranks.agree_to_stop():
+                    raise Interrupted("stopped between two batches")
+                final = number % every == 0 or number == len(pieces)
+                for shard in parallel.shards(indices):
+                    with parallel.computing(shard, number, final=final):
+                        inputs, targets = self._moved(gathered(dataset, shard.indices))
+                        for record in learning:
+                            self._shadow_batch(record, inputs, targets, epoch, number, shard)
+                        with self.meter.counting("train", structure, _shape(inputs), trial=trial):
+                            loss = self._loss(inputs, targets, parallel.module)
+                            self._share_of(loss, shard).backward()
+                    total = loss.detach().double() * len(targets)
+                    totals[shard.number] = totals.get(shard.number, 0) + total
+                seen += len(indices)
+                parallel.finish_batch(final=final)
+                if final:
+                    self.telemetry.count_step(last=number == len(pieces))
+                    self._step(grafting, [record.site for record in learning])
+        return parallel.summed_losses(torch.stack(list(totals.values()))) / seen
+
+    def _trained(self, learning: Sequence[SeedRecord]) -> Trained:
+        return Trained(
+            model=self.model,
+            host=self.learning.host_parameters(),
+            seeds=self.learning.seed_parameters(),
+            shadows=[self._shadow_buffers.setdefault(record.site, {}) for record in learning],
+        )
+
+    def _share_of(self, value: Tensor, shard: Shard) -> Tensor:
+        """What the mean over a shard counts in the step that it is for."""
+        scale, every = self.parallel.scale(shard), self.config.training.optimizer.accumulation_steps
+        if scale != 1.0:
+            value = value * scale
+        return value / every if every > 1 else value
 
     def _step(self, grafting: Sequence[Site], learning: Sequence[Site]) -> None:
         limit = self.config.training.optimizer.max_gradient_norm
@@ -178,16 +208,23 @@ class Engine:
                 optimization.step(optimizer, own, limit)
 
     def _shadow_batch(
-        self, record: SeedRecord, inputs: Any, targets: Tensor, epoch: int, number: int, every: int
+        self,
+        record: SeedRecord,
+        inputs: Any,
+        targets: Tensor,
+        epoch: int,
+        number: int,
+        shard: Shard,
     ) -> None:
-        """Add one batch's shadow gradients to a learning seed."""
+        """Add one shard's shadow gradients to a learning seed."""
         morphology = self.model.morphology
         parameters = morphology.seed_parameters(*record.site)
         if not parameters:
             return
         key = ("shadow", self.structure_key(), record.site, record.kernel, _shape(inputs))
+        place = (number,) if self.parallel.count == 1 else (number, shard.number)
         draw = stable_seed(
-            self.config.training.seed, record.layer, record.slot, record.cycle, epoch, number
+            self.config.training.seed, record.layer, record.slot, record.cycle, epoch, *place
         )
         with (
             uncompiled(self.model),
@@ -204,59 +241,77 @@ class Engine:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
                 continue
-            share = gradient / every if every > 1 else gradient
+            share = self._share_of(gradient, shard)
             parameter.grad = share if parameter.grad is None else parameter.grad + share
 
     # -- measuring --------------------------------------------------------------------------
 
     def evaluate(self, dataset: Any, *, key: str, trial: bool = False) -> Quality:
         """Mean loss and metric of the model, in eval mode; a "validation" leaves samples."""
-        loss = metric = 0.0
-        count = 0
         structure = self.structure_key()
         # Hooks inside compiled blocks would compile them anew.
         asked = key == "validation" and self.telemetry.due and not self.config.training.compile
+        pieces = torch.arange(len(dataset)).split(EVALUATION_BATCH)
+        found: list[tuple[float, float]] = []
         with evaluating(self.model), torch.no_grad():
-            for batch in ordered_batches(dataset, EVALUATION_BATCH):
-                inputs, targets = self._moved(batch)
+            for number in self._own_turns(len(pieces)):
+                if number >= len(pieces):
+                    if self.parallel.joint:
+                        self._forward(self._moved(gathered(dataset, pieces[-1]))[0])
+                    found.append((0.0, 0.0))
+                    continue
+                inputs, targets = self._moved(gathered(dataset, pieces[number]))
                 shape = _shape(inputs)
                 with (
                     self.meter.counting(key, structure, shape, trial=trial, monitoring=not trial),
-                    self.telemetry.sampling(asked and not count),
+                    self.telemetry.sampling(asked and number == 0),
                 ):
                     outputs = self._forward(inputs)
-                loss += float(self.objective.loss(outputs.float(), targets)) * len(targets)
-                metric += self.objective.metric_sum(outputs, targets)
-                count += len(targets)
-        return Quality(loss=loss / count, metric=metric / count)
+                loss = float(self.objective.loss(wide(outputs), targets)) * len(targets)
+                found.append((loss, self.objective.metric_sum(outputs, targets)))
+        turns = self.ranks.gathered(torch.tensor(found, dtype=torch.float64))
+        loss = metric = 0.0
+        for one_loss, one_metric in turns.transpose(0, 1).flatten(0, 1).tolist():
+            loss += one_loss
+            metric += one_metric
+        return Quality(loss=loss / len(dataset), metric=metric / len(dataset))
+
+    def _own_turns(self, turns: int) -> range:
+        """The turns that this rank takes, as many on every rank: the last may be beyond the end."""
+        size = self.ranks.size
+        return range(self.ranks.rank, -(-turns // size) * size, size)
 
     def sample_nats(self, *, trying: Site | None = None) -> list[float]:
         """Per-sample loss in nats on the scored half of the fixed validation samples.
 
         `trying` adds that seed at full strength; its samples pair with those of the call without.
         """
-        structure = self.structure_key()
-        kernel = self.book.records[trying].kernel if trying else ""
         outputs, targets = [], []
+        pieces = self._subset.split(EVALUATION_BATCH)
         with self._untouched(), torch.no_grad():
-            for indices in self._subset.split(EVALUATION_BATCH):
-                inputs, target = self._moved(gathered(self.datasets.validation, indices))
-                key = ("measure", structure, trying, kernel, _shape(inputs))
-                with self.meter.counting(*key, trial=True):
-                    if trying is None:
-                        outputs.append(self._forward(inputs))
-                    else:
-                        own = dict(self._shadow_buffers.get(trying, {}))
-                        with (
-                            borrowed_buffers(self.model, own),
-                            self.model.morphology.trialling(*trying),
-                        ):
-                            outputs.append(self._forward(inputs))
-                targets.append(target)
+            for number, indices in enumerate(pieces):
+                turn = number % self.ranks.size
+                output = target = None
+                if turn == self.ranks.rank or self.parallel.joint:
+                    inputs, target = self._moved(gathered(self.datasets.validation, indices))
+                    output = self._measured_outputs(inputs, trying)
+                outputs.append(self.ranks.relayed(output, turn))
+                targets.append(self.ranks.relayed(target, turn))
             output, target = torch.cat(outputs), torch.cat(targets)
             half = len(target) // 2
             nats = self.objective.nats(output, target, slice(0, half), slice(half, None))
-        return [float(value) for value in nats.tolist()]
+        # The gates must see the same numbers everywhere, to the last bit.
+        return [float(value) for value in self.ranks.told(nats.tolist())]
+
+    def _measured_outputs(self, inputs: Any, trying: Site | None) -> Tensor:
+        kernel = self.book.records[trying].kernel if trying else ""
+        key = ("measure", self.structure_key(), trying, kernel, _shape(inputs))
+        with self.metered_once(*key):
+            if trying is None:
+                return self._forward(inputs)
+            own = dict(self._shadow_buffers.get(trying, {}))
+            with borrowed_buffers(self.model, own), self.model.morphology.trialling(*trying):
+                return self._forward(inputs)
 
     def probe(self, epoch: int) -> tuple[HealthSignal, ...]:
         """Health signals of every host layer, from a validation and the gradients before it.
@@ -264,7 +319,9 @@ class Engine:
         Where no probe is due they are the last ones again, of their epoch; see `Telemetry`.
         """
         if self.telemetry.due:
-            self._read(epoch)
+            if self.ranks.rank == 0 or self.parallel.joint:
+                self._read(epoch)
+            self.telemetry.share(self.ranks)
         return health_signals(self.config.session, self.telemetry.epoch, self.telemetry.reading)
 
     def _read(self, epoch: int) -> None:
@@ -276,24 +333,41 @@ class Engine:
                 self._untouched(),
                 torch.no_grad(),
                 self.telemetry.sampling(),
-                self.meter.counting(*key, trial=True),
+                self.metered_once(*key),
             ):
                 self._forward(inputs)
         seeds = tuple((record.site, record.kernel) for record in self.book.in_state(*ACTIVE))
-        with self.meter.counting("probe", self.structure_key(), seeds, trial=True):
+        with self.metered_once("probe", self.structure_key(), seeds):
             self.telemetry.read(epoch)
+
+    # -- ranks ------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Count what the other ranks have worked, too."""
+        self.meter.settle(self.ranks)
+
+    def prove_equal(self) -> None:
+        """Return if every rank has the same model.
+
+        Raises:
+            WorkFailed: one has another; the ranks' digests are in the log.
+        """
+        if self.ranks.size == 1 or self.parallel.joint:
+            return
+        digests = self.ranks.exchanged(module_digest(self.model)[:16])
+        if len(set(digests)) > 1:
+            raise WorkFailed(
+                f"the ranks' models: got digests {', '.join(digests)}; allowed: equal ones; "
+                "a layer or a dataset that draws or counts outside of torch, numpy and random "
+                "may be the cause"
+            )
 
     # -- snapshots --------------------------------------------------------------------------
 
     def capture(self, epoch: int, state: dict[str, Any]) -> Snapshot:
         """Everything that a continuation needs; `state` is the trainer's own part."""
         tensors = {f"model/{name}": tensor for name, tensor in self._model_tensors().items()}
-        names = self._names()
-        for name, tensor in optimization.optimizer_tensors(self.host_optimizer, names).items():
-            tensors[f"host/{name}"] = tensor
-        for optimizer in self.seed_optimizers.values():
-            for name, tensor in optimization.optimizer_tensors(optimizer, names).items():
-                tensors[f"seeds/{name}"] = tensor
+        tensors |= self.learning.tensors()
         for (layer, slot), buffers in self._shadow_buffers.items():
             for name, tensor in buffers.items():
                 tensors[f"shadow/{slot}/{layer}//{name}"] = tensor
@@ -302,9 +376,8 @@ class Engine:
             tensors={name: tensor.detach().clone() for name, tensor in tensors.items()},
             structure=self.model.morphology.structure(),
             state=state
+            | self.learning.to_state()
             | {
-                "hostGroups": self._host_groups,
-                "seedOptimizers": [list(site) for site in self.seed_optimizers],
                 "emptyBuffers": [name for name, one in _buffers(self.model).items() if one is None],
                 "learningRateScale": self.learning_rate_scale,
                 "flops": self.meter.total,
@@ -323,16 +396,7 @@ class Engine:
         """
         self._restore_model(snapshot)
         self.telemetry.restore(snapshot.state["telemetry"])
-        self._host_groups = [list(group) for group in snapshot.state["hostGroups"]]
-        self.host_optimizer = self._make_optimizer(self._parameters_named(self._host_groups[0]))
-        for group in self._host_groups[1:]:
-            self.host_optimizer.add_param_group({"params": self._parameters_named(group)})
-        names = self._names()
-        self._load(self.host_optimizer, "host/", snapshot, names)
-        self.seed_optimizers = {}
-        for layer, slot in snapshot.state["seedOptimizers"]:
-            self.start_learning((layer, slot))
-            self._load(self.seed_optimizers[layer, slot], "seeds/", snapshot, names)
+        self.learning.restore(snapshot.state, snapshot.tensors)
         self._shadow_buffers = {}
         for key, tensor in snapshot.tensors.items():
             if key.startswith("shadow/"):
@@ -342,14 +406,20 @@ class Engine:
                 self._shadow_buffers.setdefault(site, {})[name] = tensor.clone()
         self.learning_rate_scale = snapshot.state["learningRateScale"]
         if not keep_flops:
-            self.meter.total = snapshot.state["flops"]
-            self.meter.trials = snapshot.state["flopsTrials"]
-            self.meter.monitoring = snapshot.state["flopsMonitoring"]
-            self.meter.known = dict(snapshot.state["flopsKnown"])
+            state = snapshot.state
+            self.meter.restart(
+                state["flops"], state["flopsTrials"], state["flopsMonitoring"], state["flopsKnown"]
+            )
         self.model.zero_grad(set_to_none=True)
         snapshot.randomness.apply()
 
     # -- parts ------------------------------------------------------------------------------
+
+    def metered_once(self, *key: Hashable) -> AbstractContextManager[None]:
+        """Counts a trial's work; where every rank does the same, it counts on rank 0."""
+        if self.parallel.joint and self.ranks.rank:
+            return nullcontext()
+        return self.meter.counting(*key, trial=True)
 
     def structure_key(self) -> tuple[tuple[str, int, str], ...]:
         """The seeds that take part in the forward pass: what its FLOPs depend on."""
@@ -400,47 +470,22 @@ class Engine:
             else:
                 del table[key]
 
-    def _load(
-        self,
-        optimizer: torch.optim.Optimizer,
-        prefix: str,
-        snapshot: Snapshot,
-        names: dict[int, str],
-    ) -> None:
-        own = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in snapshot.tensors.items()
-            if name.startswith(prefix)
-        }
-        optimization.load_optimizer_tensors(optimizer, own, names)
-
-    def _forward(self, inputs: Any) -> Tensor:
+    def _forward(self, inputs: Any, module: nn.Module | None = None) -> Tensor:
         bfloat16 = self.config.training.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-            return forwarded(self.model, inputs)
+            return forwarded(module or self.model, inputs)
 
     def loss_of(self, indices: Tensor) -> Tensor:
         """The model's mean loss, 0-d, on the training samples at `indices` [B]."""
         return self._loss(*self._moved(gathered(self.datasets.train, indices)))
 
-    def _loss(self, inputs: Any, targets: Tensor) -> Tensor:
-        return self.objective.loss(self._forward(inputs).float(), targets)
+    def _loss(self, inputs: Any, targets: Tensor, module: nn.Module | None = None) -> Tensor:
+        return self.objective.loss(wide(self._forward(inputs, module)), targets)
 
     def _moved(self, batch: Batch) -> Batch:
         if self.device.type == "cpu":
             return batch
         return moved(batch[0], self.device), batch[1].to(self.device)
-
-    def _make_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        config = self.config.training.optimizer
-        return optimization.make_optimizer(config, parameters, config.learning_rate)
-
-    def _parameters_named(self, names: Sequence[str]) -> list[nn.Parameter]:
-        by_name = dict(self.model.named_parameters())
-        return [by_name[name] for name in names]
-
-    def _names(self) -> dict[int, str]:
-        return {id(p): name for name, p in self.model.named_parameters()}
 
     def _model_tensors(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
@@ -466,6 +511,11 @@ def forwarded(model: nn.Module, inputs: Any) -> Tensor:
     return output
 
 
+def wide(outputs: Tensor) -> Tensor:
+    """`outputs` as the loss is computed on them: in single precision at least."""
+    return outputs if outputs.dtype is torch.float64 else outputs.float()
+
+
 def moved(inputs: Any, device: torch.device) -> Any:
     """`inputs`, a tensor or a tuple, list or dict of tensors, on `device`."""
     if isinstance(inputs, dict):
@@ -478,12 +528,6 @@ def moved(inputs: Any, device: torch.device) -> Any:
 def layer_kind(layer: KasminaLayer) -> str:
     """The host's own layer type, e.g. "Linear"."""
     return layer.host_class.__name__
-
-
-def stable_seed(*parts: object) -> int:
-    """A seed in [0, 2**63) that depends on `parts` alone, the same in every process."""
-    text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def lifecycle(state: str) -> SeedLifecycleState:

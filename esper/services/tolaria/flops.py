@@ -10,13 +10,15 @@ the first time or later, so that all that is compared is computed in one way.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.execution.calls import unfused
+from esper.services.tolaria.distribution import Ranks
 
 
 class FlopMeter:
@@ -34,6 +36,7 @@ class FlopMeter:
         self.trials = 0
         self.monitoring = 0
         self.known: dict[str, int] = {}
+        self._own = [0, 0, 0]
         self._eager = eager
 
     @contextmanager
@@ -50,11 +53,27 @@ class FlopMeter:
         else:
             with unfused():
                 yield
-        self.total += known
-        if trial:
-            self.trials += known
-        if monitoring:
-            self.monitoring += known
+        self._add(known, known if trial else 0, known if monitoring else 0)
+
+    def settle(self, ranks: Ranks) -> None:
+        """Add what the other ranks have worked since this was last called."""
+        if ranks.size > 1:
+            own = torch.tensor(self._own)
+            others = ranks.summed(own.clone()) - own
+            self._add(*others.tolist())
+        self._own = [0, 0, 0]
+
+    def restart(self, total: int, trials: int, monitoring: int, known: Mapping[str, int]) -> None:
+        """Go on from what a snapshot says was spent."""
+        self.total, self.trials, self.monitoring = total, trials, monitoring
+        self.known = dict(known)
+        self._own = [0, 0, 0]
+
+    def _add(self, total: int, trials: int, monitoring: int) -> None:
+        self.total += total
+        self.trials += trials
+        self.monitoring += monitoring
+        self._own = [a + b for a, b in zip(self._own, (total, trials, monitoring), strict=True)]
 
 
 @lru_cache(maxsize=4096)

@@ -312,6 +312,19 @@ class Growth:
             record.age_epochs += epochs
         self._engine.model.morphology.layout.advance(epochs)
 
+    def agree_on_faults(self) -> None:
+        """Every rank counts the faults of the one that saw the most of them, seed by seed."""
+        ranks, active = self._engine.ranks, self.active()
+        if ranks.size == 1 or not active:
+            return
+        morphology = self._engine.model.morphology
+        own = [morphology.record(*record.site) for record in active]
+        seen = ranks.exchanged([[slot.errors, slot.fallbacks, slot.fault or ""] for slot in own])
+        for place, record in enumerate(active):
+            errors, fallbacks, fault = max((one[place] for one in seen), key=lambda one: one[:2])
+            layer = morphology.layers[record.layer]
+            layer.count_faults(record.slot, errors, fallbacks, fault)
+
     def watch(
         self, health: Mapping[str, float], finite: Mapping[tuple[str, int], bool], epoch: int
     ) -> None:

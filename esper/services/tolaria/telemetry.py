@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from esper.contracts.operational import HealthSignal
 from esper.core.model_wrapper import MorphableModel
 from esper.execution import probes
+from esper.services.tolaria.distribution import Ranks
 
 
 class Telemetry:
@@ -61,6 +63,17 @@ class Telemetry:
         samples, self._samples = self._samples or probes.Samples(), None
         self.reading = probes.read(self._model.morphology.layers, samples, self._gradients)
         self._steps = 0
+
+    def share(self, ranks: Ranks) -> None:
+        """Give every rank the reading of rank 0, which alone has read."""
+        if ranks.size == 1:
+            return
+        seeds = [[*site, finite] for site, finite in self.reading.seeds.items()]
+        told = ranks.told(self.to_state() | {"seeds": seeds})
+        if ranks.rank:
+            self.restore(told)
+            found = {(layer, slot): finite for layer, slot, finite in told["seeds"]}
+            self.reading = replace(self.reading, seeds=found)
 
     def to_state(self) -> dict[str, Any]:
         """JSON-ready, for a checkpoint; samples are not kept beyond their boundary."""

@@ -31,6 +31,7 @@ from esper.core.model_wrapper import MorphableModel
 from esper.errors import Interrupted, LossNotFinite
 from esper.services.tolaria.config import TolariaConfig
 from esper.services.tolaria.data import Datasets
+from esper.services.tolaria.distribution import Ranks
 from esper.services.tolaria.engine import Engine, Quality
 from esper.services.tolaria.gates import Verdict
 from esper.services.tolaria.growth import Growth, KernelSupply
@@ -109,12 +110,14 @@ class TolariaTrainer:
         kernels: KernelSupply,
         observers: Sequence[Observer] = (),
         recorded: Sequence[AdaptationDecision] = (),
-        stopping: Callable[[], bool] = lambda: False,
+        ranks: Ranks | None = None,
         positions: Callable[[], Mapping[str, int]] = dict,
         scope: str = "",
     ) -> None:
         """`recorded` are decisions made before an interruption: replayed rather than asked again.
 
+        `ranks` are the session's processes, by default this one, which nobody asks to stop; all
+        of them run a trainer alike, and the observers are rank 0's.
         `model` has been wrapped and probed. `positions` says how long each file of the run is,
         for checkpoints; `scope` is the session's uid, empty where it has none.
         """
@@ -127,7 +130,7 @@ class TolariaTrainer:
         self._recorded: dict[int, list[AdaptationDecision]] = {}
         for decision in recorded:
             self._recorded.setdefault(decision.epoch, []).append(decision)
-        self.engine = Engine(config, model, datasets, objective, SeedBook(), stopping)
+        self.engine = Engine(config, model, datasets, objective, SeedBook(), ranks)
         self.growth = Growth(
             config, self.engine, documents, kernels, self._tell_transition, self._tell_event
         )
@@ -148,6 +151,7 @@ class TolariaTrainer:
         Raises:
             LossNotFinite: every configured rollback was used up.
             Interrupted: asked to stop; observers were given the last boundary as a checkpoint.
+            WorkFailed: the ranks' models are no longer equal.
         """
         epochs = self.config.training.epochs
         interval = self.config.growth.controller.interval_epochs
@@ -167,6 +171,7 @@ class TolariaTrainer:
                 self._last = self._capture()
                 every = self.config.training.checkpoint.every_epochs
                 if self.epoch // every > before // every or self.epoch == epochs:
+                    self.engine.prove_equal()
                     self._each(lambda observer: observer.checkpoint(self._boundary_snapshot()))
         except Interrupted:
             self._each(lambda observer: observer.checkpoint(self._boundary_snapshot()))
@@ -274,6 +279,7 @@ class TolariaTrainer:
     # -- the boundary -----------------------------------------------------------------------
 
     async def _boundary(self, rows: list[Row]) -> None:
+        self.growth.agree_on_faults()
         self.growth.grow_older(len(rows))
         self.growth.judge_trials(self.epoch)
         self.growth.reopen(self.epoch)
@@ -372,6 +378,7 @@ class TolariaTrainer:
         for record in self.growth.active():
             self.growth.cull(record, self.epoch, "the session ended before its trial did")
         test = self.engine.evaluate(self.engine.datasets.test, key="test")
+        self.engine.settle()
         return TrainingResult(
             test=test,
             epochs=self.epoch,
@@ -412,6 +419,7 @@ class TolariaTrainer:
         } | self._costs()
 
     def _costs(self) -> Row:
+        self.engine.settle()
         return {
             "parameters": self.growth.parameters(),
             "flops": self.engine.meter.total,
@@ -420,6 +428,7 @@ class TolariaTrainer:
         }
 
     def _capture(self, epoch: int | None = None) -> Snapshot:
+        self.engine.settle()
         return self.engine.capture(
             self.epoch if epoch is None else epoch,
             {

@@ -15,6 +15,7 @@ from esper.contracts.operational import (
     SystemStatePacket,
 )
 from esper.errors import Interrupted
+from esper.services.tolaria.distribution import Alone
 from esper.services.tolaria.main import SIGNALS, TolariaService
 from esper.services.tolaria.news import News
 from esper.services.tolaria.objective import Classification
@@ -72,7 +73,7 @@ def trainer(service: TolariaService, observer: Watching, epochs: int = 4) -> Tol
         controller=Waiting(),
         kernels=BuiltHere(),
         observers=[observer],
-        stopping=service.stopping,
+        ranks=Alone(service.stopping),
     )
 
 

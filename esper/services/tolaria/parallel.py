@@ -1,0 +1,392 @@
+"""How one batch is computed: in one piece, in logical shards, or by replicas of the model.
+
+A batch is always the whole session's. It is cut into shards of equal size but for one sample; each
+rank computes the shards that are its own, in order, and what they come to is brought together
+before the optimiser's step:
+
+- `Whole`: one shard, one process; what a plain training loop does.
+- `LogicalShards`: the same shards whatever the number of ranks. Their gradients are summed in
+  their order, normalisation statistics are each shard's own and merged in that order, and each
+  shard draws from a random stream of its own. So 1, 2 and 4 ranks come to the same bits.
+- `Replicas`: one shard a rank, the host's gradients averaged by DistributedDataParallel (Li et al.
+  2020, "PyTorch Distributed") while the backward pass still runs. Seeds live outside of it, for
+  it knows only the parameters it was made with: theirs are averaged in one reduction.
+
+Shapes: N shards, W ranks, B samples of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from esper.errors import DataError, ManifestError
+from esper.execution.isolation import borrowed_buffers, seed_everything, writable
+from esper.services.tolaria.config import TrainingConfig
+from esper.services.tolaria.distribution import Ranks
+from esper.services.tolaria.flat import Flat
+from esper.services.tolaria.randomness import stable_seed
+
+Buffers = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One piece of a batch: its number from 0 over all ranks, its samples [b], and their share."""
+
+    number: int
+    indices: Tensor
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What an epoch trains: the model, the host optimiser's parameters, and those of each seed.
+
+    `shadows` are the statistics that seeds on trial gather, by seed; passes write to them.
+    """
+
+    model: nn.Module
+    host: Sequence[nn.Parameter]
+    seeds: Sequence[nn.Parameter]
+    shadows: Sequence[Buffers] = field(default_factory=list)
+
+
+def parallel_for(training: TrainingConfig, ranks: Ranks, samples: int) -> Whole:
+    """The way that a session of `ranks` computes its batches, from `samples` of training data.
+
+    Raises:
+        ManifestError: the ranks can't share the logical shards, or a batch is too small for them.
+        DataError: the training data is.
+    """
+    shards, batch = training.logical_shards, training.batch_size
+    count = shards if shards > 1 else ranks.size
+    field = "spec.training.logicalShards" if shards > 1 else "spec.workers"
+    if count % ranks.size:
+        raise ManifestError(field, shards, f"a multiple of the number of processes, {ranks.size}")
+    if batch < count:
+        raise ManifestError("spec.training.batchSize", batch, f"at least {count}, a sample a shard")
+    if count > 1 and samples < 2 * count:
+        raise DataError(
+            "data.train", f"{samples} samples", f"at least two for each of {count} shards"
+        )
+    if shards > 1:
+        return LogicalShards(ranks, training.seed, shards)
+    return Replicas(ranks, training.seed) if ranks.size > 1 else Whole(ranks, training.seed)
+
+
+class Whole:
+    """A batch in one piece, in one process."""
+
+    count = 1
+    """Shards a batch is cut into."""
+    joint = False
+    """Whether every rank must take part in every forward."""
+
+    def __init__(self, ranks: Ranks, seed: int) -> None:
+        """`seed` is the session's."""
+        self.ranks = ranks
+        self.seed = seed
+        self.module: nn.Module | None = None
+        """What a training forward calls; None: the model itself."""
+
+    @contextmanager
+    def epoch(self, epoch: int, trained: Trained) -> Iterator[None]:
+        """Inside, `trained` is trained for this epoch."""
+        del epoch, trained
+        yield
+
+    def shards(self, indices: Tensor) -> list[Shard]:
+        """The shards of the batch [B] that this rank computes."""
+        return [Shard(number=0, indices=indices, share=1.0)]
+
+    @contextmanager
+    def computing(self, shard: Shard, number: int, *, final: bool) -> Iterator[None]:
+        """Inside, the shard of batch `number` is computed; `final`: a step follows the batch."""
+        del shard, number, final
+        yield
+
+    def scale(self, shard: Shard) -> float:
+        """What the mean over a shard counts in the batch."""
+        return shard.share
+
+    def finish_batch(self, *, final: bool) -> None:
+        """Every shard of the batch was computed; with `final`, gradients are brought together."""
+
+    def summed_losses(self, totals: Tensor) -> float:
+        """The sum of an epoch's losses from those of this rank's shards, float64 [N / W]."""
+        return float(totals.sum())
+
+
+class _Sharded(Whole):
+    """What both ways to cut a batch have in common."""
+
+    def __init__(self, ranks: Ranks, seed: int, count: int) -> None:
+        """`count` is a multiple of the number of ranks."""
+        super().__init__(ranks, seed)
+        self.count = count
+        self._own = count // ranks.size
+        self._epoch = 0
+
+    @contextmanager
+    def epoch(self, epoch: int, trained: Trained) -> Iterator[None]:
+        """Inside, `trained` is trained; afterwards every rank's random streams are alike."""
+        self._epoch = epoch
+        try:
+            yield
+        finally:
+            seed_everything(stable_seed(self.seed, "after epoch", epoch))
+
+    def shards(self, indices: Tensor) -> list[Shard]:
+        """This rank's shards of the batch [B]."""
+        first = self.ranks.rank * self._own
+        pieces = indices.tensor_split(self.count)[first : first + self._own]
+        return [
+            Shard(number=first + place, indices=piece, share=len(piece) / len(indices))
+            for place, piece in enumerate(pieces)
+        ]
+
+    def summed_losses(self, totals: Tensor) -> float:
+        """The sum of all shards' losses, in their order."""
+        total = 0.0
+        for loss in self.ranks.gathered(totals).flatten().tolist():
+            total += loss
+        return total
+
+
+class LogicalShards(_Sharded):
+    """The same N shards whatever the number of ranks, with sums in one order."""
+
+    def __init__(self, ranks: Ranks, seed: int, count: int) -> None:
+        """`count` is a multiple of the number of ranks."""
+        super().__init__(ranks, seed, count)
+        self._trained: Trained | None = None
+        self._gradients: dict[int, list[Tensor | None]] = {}
+        self._became: dict[int, list[Buffers]] = {}
+
+    @contextmanager
+    def epoch(self, epoch: int, trained: Trained) -> Iterator[None]:
+        """Inside, `trained` is trained; its parameters hold gradients only before a step."""
+        self._trained = trained
+        self._gradients, self._became = {}, {}
+        try:
+            with super().epoch(epoch, trained):
+                yield
+        finally:
+            self._trained = None
+
+    @contextmanager
+    def computing(self, shard: Shard, number: int, *, final: bool) -> Iterator[None]:
+        """Inside, the shard begins with the batch's statistics and draws from its own stream."""
+        assert self._trained is not None
+        seed_everything(stable_seed(self.seed, "shard", self._epoch, number, shard.number))
+        before = [dict(shadow) for shadow in self._trained.shadows]
+        own: Buffers = {}
+        with borrowed_buffers(self._trained.model, own):
+            yield
+        became = [own]
+        for shadow, was in zip(self._trained.shadows, before, strict=True):
+            became.append(dict(shadow))
+            shadow.clear()
+            shadow.update(was)
+        self._became[shard.number] = became
+        found = self._gradients.setdefault(shard.number, [None] * len(self._parameters))
+        for place, parameter in enumerate(self._parameters):
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                before_it = found[place]
+                found[place] = gradient if before_it is None else before_it.add_(gradient)
+
+    def finish_batch(self, *, final: bool) -> None:
+        """Merge the shards' statistics; before a step, sum their gradients into `.grad`."""
+        self._merge_buffers()
+        if final:
+            self._sum_gradients()
+
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        assert self._trained is not None
+        return [*self._trained.host, *self._trained.seeds]
+
+    def _sum_gradients(self) -> None:
+        parameters = self._parameters
+        own = [found for _, found in sorted(self._gradients.items())]
+        self._gradients = {}
+        flat = Flat.of(parameters)
+        there = torch.tensor([[g is not None for g in found] for found in own], dtype=torch.uint8)
+        there = self.ranks.gathered(there).flatten(0, 1)
+        rows = torch.stack([flat.bytes_of(found) for found in own])
+        rows = self.ranks.gathered(rows).flatten(0, 1)
+        total = flat.zeros()
+        for row in rows:
+            flat.add(total, row)
+        gradients = flat.tensors_in(total)
+        for parameter, gradient, given in zip(
+            parameters, gradients, there.any(dim=0).tolist(), strict=True
+        ):
+            parameter.grad = gradient if given else None
+
+    def _merge_buffers(self) -> None:
+        assert self._trained is not None
+        own = [became for _, became in sorted(self._became.items())]
+        self._became = {}
+        model = self._trained.model
+        before = [dict(model.named_buffers()), *self._trained.shadows]
+        for place, base in enumerate(before):
+            merged = self._merged(base, [became[place] for became in own])
+            if place:
+                base.update(merged)
+            else:
+                _assign_buffers(model, merged)
+
+    def _merged(self, base: Mapping[str, Tensor], own: Sequence[Buffers]) -> Buffers:
+        """Where the shards' statistics lead from `base`: on average, in the shards' order."""
+        names = sorted(own[0])
+        if not names:
+            return {}
+        flat = Flat.of([own[0][name] for name in names])
+        rows = torch.stack([flat.bytes_of([became[name] for name in names]) for became in own])
+        rows = self.ranks.gathered(rows).flatten(0, 1)
+        shards = [flat.tensors_in(row) for row in rows]
+        merged = {}
+        for place, name in enumerate(names):
+            values = [shard[place] for shard in shards]
+            merged[name] = _moved_on(base.get(name), values)
+        return merged
+
+
+class Replicas(_Sharded):
+    """One shard a rank; the host in DistributedDataParallel, its seeds beside it."""
+
+    def __init__(self, ranks: Ranks, seed: int) -> None:
+        """One shard for each of `ranks`."""
+        super().__init__(ranks, seed, ranks.size)
+        self._trained: Trained | None = None
+        self.unused = False
+        """Whether a backward pass leaves host parameters out: DDP must then look for them."""
+
+    @contextmanager
+    def epoch(self, epoch: int, trained: Trained) -> Iterator[None]:
+        """Inside, `module` averages the host's gradients.
+
+        It is made anew each time: it knows the parameters it was made with alone, so that a seed
+        that has become part of the host is among them from the next epoch on; and in what order
+        it adds depends on how long it has lived, which a resumed run could not repeat.
+        """
+        self._trained = trained
+        seed_everything(stable_seed(self.seed, "rank", epoch, self.ranks.rank))
+        replica = _replica(trained, unused=self.unused)
+        self.module = replica
+        try:
+            with super().epoch(epoch, trained):
+                yield
+                self._spread_buffers(trained)
+        finally:
+            self.module = self._trained = None
+            dismiss(replica)
+
+    @contextmanager
+    def computing(self, shard: Shard, number: int, *, final: bool) -> Iterator[None]:
+        """Inside, gradients are averaged in the backward pass, if a step follows."""
+        del shard, number
+        assert isinstance(self.module, DistributedDataParallel)
+        with nullcontext() if final else self.module.no_sync():
+            yield
+
+    def finish_batch(self, *, final: bool) -> None:
+        """Before a step, average the seeds' gradients over the ranks, in one reduction."""
+        assert self._trained is not None
+        seeds = self._trained.seeds
+        if not final or not seeds:
+            return
+        average_gradients(self.ranks, seeds)
+
+    def scale(self, shard: Shard) -> float:
+        """What a shard's loss counts: DDP takes the mean over ranks, whatever their samples."""
+        return shard.share * self.ranks.size
+
+    def _spread_buffers(self, trained: Trained) -> None:
+        """Rank 0's statistics on every rank; within the epoch DDP has spread them each forward."""
+        tables = [dict(trained.model.named_buffers()), *trained.shadows]
+        tensors = [table[name] for table in tables for name in sorted(table)]
+        if not tensors:
+            return
+        flat = Flat.of(tensors)
+        held = flat.bytes_of(tensors)
+        self.ranks.spread(held)
+        with torch.no_grad():
+            for tensor, value in zip(tensors, flat.tensors_in(held), strict=True):
+                if writable(tensor):
+                    tensor.copy_(value)
+
+
+def average_gradients(ranks: Ranks, parameters: Sequence[nn.Parameter]) -> None:
+    """Average `.grad` over the ranks in one reduction; one that no rank has stays None.
+
+    Each rank's gradients are scaled so that their mean is the batch's: a rank without one counts
+    as zero.
+    """
+    by_type: dict[torch.dtype, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        by_type.setdefault(parameter.dtype, []).append(parameter)
+    for dtype, group in by_type.items():
+        flat = Flat.of(group)
+        values = flat.bytes_of([p.grad for p in group]).view(dtype)
+        given = torch.tensor([float(p.grad is not None) for p in group], dtype=dtype)
+        total = ranks.summed(torch.cat([values, given.to(values.device)]))
+        # Weighted by their samples already, as a mean over ranks would have them.
+        mean = total[: len(values)] / ranks.size
+        for parameter, gradient, there in zip(
+            group, flat.tensors_in(mean.view(torch.uint8)), total[len(values) :], strict=True
+        ):
+            parameter.grad = gradient if there > 0 else None
+
+
+def _replica(trained: Trained, *, unused: bool) -> DistributedDataParallel:
+    model, own = trained.model, {id(parameter) for parameter in trained.host}
+    ignored = [name for name, p in model.named_parameters() if id(p) not in own]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    try:
+        # Ranks are alike already: nothing has to be sent first.
+        return DistributedDataParallel(model, find_unused_parameters=unused, init_sync=False)
+    finally:
+        del model._ddp_params_and_buffers_to_ignore
+
+
+def dismiss(replica: DistributedDataParallel) -> None:
+    """Take DDP's hooks off the parameters: they go with its reducer, which its logger holds too."""
+    for name in ("logger", "reducer"):
+        replica.__dict__.pop(name, None)
+
+
+def _moved_on(base: Tensor | None, values: Sequence[Tensor]) -> Tensor:
+    """The mean of `values`, summed in their order as steps away from `base`.
+
+    So what no shard has moved stays to the bit. What is no float, a counter say, is the first's.
+    """
+    first = values[0]
+    if not first.is_floating_point():
+        return first.clone()
+    if base is None or base.shape != first.shape:
+        base = torch.zeros_like(first)
+    total = torch.zeros_like(first)
+    for value in values:
+        total += value - base
+    return base + total / len(values)
+
+
+@torch.no_grad()
+def _assign_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        path, _, key = name.rpartition(".")
+        table = model.get_submodule(path)._buffers
+        buffer = table.get(key)
+        if buffer is not None and buffer.shape == value.shape and writable(buffer):
+            buffer.copy_(value)
+        else:
+            table[key] = value
