@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from esper.errors import Unavailable
 from esper.services.tolaria.process_group import ProcessGroup, process_group
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -25,7 +26,7 @@ SECONDS = 240.0
 
 
 @dataclass
-class RankFailure(Exception):
+class RankFailure(Exception):  # noqa: N818
     """What a rank raised, with its traceback as text."""
 
     rank: int
@@ -69,9 +70,11 @@ def run_ranks(
             if process.is_alive():
                 process.kill()
                 process.join()
-    for outcome in found:
-        if isinstance(outcome, RankFailure) and not failing:
-            raise outcome
+    failures = [outcome for outcome in found if isinstance(outcome, RankFailure)]
+    # A rank whose peer is gone says so; the one that went says why.
+    failures.sort(key=lambda failure: isinstance(failure.error, Unavailable))
+    if failures and not failing:
+        raise failures[0]
     return found
 
 

@@ -265,7 +265,7 @@ def _finished(
         ],
     }
     export_grown(
-        prepared.model,
+        result.model,
         prepared.config.model.entrypoint,
         dict(prepared.config.model.arguments),
         run.path,

@@ -7,21 +7,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
-
-from torch import nn
+from typing import Protocol
 
 from esper.cli.closing import Closing
 from esper.cli.preparing import Prepared
 from esper.cli.wiring import bus_elsewhere, hub_elsewhere
 from esper.configs import EsperConfig
 from esper.contracts.assets import TrainingSession
-from esper.contracts.blueprints import Graph
 from esper.contracts.enums import SessionOutcome
 from esper.contracts.operational import AdaptationDecision, SeedTransition, SessionEvent
-from esper.core.model_wrapper import MorphableModel
 from esper.errors import EsperError, Interrupted
-from esper.execution.builders import build
 from esper.execution.kernel_cache import KernelCache, KernelSource
 from esper.services.oona_client import InProcessOona, Oona
 from esper.services.tamiyo.main import TamiyoService
@@ -29,6 +24,7 @@ from esper.services.tezzeret.main import TezzeretService
 from esper.services.tolaria.boundary import BusController, HubKernels
 from esper.services.tolaria.distribution import Alone, Ranks
 from esper.services.tolaria.growth import KernelSupply
+from esper.services.tolaria.model_state import rebuild_seeds
 from esper.services.tolaria.patience import HUB, IN_PROCESS, Patience
 from esper.services.tolaria.sharing import SharedController, SharedKernels
 from esper.services.tolaria.snapshots import Snapshot
@@ -242,8 +238,7 @@ def _made(
         scope=prepared.uid,
     )
     if progress.snapshot is not None:
-        structure = progress.snapshot.structure
-        prepared.model.morphology.restore(structure, partial(_rebuilt, prepared.model))
+        rebuild_seeds(trainer.engine.model, progress.snapshot.structure)
         trainer.restore(progress.snapshot, progress.told)
     return trainer
 
@@ -279,9 +274,3 @@ async def _try_to_tell(hub: UrzaClient, session: TrainingSession) -> None:
     except EsperError as error:
         # Whoever runs it is told why it broke off; that the hub is not is of less weight.
         _log.info("the hub does not know that the session %s: %s", session.outcome, error)
-
-
-def _rebuilt(model: MorphableModel, entry: Mapping[str, Any]) -> nn.Module:
-    """The module of a seed in a checkpoint; its weights are loaded afterwards."""
-    target = model.morphology.target(entry["layer"])
-    return build(Graph.model_validate(entry["graph"]), target, generator_seed=0)

@@ -124,7 +124,7 @@ def gradient_sums(layers: Mapping[str, nn.Module]) -> GradientSums | None:
     sums = [gradient.sum() for gradient in gradients]
     norms = torch._foreach_norm(gradients + weights)
     return GradientSums(
-        values=torch.stack([*sums, *norms]),
+        values=torch.stack([_brought_together(value) for value in (*sums, *norms)]),
         counts=tuple(counts),
         learning=learning,
         holding=holding,
@@ -346,6 +346,12 @@ def _own_parameters(layer: nn.Module) -> list[nn.Parameter]:
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _NARROW else tensor
+
+
+def _brought_together(value: Tensor) -> Tensor:
+    """A figure of a tensor that ranks share out, from all of their parts."""
+    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole
 
 
 def _dense(gradient: Tensor) -> Tensor:

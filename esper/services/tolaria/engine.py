@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,6 @@ from esper.execution.isolation import (
     evaluating,
     preserved_buffers,
     preserved_randomness,
-    writable,
 )
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.state_layout import SeedLifecycleState
@@ -43,12 +41,23 @@ from esper.services.tolaria.distribution import Alone, Ranks
 from esper.services.tolaria.flat import module_digest
 from esper.services.tolaria.flops import FlopMeter
 from esper.services.tolaria.learning import Learning, Site
+from esper.services.tolaria.model_state import (
+    empty_buffers,
+    is_shared_out,
+    model_tensors,
+    restore_model,
+    whole,
+)
 from esper.services.tolaria.objective import Objective
-from esper.services.tolaria.parallel import Shard, Trained, parallel_for
+from esper.services.tolaria.parallel import Shard, Trained
 from esper.services.tolaria.randomness import stable_seed
 from esper.services.tolaria.seeds import SeedBook, SeedRecord
 from esper.services.tolaria.snapshots import Snapshot
 from esper.services.tolaria.telemetry import Telemetry, health_signals
+from esper.services.tolaria.ways import parallel_for
+
+if TYPE_CHECKING:
+    from esper.services.tolaria.sharding import FullySharded
 
 EVALUATION_BATCH = 512
 ACTIVE = (SeedState.GERMINATED, SeedState.TRAINING, SeedState.GRAFTING)
@@ -82,16 +91,16 @@ class Engine:
             BadInput: batches or data can't be cut into as many shards as the session asks for.
         """
         self.config = config
-        self.model = model
+        self.ranks = ranks or Alone()
+        self.parallel = parallel_for(config.training, self.ranks, len(datasets.train))
+        self.model = self.parallel.place(model)
         self.datasets = datasets
         self.objective = objective
         self.book = book
-        self.meter = FlopMeter(partial(uncompiled, model))
+        self.meter = FlopMeter(lambda: uncompiled(self.model))
         self.learning_rate_scale = 1.0
         self.telemetry = Telemetry(model, config.growth.controller.probe_interval_steps)
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.ranks = ranks or Alone()
-        self.parallel = parallel_for(config.training, self.ranks, len(datasets.train))
         self._excluded: Site | None = None
         self._subset = measured_subset(len(datasets.validation), config.training.seed)
         self.learning = Learning(config.training.optimizer, model)
@@ -121,6 +130,7 @@ class Engine:
     def adopt(self, site: Site) -> None:
         """Make a fossilised seed's parameters the host optimiser's."""
         self.learning.adopt(site)
+        self._share_out_fossils()
 
     # -- training ---------------------------------------------------------------------------
 
@@ -255,16 +265,19 @@ class Engine:
         found: list[tuple[float, float]] = []
         with evaluating(self.model), torch.no_grad():
             for number in self._own_turns(len(pieces)):
+                looked_at = asked and number == self.ranks.rank
                 if number >= len(pieces):
                     if self.parallel.joint:
-                        self._forward(self._moved(gathered(dataset, pieces[-1]))[0])
+                        inputs, _ = self._moved(gathered(dataset, pieces[-1]))
+                        with self.telemetry.sampling(looked_at):
+                            self._forward(inputs)
                     found.append((0.0, 0.0))
                     continue
                 inputs, targets = self._moved(gathered(dataset, pieces[number]))
                 shape = _shape(inputs)
                 with (
                     self.meter.counting(key, structure, shape, trial=trial, monitoring=not trial),
-                    self.telemetry.sampling(asked and number == 0),
+                    self.telemetry.sampling(looked_at),
                 ):
                     outputs = self._forward(inputs)
                 loss = float(self.objective.loss(wide(outputs), targets)) * len(targets)
@@ -366,7 +379,7 @@ class Engine:
 
     def capture(self, epoch: int, state: dict[str, Any]) -> Snapshot:
         """Everything that a continuation needs; `state` is the trainer's own part."""
-        tensors = {f"model/{name}": tensor for name, tensor in self._model_tensors().items()}
+        tensors = {f"model/{name}": tensor for name, tensor in model_tensors(self.model).items()}
         tensors |= self.learning.tensors()
         for (layer, slot), buffers in self._shadow_buffers.items():
             for name, tensor in buffers.items():
@@ -378,7 +391,7 @@ class Engine:
             state=state
             | self.learning.to_state()
             | {
-                "emptyBuffers": [name for name, one in _buffers(self.model).items() if one is None],
+                "emptyBuffers": empty_buffers(self.model),
                 "learningRateScale": self.learning_rate_scale,
                 "flops": self.meter.total,
                 "flopsTrials": self.meter.trials,
@@ -394,7 +407,9 @@ class Engine:
 
         `keep_flops` leaves the meter alone: work undone was work all the same.
         """
-        self._restore_model(snapshot)
+        restore_model(
+            self.model, _model_part(snapshot), snapshot.state["emptyBuffers"], self.device
+        )
         self.telemetry.restore(snapshot.state["telemetry"])
         self.learning.restore(snapshot.state, snapshot.tensors)
         self._shadow_buffers = {}
@@ -412,6 +427,34 @@ class Engine:
             )
         self.model.zero_grad(set_to_none=True)
         snapshot.randomness.apply()
+        self._share_out_fossils()
+
+    def whole(self, snapshot: Snapshot) -> Snapshot:
+        """`snapshot` as any number of ranks can go on from; all ranks must ask for it together."""
+        return whole(snapshot) if self.parallel.joint else snapshot
+
+    def whole_model(self) -> MorphableModel:
+        """The model with all its weights, to be exported; all ranks must ask for it together."""
+        if not self.parallel.joint:
+            return self.model
+        snapshot = whole(self.capture(0, {}))
+        model = cast("FullySharded", self.parallel).whole_model(snapshot.structure)
+        restore_model(model, _model_part(snapshot), snapshot.state["emptyBuffers"], self.device)
+        return model
+
+    def _share_out_fossils(self) -> None:
+        """Share out what has become part of the model, where the rest of it is shared out."""
+        host = self.learning.host_parameters()
+        if not self.parallel.joint or all(map(is_shared_out, host)):
+            return
+        snapshot = whole(self.capture(0, {}))
+        self.model = cast("FullySharded", self.parallel).placed_anew(snapshot.structure)
+        self.telemetry.attend(self.model)
+        self.learning = Learning(self.config.training.optimizer, self.model)
+        restore_model(
+            self.model, _model_part(snapshot), snapshot.state["emptyBuffers"], self.device
+        )
+        self.learning.restore(snapshot.state, snapshot.tensors)
 
     # -- parts ------------------------------------------------------------------------------
 
@@ -443,33 +486,6 @@ class Engine:
         ):
             yield
 
-    @torch.no_grad()
-    def _restore_model(self, snapshot: Snapshot) -> None:
-        """Parameters and buffers; a forward may have made, replaced or resized a buffer."""
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(snapshot.tensors[f"model/{name}"])
-        found = _buffers(self.model)
-        saved = {
-            name.removeprefix("model/"): tensor
-            for name, tensor in snapshot.tensors.items()
-            if name.startswith("model/")
-        }
-        buffers = {name for name, _ in self.model.named_buffers()}
-        parameters = {name for name, _ in self.model.named_parameters()}
-        for name in (buffers | set(saved)) - parameters:
-            path, _, key = name.rpartition(".")
-            table, buffer, value = self.model.get_submodule(path)._buffers, found.get(name), None
-            if name in saved:
-                value = saved[name]
-                if buffer is not None and buffer.shape == value.shape and writable(buffer):
-                    buffer.copy_(value)
-                else:
-                    table[key] = value.to(self.device, copy=True)
-            elif name in snapshot.state["emptyBuffers"]:
-                table[key] = None
-            else:
-                del table[key]
-
     def _forward(self, inputs: Any, module: nn.Module | None = None) -> Tensor:
         bfloat16 = self.config.training.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
@@ -487,16 +503,12 @@ class Engine:
             return batch
         return moved(batch[0], self.device), batch[1].to(self.device)
 
-    def _model_tensors(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
 
-
-def _buffers(model: nn.Module) -> dict[str, Tensor | None]:
-    """The buffers by name, with the places that hold none yet."""
+def _model_part(snapshot: Snapshot) -> dict[str, Tensor]:
     return {
-        f"{path}.{key}" if path else key: buffer
-        for path, module in model.named_modules()
-        for key, buffer in module._buffers.items()
+        name.removeprefix("model/"): tensor
+        for name, tensor in snapshot.tensors.items()
+        if name.startswith("model/")
     }
 
 

@@ -10,6 +10,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from esper.execution.isolation import writable
+
 _ALIGNMENT = 16
 """Every tensor begins at a multiple of it, so that each can be looked at as numbers."""
 
@@ -58,6 +60,13 @@ class Flat:
             else torch.empty_like(like, requires_grad=False).copy_(view)
             for view, like in zip(self._views(row), self.likes, strict=True)
         ]
+
+    @torch.no_grad()
+    def write(self, row: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Give `tensors` the contents of the row, in place, where torch writes to them."""
+        for tensor, value in zip(tensors, self._views(row), strict=True):
+            if writable(tensor):
+                tensor.copy_(value)
 
     def _views(self, row: Tensor) -> list[Tensor]:
         return [

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.services.tolaria.config import OptimizerConfig, ScheduleConfig
+from esper.services.tolaria.model_state import placed_like
 
 # A seed learns faster than its host: it starts from nothing and has only its trial to show what
 # it is worth. Rates of 1, 2.5 and 5 times 0.002 gave 55.0, 57.0 and 58.0 % on mnist1d.
@@ -123,4 +124,5 @@ def _beside(parameter: nn.Parameter, value: Tensor) -> Tensor:
 
     Fused optimisers walk through memory: a moment laid out otherwise would meet other weights.
     """
-    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    held = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+    return held.copy_(placed_like(parameter, value))

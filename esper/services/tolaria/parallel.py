@@ -25,9 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from esper.errors import DataError, ManifestError
+from esper.core.model_wrapper import MorphableModel
 from esper.execution.isolation import borrowed_buffers, seed_everything, writable
-from esper.services.tolaria.config import TrainingConfig
 from esper.services.tolaria.distribution import Ranks
 from esper.services.tolaria.flat import Flat
 from esper.services.tolaria.randomness import stable_seed
@@ -57,29 +56,6 @@ class Trained:
     shadows: Sequence[Buffers] = field(default_factory=list)
 
 
-def parallel_for(training: TrainingConfig, ranks: Ranks, samples: int) -> Whole:
-    """The way that a session of `ranks` computes its batches, from `samples` of training data.
-
-    Raises:
-        ManifestError: the ranks can't share the logical shards, or a batch is too small for them.
-        DataError: the training data is.
-    """
-    shards, batch = training.logical_shards, training.batch_size
-    count = shards if shards > 1 else ranks.size
-    field = "spec.training.logicalShards" if shards > 1 else "spec.workers"
-    if count % ranks.size:
-        raise ManifestError(field, shards, f"a multiple of the number of processes, {ranks.size}")
-    if batch < count:
-        raise ManifestError("spec.training.batchSize", batch, f"at least {count}, a sample a shard")
-    if count > 1 and samples < 2 * count:
-        raise DataError(
-            "data.train", f"{samples} samples", f"at least two for each of {count} shards"
-        )
-    if shards > 1:
-        return LogicalShards(ranks, training.seed, shards)
-    return Replicas(ranks, training.seed) if ranks.size > 1 else Whole(ranks, training.seed)
-
-
 class Whole:
     """A batch in one piece, in one process."""
 
@@ -94,6 +70,10 @@ class Whole:
         self.seed = seed
         self.module: nn.Module | None = None
         """What a training forward calls; None: the model itself."""
+
+    def place(self, model: MorphableModel) -> MorphableModel:
+        """The model as it is trained: rank 0's, on every rank."""
+        return model
 
     @contextmanager
     def epoch(self, epoch: int, trained: Trained) -> Iterator[None]:
@@ -123,15 +103,25 @@ class Whole:
         return float(totals.sum())
 
 
-class _Sharded(Whole):
-    """What both ways to cut a batch have in common."""
+class Sharded(Whole):
+    """What all ways to cut a batch have in common."""
 
     def __init__(self, ranks: Ranks, seed: int, count: int) -> None:
         """`count` is a multiple of the number of ranks."""
         super().__init__(ranks, seed)
         self.count = count
-        self._own = count // ranks.size
+        self.own = count // ranks.size
+        """How many shards of a batch are this rank's."""
         self._epoch = 0
+
+    def place(self, model: MorphableModel) -> MorphableModel:
+        """The model, with rank 0's weights and statistics on every rank."""
+        tensors = [*model.parameters(), *model.buffers()]
+        flat = Flat.of(tensors)
+        held = flat.bytes_of(tensors)
+        self.ranks.spread(held)
+        flat.write(held, tensors)
+        return model
 
     @contextmanager
     def epoch(self, epoch: int, trained: Trained) -> Iterator[None]:
@@ -144,8 +134,8 @@ class _Sharded(Whole):
 
     def shards(self, indices: Tensor) -> list[Shard]:
         """This rank's shards of the batch [B]."""
-        first = self.ranks.rank * self._own
-        pieces = indices.tensor_split(self.count)[first : first + self._own]
+        first = self.ranks.rank * self.own
+        pieces = indices.tensor_split(self.count)[first : first + self.own]
         return [
             Shard(number=first + place, indices=piece, share=len(piece) / len(indices))
             for place, piece in enumerate(pieces)
@@ -159,84 +149,50 @@ class _Sharded(Whole):
         return total
 
 
-class LogicalShards(_Sharded):
-    """The same N shards whatever the number of ranks, with sums in one order."""
+class OwnStatistics(Sharded):
+    """Shards with random streams and normalisation statistics of their own."""
 
     def __init__(self, ranks: Ranks, seed: int, count: int) -> None:
         """`count` is a multiple of the number of ranks."""
         super().__init__(ranks, seed, count)
-        self._trained: Trained | None = None
-        self._gradients: dict[int, list[Tensor | None]] = {}
+        self.trained: Trained | None = None
         self._became: dict[int, list[Buffers]] = {}
 
     @contextmanager
     def epoch(self, epoch: int, trained: Trained) -> Iterator[None]:
-        """Inside, `trained` is trained; its parameters hold gradients only before a step."""
-        self._trained = trained
-        self._gradients, self._became = {}, {}
+        """Inside, `trained` is trained."""
+        self.trained, self._became = trained, {}
         try:
             with super().epoch(epoch, trained):
                 yield
         finally:
-            self._trained = None
+            self.trained = None
 
     @contextmanager
     def computing(self, shard: Shard, number: int, *, final: bool) -> Iterator[None]:
         """Inside, the shard begins with the batch's statistics and draws from its own stream."""
-        assert self._trained is not None
+        del final
+        assert self.trained is not None
         seed_everything(stable_seed(self.seed, "shard", self._epoch, number, shard.number))
-        before = [dict(shadow) for shadow in self._trained.shadows]
+        before = [dict(shadow) for shadow in self.trained.shadows]
         own: Buffers = {}
-        with borrowed_buffers(self._trained.model, own):
+        with borrowed_buffers(self.trained.model, own):
             yield
         became = [own]
-        for shadow, was in zip(self._trained.shadows, before, strict=True):
+        for shadow, was in zip(self.trained.shadows, before, strict=True):
             became.append(dict(shadow))
             shadow.clear()
             shadow.update(was)
         self._became[shard.number] = became
-        found = self._gradients.setdefault(shard.number, [None] * len(self._parameters))
-        for place, parameter in enumerate(self._parameters):
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is not None:
-                before_it = found[place]
-                found[place] = gradient if before_it is None else before_it.add_(gradient)
 
     def finish_batch(self, *, final: bool) -> None:
-        """Merge the shards' statistics; before a step, sum their gradients into `.grad`."""
-        self._merge_buffers()
-        if final:
-            self._sum_gradients()
-
-    @property
-    def _parameters(self) -> list[nn.Parameter]:
-        assert self._trained is not None
-        return [*self._trained.host, *self._trained.seeds]
-
-    def _sum_gradients(self) -> None:
-        parameters = self._parameters
-        own = [found for _, found in sorted(self._gradients.items())]
-        self._gradients = {}
-        flat = Flat.of(parameters)
-        there = torch.tensor([[g is not None for g in found] for found in own], dtype=torch.uint8)
-        there = self.ranks.gathered(there).flatten(0, 1)
-        rows = torch.stack([flat.bytes_of(found) for found in own])
-        rows = self.ranks.gathered(rows).flatten(0, 1)
-        total = flat.zeros()
-        for row in rows:
-            flat.add(total, row)
-        gradients = flat.tensors_in(total)
-        for parameter, gradient, given in zip(
-            parameters, gradients, there.any(dim=0).tolist(), strict=True
-        ):
-            parameter.grad = gradient if given else None
-
-    def _merge_buffers(self) -> None:
-        assert self._trained is not None
+        """Merge the shards' statistics, in the shards' order."""
+        del final
+        assert self.trained is not None
         own = [became for _, became in sorted(self._became.items())]
         self._became = {}
-        model = self._trained.model
-        before = [dict(model.named_buffers()), *self._trained.shadows]
+        model = self.trained.model
+        before = [dict(model.named_buffers()), *self.trained.shadows]
         for place, base in enumerate(before):
             merged = self._merged(base, [became[place] for became in own])
             if place:
@@ -253,14 +209,71 @@ class LogicalShards(_Sharded):
         rows = torch.stack([flat.bytes_of([became[name] for name in names]) for became in own])
         rows = self.ranks.gathered(rows).flatten(0, 1)
         shards = [flat.tensors_in(row) for row in rows]
-        merged = {}
-        for place, name in enumerate(names):
-            values = [shard[place] for shard in shards]
-            merged[name] = _moved_on(base.get(name), values)
-        return merged
+        return {
+            name: _moved_on(base.get(name), [shard[place] for shard in shards])
+            for place, name in enumerate(names)
+        }
 
 
-class Replicas(_Sharded):
+class LogicalShards(OwnStatistics):
+    """The same N shards whatever the number of ranks, with sums in one order."""
+
+    def __init__(self, ranks: Ranks, seed: int, count: int) -> None:
+        """`count` is a multiple of the number of ranks."""
+        super().__init__(ranks, seed, count)
+        self._gradients: dict[int, list[Tensor | None]] = {}
+
+    @contextmanager
+    def epoch(self, epoch: int, trained: Trained) -> Iterator[None]:
+        """Inside, `trained` is trained; its parameters hold gradients only before a step."""
+        self._gradients = {}
+        with super().epoch(epoch, trained):
+            yield
+
+    @contextmanager
+    def computing(self, shard: Shard, number: int, *, final: bool) -> Iterator[None]:
+        """Inside, the shard is computed; afterwards its gradients are kept, apart from others'."""
+        with super().computing(shard, number, final=final):
+            yield
+        parameters = self._parameters
+        found = self._gradients.setdefault(shard.number, [None] * len(parameters))
+        for place, parameter in enumerate(parameters):
+            gradient, parameter.grad = parameter.grad, None
+            earlier = found[place]
+            if gradient is not None:
+                found[place] = gradient if earlier is None else earlier.add_(gradient)
+
+    def finish_batch(self, *, final: bool) -> None:
+        """Merge the shards' statistics; before a step, sum their gradients into `.grad`."""
+        super().finish_batch(final=final)
+        if final:
+            self._sum_gradients()
+
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        assert self.trained is not None
+        return [*self.trained.host, *self.trained.seeds]
+
+    def _sum_gradients(self) -> None:
+        parameters = self._parameters
+        own = [found for _, found in sorted(self._gradients.items())]
+        self._gradients = {}
+        flat = Flat.of(parameters)
+        given = torch.tensor(
+            [[gradient is not None for gradient in found] for found in own], dtype=torch.uint8
+        )
+        given = self.ranks.gathered(given).flatten(0, 1).any(dim=0)
+        rows = torch.stack([flat.bytes_of(found) for found in own])
+        rows = self.ranks.gathered(rows).flatten(0, 1)
+        total = flat.zeros()
+        for row in rows:
+            flat.add(total, row)
+        gradients = flat.tensors_in(total)
+        for parameter, gradient, there in zip(parameters, gradients, given.tolist(), strict=True):
+            parameter.grad = gradient if there else None
+
+
+class Replicas(Sharded):
     """One shard a rank; the host in DistributedDataParallel, its seeds beside it."""
 
     def __init__(self, ranks: Ranks, seed: int) -> None:
@@ -319,10 +332,7 @@ class Replicas(_Sharded):
         flat = Flat.of(tensors)
         held = flat.bytes_of(tensors)
         self.ranks.spread(held)
-        with torch.no_grad():
-            for tensor, value in zip(tensors, flat.tensors_in(held), strict=True):
-                if writable(tensor):
-                    tensor.copy_(value)
+        flat.write(held, tensors)
 
 
 def average_gradients(ranks: Ranks, parameters: Sequence[nn.Parameter]) -> None:

@@ -31,6 +31,10 @@ class Telemetry:
         self._samples: probes.Samples | None = None
         self._gradients: probes.GradientSums | None = None
 
+    def attend(self, model: MorphableModel) -> None:
+        """Watch this model from now on: the same one, built anew."""
+        self._model = model
+
     @property
     def due(self) -> bool:
         """Whether the next boundary is probed."""

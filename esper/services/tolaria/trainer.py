@@ -81,6 +81,7 @@ class TrainingResult:
     """What a finished training run came to. `test` was read once, after everything else.
 
     `seeds` counts every seed that lived by the state it ended in, and the slots left dormant.
+    `model` is the grown model, whole.
     """
 
     test: Quality
@@ -93,6 +94,7 @@ class TrainingResult:
     seconds: float
     seeds: dict[str, int]
     grown: tuple[SeedRecord, ...]
+    model: MorphableModel
 
 
 class TolariaTrainer:
@@ -172,9 +174,9 @@ class TolariaTrainer:
                 every = self.config.training.checkpoint.every_epochs
                 if self.epoch // every > before // every or self.epoch == epochs:
                     self.engine.prove_equal()
-                    self._each(lambda observer: observer.checkpoint(self._boundary_snapshot()))
+                    self._checkpoint()
         except Interrupted:
-            self._each(lambda observer: observer.checkpoint(self._boundary_snapshot()))
+            self._checkpoint()
             raise
         result = self._finish()
         await self._publish_news()
@@ -396,6 +398,7 @@ class TolariaTrainer:
                 for record in self.growth.book.records.values()
                 if record.fossilized_epoch is not None
             ),
+            model=self.engine.whole_model(),
         )
 
     @property
@@ -440,6 +443,10 @@ class TolariaTrainer:
                 "lengths": dict(self._positions()),
             },
         )
+
+    def _checkpoint(self) -> None:
+        snapshot = self.engine.whole(self._boundary_snapshot())
+        self._each(lambda observer: observer.checkpoint(snapshot))
 
     def _boundary_snapshot(self) -> Snapshot:
         assert self._last is not None, "run() captures before it trains"
