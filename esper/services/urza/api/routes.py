@@ -179,9 +179,12 @@ def refuse_unsafe(data: bytes) -> None:
     """Refuse JSON that costs more to read than its size says, or that no database can keep.
 
     Raises:
-        Refused: nested deeper than `MAX_JSON_DEPTH`, a number of more than `MAX_DIGITS` digits in
-            a row, or the character U+0000.
+        Refused: not in UTF-8, nested deeper than `MAX_JSON_DEPTH`, a number of more than
+            `MAX_DIGITS` digits in a row, or the character U+0000.
     """
+    # Python also reads JSON in UTF-16 and UTF-32, where none of the looks below would see a thing.
+    if b"\0" in data:
+        raise Refused(400, BadInput("body", "bytes of zero", "JSON in UTF-8 (RFC 8259)"))
     if data.count(b"[") + data.count(b"{") > MAX_JSON_DEPTH:
         depth = 0
         for match in _STRUCTURE.finditer(data):
