@@ -92,17 +92,24 @@ class Database:
         """
         if self.is_sqlite and not _in_memory(self._url):
             await asyncio.to_thread(_make_file, Path(str(self._url.database)))
-        await self._connect_once()
+        await self.server_version()
         try:
             await upgrade(self._engine)
         except DRIVER_ERRORS as error:
             raise translated(error, self._url) from error
 
-    async def _connect_once(self) -> None:
-        """Find out what no server is needed for: whether the driver takes what the URL says."""
+    async def server_version(self) -> str:
+        """The version of what answers, asked as the settings say; changes nothing in it.
+
+        Raises:
+            ConfigError: the driver refuses what stands in the URL, or Postgres the user, the
+                password or the database's name.
+            HubUnavailable: it does not answer.
+        """
         try:
-            async with self._engine.connect():
-                pass
+            async with self._engine.connect() as connection:
+                found = connection.dialect.server_version_info or ()
+                return ".".join(map(str, found))
         except Exception as error:
             refused = unusable(error, self._url)
             if refused is not None:
