@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
 from esper.contracts.base import Contract
@@ -165,14 +166,18 @@ async def chunks(request: Request, limit: int) -> AsyncIterator[bytes]:
     """The body as it comes, never more than `limit` bytes of it.
 
     Raises:
-        Refused: more came, announced or not.
+        Refused: more came, announced or not; or the caller went away before the end.
     """
     seen = 0
-    async for chunk in request.stream():
-        seen += len(chunk)
-        if seen > limit:
-            raise Refused(413, _too_long(seen, limit))
-        yield chunk
+    try:
+        async for chunk in request.stream():
+            seen += len(chunk)
+            if seen > limit:
+                raise Refused(413, _too_long(seen, limit))
+            yield chunk
+    except ClientDisconnect:
+        # Nobody reads the answer; it is counted as what it is, no failure of the hub.
+        raise Refused(400, BadInput("body", f"{seen} bytes of it", "all of it")) from None
 
 
 def refuse_unsafe(data: bytes) -> None:
