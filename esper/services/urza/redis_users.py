@@ -131,7 +131,10 @@ class RedisUsers:
                 # Whoever asks tries again: an endpoint's caller, or the next look after upkeep.
                 retry=Retry(NoBackoff(), 0),
             )
-        except ValueError:  # its text may hold a part of the password
+            # What the driver makes of the options, it says only to who makes a connection.
+            pool = self._redis.connection_pool
+            pool.connection_class(**pool.connection_kwargs)
+        except (ValueError, TypeError, RedisError):  # the text may hold a part of the password
             raise ConfigError("redis.url", self._url, "a Redis URL") from None
         # redis-py gives it no type.
         self._command = cast("Callable[..., Awaitable[Any]]", self._redis.execute_command)

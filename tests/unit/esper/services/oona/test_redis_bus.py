@@ -417,6 +417,9 @@ def test_a_user_without_the_right_is_the_settings_fault(tmp_path, redis_namespac
         ("redis://:s3cret@host:port", "***"),
         ("redis://:s3cret/word@host", "***"),
         ("redis://h/0?socket_timeout=x", "redis://h/0?***"),
+        ("redis://h/0?unknown=s3cret", "redis://h/0?***"),
+        ("redis://h/0?protocol=s3cret", "redis://h/0?***"),
+        ("rediss://h/0?ssl_cert_reqs=s3cret", "rediss://h/0?***"),
     ],
 )
 def test_a_url_that_cannot_be_used_is_refused(url, came):

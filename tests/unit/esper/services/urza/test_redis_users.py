@@ -265,6 +265,15 @@ def test_a_redis_that_refuses_or_is_away_is_told_without_the_password(redis_serv
     asyncio.run(life())
 
 
+@pytest.mark.parametrize(
+    "url", ["redis://h:p/0", "redis://h/0?unknown=s3cret", "rediss://h/0?ssl_cert_reqs=s3cret"]
+)
+def test_an_address_that_cannot_be_used_is_refused(url):
+    with pytest.raises(ConfigError, match=r"redis\.url") as caught:
+        RedisUsers(url)
+    assert "s3cret" not in str(caught.value)
+
+
 def test_passwords_are_shown_nowhere():
     user = RedisUser("someone", "its password", "esper:x:y")
     assert "its password" not in repr(user) + " ".join([*user.rules(6), *user.rules(8)])
