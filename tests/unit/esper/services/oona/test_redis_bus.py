@@ -189,7 +189,7 @@ def test_the_messages_of_a_receiver_that_died_go_to_another(server, redis_namesp
 
 def test_a_message_that_is_worked_on_for_long_stays_with_its_receiver(server, redis_namespace):
     async def life():
-        async with client_of(server, redis_namespace, claim_idle_seconds=0.3) as bus:
+        async with client_of(server, redis_namespace, claim_idle_seconds=1.0) as bus:
             slow = await bus.subscribe({READY}, "g", prefetch=2)
             await bus.publish(ready(1), ready(2))
             message = await slow.receive()
