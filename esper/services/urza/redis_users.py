@@ -50,6 +50,7 @@ _STREAM_COMMANDS = tuple(sorted({*_ADDING, *_RECEIVING, "xgroup", "xinfo"}))
 _CHECK = ("check",)
 _CONNECTION_COMMANDS = ("ping", "client|setname", "client|id", "multi", "exec", "discard")
 _SELECTORS_SINCE = 7
+_NOBODY = "esper-nobody"  # no session's name, nor a namespace's
 _SCANNED = 1000
 
 
@@ -164,6 +165,14 @@ class RedisUsers:
             async for key in self._redis.scan_iter(match=f"esper:{namespace}:*", count=_SCANNED):
                 if key.split(":")[2] in uids:
                     await self._redis.unlink(key)
+
+    async def check(self) -> None:
+        """Return if Redis lets users be made and removed: it is asked to remove one that is none.
+
+        INFO is also answered to who may not.
+        """
+        await self.run()
+        await self.remove([_NOBODY])
 
     async def run(self) -> str:
         """What tells one start of Redis from the next."""
