@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,7 +14,13 @@ from typing import Any, Self
 
 from sqlalchemy import URL, AdaptedConnection, event, make_url, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, IntegrityError, InvalidatePoolError, NoSuchModuleError
+from sqlalchemy.exc import (
+    ArgumentError,
+    IntegrityError,
+    InvalidatePoolError,
+    NoSuchModuleError,
+    SAWarning,
+)
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -53,7 +60,12 @@ class Database:
         shown = without_password(config.url)
         try:
             self._url = make_url(config.url)
-            self._engine = _engine(config, self._url)
+            with warnings.catch_warnings():
+                # SQLite's driver only warns of options that it passes over.
+                warnings.simplefilter("error", SAWarning)
+                self._engine = _engine(config, self._url)
+        except SAWarning:
+            raise ConfigError("database.url", shown, "options that the driver takes") from None
         except (ArgumentError, NoSuchModuleError, TypeError, ValueError) as error:
             # Not chained: the library's message has the URL in it, and so the password.
             raise ConfigError("database.url", shown, "a database URL") from (
