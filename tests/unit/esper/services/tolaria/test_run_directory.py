@@ -7,12 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from esper.contracts.enums import DecisionAction, SeedState
 from esper.contracts.operational import AdaptationDecision, SeedTransition
 from esper.errors import OutputError
-from esper.execution.isolation import RandomState
 from esper.services.tolaria.run_directory import (
     FILES,
     FOLDERS,
@@ -23,19 +21,14 @@ from esper.services.tolaria.run_directory import (
     refuse_unusable,
     write_atomically,
 )
-from esper.services.tolaria.snapshots import Snapshot, checkpoints, read_checkpoint
+from tests.unit.esper.services.tolaria.checkpointing import in_run, newest, snapshot
 
 TEXT = "kind: TrainingSession\n"
 
 
-def snapshot(epoch: int) -> Snapshot:
-    return Snapshot(
-        epoch=epoch,
-        tensors={"model/w": torch.ones(2)},
-        structure=[],
-        state={"sequence": epoch},
-        randomness=RandomState.capture(),
-    )
+def logging_run(path: Path, keep: int = 2) -> tuple[RunDirectory, RunLog]:
+    run = RunDirectory.create(path, TEXT, overwrite=False)
+    return run, RunLog(run, in_run(path, keep))
 
 
 def decision(epoch: int) -> AdaptationDecision:
@@ -84,7 +77,6 @@ def test_a_new_run_begins_with_its_manifest(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "a" / "b", TEXT, overwrite=False)
     assert os.listdir(run.path) == [MANIFEST]
     assert run.manifest == TEXT
-    assert run.newest_checkpoint() is None
     assert run.result() is None
     run.close()
 
@@ -235,8 +227,7 @@ def test_a_write_that_fails_leaves_the_old_file(
 
 
 def test_every_kind_of_line_is_json_that_reads_back(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path, TEXT, overwrite=False)
-    log = RunLog(run, 2)
+    run, log = logging_run(tmp_path)
     log.open()
     boundary(log, 1)
     # Flushed line by line: another process reads along.
@@ -258,11 +249,11 @@ def test_every_kind_of_line_is_json_that_reads_back(tmp_path: Path) -> None:
 def test_rewinding_cuts_to_the_checkpoint_and_gives_back_the_lost_decisions(
     tmp_path: Path,
 ) -> None:
-    run = RunDirectory.create(tmp_path, TEXT, overwrite=False)
-    log = RunLog(run, 2)
+    run, log = logging_run(tmp_path)
     log.open()
     boundary(log, 1)
-    log.checkpoint(snapshot(1))
+    log.checkpoint(snapshot(1, sequence=1))
+    log.drain()
     kept = {name: (tmp_path / name).read_bytes() for name in LOGS}
     boundary(log, 2)
     boundary(log, 3)
@@ -271,25 +262,24 @@ def test_rewinding_cuts_to_the_checkpoint_and_gives_back_the_lost_decisions(
     for name in LOGS:
         with (tmp_path / name).open("ab") as file:
             file.write(b'{"epoch": 4, "tra')
-    newest = run.newest_checkpoint()
-    assert newest is not None
-    assert newest.epoch == 1
-    assert newest.state["sequence"] == 1
+    found = in_run(tmp_path).newest()
+    assert found is not None
+    assert found.snapshot.epoch == 1
+    assert found.snapshot.state["sequence"] == 1
 
-    again = RunLog(run, 2)
-    assert again.rewind(newest) == [decision(2), decision(3)]
+    again = RunLog(run, in_run(tmp_path))
+    assert again.rewind(found) == [decision(2), decision(3)]
     assert {name: (tmp_path / name).read_bytes() for name in LOGS} == kept
     again.open()
     boundary(again, 2)
     again.close()
     assert [row["epoch"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2]
-    assert again.rewind(newest) == [decision(2)]
+    assert again.rewind(found) == [decision(2)]
     run.close()
 
 
 def test_without_a_checkpoint_everything_is_cut_and_given_back(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path, TEXT, overwrite=False)
-    log = RunLog(run, 2)
+    run, log = logging_run(tmp_path)
     assert log.rewind(None) == []
     log.open()
     boundary(log, 1)
@@ -300,14 +290,14 @@ def test_without_a_checkpoint_everything_is_cut_and_given_back(tmp_path: Path) -
 
 
 def test_a_log_that_is_shorter_than_remembered_is_not_filled_up(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path, TEXT, overwrite=False)
-    log = RunLog(run, 2)
+    run, log = logging_run(tmp_path)
     log.open()
     boundary(log, 1)
-    log.checkpoint(snapshot(1))
+    log.checkpoint(snapshot(1, sequence=1))
+    log.drain()
     log.close()
     (tmp_path / "metrics.jsonl").write_bytes(b"")
-    assert log.rewind(run.newest_checkpoint()) == []
+    assert log.rewind(in_run(tmp_path).newest()) == []
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
     run.close()
 
@@ -315,16 +305,16 @@ def test_a_log_that_is_shorter_than_remembered_is_not_filled_up(tmp_path: Path) 
 def test_a_checkpoint_knows_the_lengths_at_its_time_and_leaves_the_snapshot_alone(
     tmp_path: Path,
 ) -> None:
-    run = RunDirectory.create(tmp_path, TEXT, overwrite=False)
-    log = RunLog(run, 1)
+    run, log = logging_run(tmp_path, keep=1)
     log.open()
     for epoch in (1, 2, 3):
         boundary(log, epoch)
         taken = snapshot(epoch)
         log.checkpoint(taken)
         assert "lengths" not in taken.state
+    log.drain()
     log.close()
-    (only,) = checkpoints(tmp_path / "checkpoints")
-    lengths = read_checkpoint(only).state["lengths"]
+    assert os.listdir(tmp_path / "checkpoints") == ["epoch-000003"]
+    lengths = newest(in_run(tmp_path)).state["lengths"]
     assert lengths == {name: (tmp_path / name).stat().st_size for name in LOGS}
     run.close()
