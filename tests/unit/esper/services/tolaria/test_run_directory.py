@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -10,7 +11,8 @@ import pytest
 
 from esper.contracts.enums import DecisionAction, SeedState
 from esper.contracts.operational import AdaptationDecision, SeedTransition
-from esper.errors import OutputError
+from esper.errors import Interrupted, LossNotFinite, OutputError, StorageFull
+from esper.services.tolaria.checkpoints import Checkpoints, Written
 from esper.services.tolaria.run_directory import (
     FILES,
     FOLDERS,
@@ -317,4 +319,93 @@ def test_a_checkpoint_knows_the_lengths_at_its_time_and_leaves_the_snapshot_alon
     assert os.listdir(tmp_path / "checkpoints") == ["epoch-000003"]
     lengths = newest(in_run(tmp_path)).state["lengths"]
     assert lengths == {name: (tmp_path / name).stat().st_size for name in LOGS}
+    run.close()
+
+
+# -- checkpoints --------------------------------------------------------------------------------
+
+
+def elsewhere(tmp_path: Path) -> Checkpoints:
+    return in_run(tmp_path / "run", uri=f"file://{tmp_path}/elsewhere")
+
+
+def test_a_directory_that_lost_its_files_gets_them_back_from_the_checkpoint(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", TEXT, overwrite=False)
+    log = RunLog(run, elsewhere(tmp_path))
+    log.open()
+    boundary(log, 1)
+    log.checkpoint(snapshot(1))
+    log.drain()
+    kept = {name: (run.path / name).read_bytes() for name in LOGS}
+    boundary(log, 2)
+    log.close()
+    (run.path / "metrics.jsonl").write_bytes(b"")  # shorter
+    (run.path / "events.jsonl").unlink()
+    again = RunLog(run, elsewhere(tmp_path))
+    # The decisions file begins as the checkpoint has it, so what came after is replayed.
+    assert again.rewind(elsewhere(tmp_path).newest()) == [decision(2)]
+    assert {name: (run.path / name).read_bytes() for name in LOGS} == kept
+    assert len(again.told("s")) == 2
+    (run.path / "decisions.jsonl").write_bytes(b"x" * 5000)  # of another run
+    assert again.rewind(elsewhere(tmp_path).newest()) == []
+    assert {name: (run.path / name).read_bytes() for name in LOGS} == kept
+    run.close()
+
+
+class Disk:
+    """Where fsync of a name finds the disk full."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        real = os.fsync
+
+        def fsync(descriptor: int) -> None:
+            if Path(f"/proc/self/fd/{descriptor}").readlink().name == name:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "structure.json"])
+def test_a_full_disk_is_told_at_the_next_hand_over_or_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Logs are durable before the checkpoint that counts on them has its name."""
+    written: list[Written] = []
+    run = RunDirectory.create(tmp_path, TEXT, overwrite=False)
+    log = RunLog(run, in_run(tmp_path), written.append)
+    log.open()
+    boundary(log, 1)
+    log.checkpoint(snapshot(1))
+    log.drain()
+    Disk(monkeypatch, name)
+    log.checkpoint(snapshot(2))
+    with pytest.raises(StorageFull, match="No space left"):
+        log.checkpoint(snapshot(3))
+    log.checkpoint(snapshot(4))
+    with pytest.raises(StorageFull, match="No space left"), log.draining():
+        raise Interrupted("asked to stop")
+    log.checkpoint(snapshot(5))
+    with pytest.raises(LossNotFinite), log.draining():
+        raise LossNotFinite("it is what ended the run")
+    monkeypatch.undo()
+    with log.draining():
+        log.checkpoint(snapshot(6))
+    log.close()
+    assert [one.epoch for one in written] == [1, 6]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["epoch-000001", "epoch-000006"]
+    run.close()
+
+
+def test_the_snapshot_handed_over_last_is_not_written_again(tmp_path: Path) -> None:
+    written: list[Written] = []
+    run = RunDirectory.create(tmp_path, TEXT, overwrite=False)
+    log = RunLog(run, in_run(tmp_path), written.append)
+    log.open()
+    one, other = snapshot(1), snapshot(1)
+    for taken in (one, one, other):
+        log.checkpoint(taken)
+    log.drain()
+    log.close()
+    assert [one.where for one in written] == ["checkpoints/epoch-000001"] * 2
     run.close()
