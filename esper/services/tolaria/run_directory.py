@@ -249,10 +249,12 @@ class RunLog:
         except Interrupted:
             self.drain()
             raise
-        except Exception:
+        except Exception as failure:
             try:
                 self.drain()
             except Exception as error:
+                if isinstance(failure, OSError):
+                    raise  # the same disk refused a log; this one says it better
                 _log.warning("the last checkpoint was not written either: %s", error)
             raise
         self.drain()
