@@ -197,7 +197,7 @@ async def _session(
     """Train the session in its directory, shown as it goes."""
     training = prepared.config.training
     recorded = log.rewind(found)
-    told = log.told(prepared.config.session) if found else ()
+    told = run.told(prepared.config.session) if found else ()
     progress = Progress(snapshot=found.snapshot if found else None, told=told, recorded=recorded)
     tolaria = TolariaService()
     observers: list[Observer] = [log, status]

@@ -28,7 +28,7 @@ from esper.services.oona_client import InProcessOona, Oona
 from esper.services.tolaria.boundary import BusController
 from esper.services.tolaria.news import News
 from esper.services.tolaria.patience import HUB, IN_PROCESS, Patience
-from esper.services.tolaria.run_directory import RunDirectory, RunLog
+from esper.services.tolaria.run_directory import RunDirectory
 from esper.services.tolaria.seeds import SeedBook
 from esper.services.urza.client import UrzaClient, in_process_urza
 
@@ -117,14 +117,13 @@ def _news(run: RunDirectory, manifest: Manifest, config: EsperConfig) -> list[Ne
     The traces stand in the newest checkpoint; where that can't be had it is told without them.
     """
     book = SeedBook()
-    with closing(run_checkpoints(manifest, run.path, config)) as checkpoints:
-        try:
+    try:
+        with closing(run_checkpoints(manifest, run.path, config)) as checkpoints:
             found = checkpoints.newest()
-        except EsperError as error:
-            _log.warning("what is told again has no trace ids: %s", error)
-        else:
-            book = SeedBook.from_state(found.snapshot.state["book"]) if found else book
-        told = RunLog(run, checkpoints).told(manifest.session.metadata.name)
+        book = SeedBook.from_state(found.snapshot.state["book"]) if found else book
+    except EsperError as error:
+        _log.warning("what is told again has no trace ids: %s", error)
+    told = run.told(manifest.session.metadata.name)
     return [
         News(item=item, number=number, trace_id=book.trace_of(item))
         for number, item in enumerate(told)

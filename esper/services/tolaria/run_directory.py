@@ -101,6 +101,12 @@ class RunDirectory:
         """The manifest as it was given, with the annotations of this run."""
         return (self.path / MANIFEST).read_text(encoding="utf-8")
 
+    def told(self, session: str) -> list[SeedTransition | SessionEvent]:
+        """The transitions and events in events.jsonl, in order; after a rewind."""
+        path = self.path / "events.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        return [_news(json.loads(line), session) for line in lines]
+
     def result(self) -> dict[str, Any] | None:
         """What the finished run came to; None while it has not finished."""
         path = self.path / "result.json"
@@ -206,12 +212,6 @@ class RunLog:
     def lengths(self) -> dict[str, int]:
         """How long each file is now, in bytes; a trainer keeps it with each boundary."""
         return {name: file.tell() for name, file in self._files.items()}
-
-    def told(self, session: str) -> list[SeedTransition | SessionEvent]:
-        """The transitions and events in events.jsonl, in order; after `rewind`."""
-        path = self._path / "events.jsonl"
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        return [_news(json.loads(line), session) for line in lines]
 
     def checkpoint(self, snapshot: Snapshot) -> None:
         """Hand over a checkpoint, which knows how long each file was at its boundary.

@@ -74,7 +74,7 @@ class Session:
         settings = config({"epochs": EPOCHS, "checkpoint": {"everyEpochs": 3}})
         found = self.checkpoints.newest()
         recorded = self.log.rewind(found)
-        told = self.log.told("small") if found else []
+        told = self.run.told("small") if found else []
         self.log.open()
         model = wrapped_mlp()
         trainer = TolariaTrainer(
@@ -220,8 +220,8 @@ def test_events_come_back_from_their_file_as_they_were_told(tmp_path):
     event = SessionEvent(
         session="small", epoch=4, reason="RolledBack", message="the loss was not finite"
     )
-    assert log.told("small") == [transition, event]
-    assert RunLog(RunDirectory(tmp_path / "none"), in_run(tmp_path / "none")).told("small") == []
+    assert run.told("small") == [transition, event]
+    assert RunDirectory(tmp_path / "none").told("small") == []
 
 
 def test_a_checkpoint_keeps_the_lengths_of_its_boundary(tmp_path):

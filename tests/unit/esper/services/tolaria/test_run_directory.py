@@ -345,7 +345,7 @@ def test_a_directory_that_lost_its_files_gets_them_back_from_the_checkpoint(tmp_
     # The decisions file begins as the checkpoint has it, so what came after is replayed.
     assert again.rewind(elsewhere(tmp_path).newest()) == [decision(2)]
     assert {name: (run.path / name).read_bytes() for name in LOGS} == kept
-    assert len(again.told("s")) == 2
+    assert len(run.told("s")) == 2
     (run.path / "decisions.jsonl").write_bytes(b"x" * 5000)  # of another run
     assert again.rewind(elsewhere(tmp_path).newest()) == []
     assert {name: (run.path / name).read_bytes() for name in LOGS} == kept
