@@ -303,7 +303,7 @@ class Engine:
             structure=self.model.morphology.structure(),
             state=state
             | {
-                "hostGroups": self._host_groups,
+                "hostGroups": [list(group) for group in self._host_groups],
                 "seedOptimizers": [list(site) for site in self.seed_optimizers],
                 "emptyBuffers": [name for name, one in _buffers(self.model).items() if one is None],
                 "learningRateScale": self.learning_rate_scale,
