@@ -8,6 +8,7 @@ EsperError                  every error that Esper raises on purpose
 │   ├── BlueprintError      an IR graph that is malformed, too large or does not fit its host
 │   ├── ConfigError         a setting from the command line, the environment or esper.yaml
 │   ├── OutputError         an output directory that can't be used, or that is no run
+│   ├── CheckpointError     a checkpoint that is incomplete, foreign, or of another version
 │   ├── WrapError           a model or a layer that can't host seeds as asked
 │   ├── Unauthorized        a token that is missing, wrong, expired, or allows too little
 │   └── NotFound            what was asked for by its name is not in the hub
@@ -78,6 +79,10 @@ class ConfigError(BadInput):
 
 class OutputError(BadInput):
     """An output directory can't be written, holds something else, or is no run."""
+
+
+class CheckpointError(BadInput):
+    """A checkpoint is incomplete, damaged, another session's or another version's."""
 
 
 class WrapError(BadInput):

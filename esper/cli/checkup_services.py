@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from urllib.parse import urlsplit
 
 from esper.cli.wiring import bus_answers, bus_elsewhere, hub_answers, hub_elsewhere
 from esper.configs import EsperConfig, without_password
@@ -50,17 +49,15 @@ def postgres(config: EsperConfig) -> Answer:
     """The database at `database.url`, which Urza talks to."""
 
     async def ask() -> str:
-        import asyncpg
+        from esper.services.urza.database import Database
 
-        url = config.database.url.replace("postgresql+asyncpg", "postgresql", 1)
-        connection = await asyncpg.connect(url)
+        # As Urza opens it: the options of the URL are those of its driver.
+        database = Database(config.database)
         try:
-            version = await connection.fetchval("SHOW server_version")
+            version = await database.server_version()
         finally:
-            await connection.close()
-        parts = urlsplit(url)
-        place = f"{parts.hostname}:{parts.port or 5432}{parts.path}"
-        return f"{place} answers (PostgreSQL {version})"
+            await database.close()
+        return f"{without_password(config.database.url)} answers (PostgreSQL {version})"
 
     return _asked("database.url", ask)
 

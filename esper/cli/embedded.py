@@ -11,7 +11,7 @@ import math
 import shlex
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from esper.cli.live import make_view
 from esper.cli.output import write_json
 from esper.cli.preparing import SOURCE_ANNOTATION, Prepared, own_manifest, prepare
 from esper.cli.report_page import write_report
+from esper.cli.run_checkpoints import newest_checkpoint, run_checkpoints
 from esper.cli.trainers import Attention, Progress, embedded_trainer, wired_trainer
 from esper.cli.view_observer import ViewObserver
 from esper.cli.watching import watched_services
@@ -31,13 +32,13 @@ from esper.contracts.manifests import Manifest, load_manifest, parse_manifest
 from esper.core.export import export_grown
 from esper.errors import BadInput, ConfigError, EsperError, Interrupted, StorageFull, one_line
 from esper.services.health import ServiceHealth
+from esper.services.tolaria.checkpoints import Checkpoints, Found
 from esper.services.tolaria.distribution import Alone
 from esper.services.tolaria.engine import layer_kind
 from esper.services.tolaria.health import HealthObserver
 from esper.services.tolaria.main import TolariaService
 from esper.services.tolaria.run_directory import RunDirectory, RunLog, refuse_unusable
 from esper.services.tolaria.seeds import SeedBook
-from esper.services.tolaria.snapshots import Snapshot
 from esper.services.tolaria.status import StatusFile
 from esper.services.tolaria.trainer import Observer, TrainingResult
 
@@ -66,12 +67,14 @@ def run_file(
     prepared = prepare(manifest, path.parent)
     if wired and health is None:
         asyncio.run(refuse_unreachable(config, prepared.uid))
-    run = RunDirectory.create(directory, own_manifest(prepared), overwrite=overwrite)
-    try:
-        shown = _Shown(json_output, live, quiet, health)
-        return _carry_out(prepared, run, None, config, shown)
-    finally:
-        run.close()
+    shown = _Shown(json_output, live, quiet, health)
+    checkpoints = run_checkpoints(manifest, directory, config, uid=prepared.uid)
+    with closing(checkpoints):
+        if health is None:
+            checkpoints.check()
+        run = RunDirectory.create(directory, own_manifest(prepared), overwrite=overwrite)
+        with closing(run):
+            return _carry_out(prepared, run, checkpoints, None, config, shown)
 
 
 def resume(
@@ -104,8 +107,10 @@ def resume(
         prepared = prepare(manifest, Path(source))
         if wired and health is None:
             asyncio.run(refuse_unreachable(config, prepared.uid))
-        snapshot = run.newest_checkpoint()
-        return _carry_out(prepared, run, snapshot, config, shown)
+        checkpoints = run_checkpoints(manifest, directory, config, uid=prepared.uid)
+        with closing(checkpoints):
+            found = newest_checkpoint(checkpoints, config)
+            return _carry_out(prepared, run, checkpoints, found, config, shown)
     finally:
         run.close()
 
@@ -139,7 +144,8 @@ class _Shown:
 def _carry_out(
     prepared: Prepared,
     run: RunDirectory,
-    snapshot: Snapshot | None,
+    checkpoints: Checkpoints,
+    found: Found | None,
     config: EsperConfig,
     shown: _Shown,
 ) -> int:
@@ -149,11 +155,12 @@ def _carry_out(
         layers={n: layer_kind(m) for n, m in prepared.model.morphology.layers.items()},
         refused=prepared.model.morphology.refused,
         parameters_base=sum(p.numel() for p in prepared.model.parameters()),
-        seeds=SeedBook.from_state(snapshot.state["book"]).records if snapshot else (),
+        seeds=SeedBook.from_state(found.snapshot.state["book"]).records if found else (),
     )
+    log = RunLog(run, checkpoints, status.checkpointed)
     try:
         result = asyncio.run(
-            _session(prepared, run, snapshot, config.inside(run.path), status, shown)
+            _session(prepared, run, log, found, config.inside(run.path), status, shown)
         )
     except Interrupted as error:
         status.finish(SessionOutcome.INTERRUPTED, str(error))
@@ -182,17 +189,17 @@ def _carry_out(
 async def _session(
     prepared: Prepared,
     run: RunDirectory,
-    snapshot: Snapshot | None,
+    log: RunLog,
+    found: Found | None,
     config: EsperConfig,
     status: StatusFile,
     shown: _Shown,
 ) -> dict[str, Any]:
     """Train the session in its directory, shown as it goes."""
     training = prepared.config.training
-    log = RunLog(run, training.checkpoint.keep)
-    recorded = log.rewind(snapshot)
-    told = log.told(prepared.config.session) if snapshot else ()
-    progress = Progress(snapshot=snapshot, told=told, recorded=recorded)
+    recorded = log.rewind(found)
+    told = run.told(prepared.config.session) if found else ()
+    progress = Progress(snapshot=found.snapshot if found else None, told=told, recorded=recorded)
     tolaria = TolariaService()
     observers: list[Observer] = [log, status]
     if shown.health is not None:
@@ -222,7 +229,8 @@ async def _session(
             status.write()
             if shown.health is not None:
                 shown.health.started()
-            result = await tolaria.run(trainer)
+            with log.draining():
+                result = await tolaria.run(trainer)
             return _finished(prepared, run, status, result)
 
 

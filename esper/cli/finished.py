@@ -5,9 +5,10 @@ The process that trained it may have ended before they heard of it all.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 
 from esper.cli.closing import Closing
 from esper.cli.preparing import uid_of
+from esper.cli.run_checkpoints import run_checkpoints
 from esper.cli.trainers import tell_success
 from esper.cli.wiring import bus_elsewhere, hub_elsewhere
 from esper.configs import EsperConfig
@@ -26,7 +28,7 @@ from esper.services.oona_client import InProcessOona, Oona
 from esper.services.tolaria.boundary import BusController
 from esper.services.tolaria.news import News
 from esper.services.tolaria.patience import HUB, IN_PROCESS, Patience
-from esper.services.tolaria.run_directory import RunDirectory, RunLog
+from esper.services.tolaria.run_directory import RunDirectory
 from esper.services.tolaria.seeds import SeedBook
 from esper.services.urza.client import UrzaClient, in_process_urza
 
@@ -56,7 +58,7 @@ async def tell_again(
             `SECONDS` at most.
         stopping: whether the waiting should end.
     """
-    asset = _asset(run, manifest)
+    asset, news = _asset(run, manifest), await asyncio.to_thread(_news, run, manifest, config)
     seconds = manifest.session.spec.growth.controller.patience_seconds
     wired = config.redis.url is not None
     patience = IN_PROCESS
@@ -71,7 +73,7 @@ async def tell_again(
             session = await wait.outlast(partial(hub.register_session, asset), by=HUB)
             controller = await BusController.over(bus, scope=asset.uid, patience=patience)
             try:
-                await controller.tell(_news(run, asset.name))
+                await controller.tell(news)
                 ended = session.changed(
                     outcome=SessionOutcome.SUCCEEDED, epoch=min(result["epochs"], session.epochs)
                 )
@@ -109,11 +111,19 @@ def _asset(run: RunDirectory, manifest: Manifest) -> TrainingSession:
     )
 
 
-def _news(run: RunDirectory, session: str) -> list[News]:
-    """All that was told, under the ids and the traces that it was told under."""
-    snapshot = run.newest_checkpoint()
-    book = SeedBook.from_state(snapshot.state["book"]) if snapshot else SeedBook()
-    told = RunLog(run, keep=1).told(session)
+def _news(run: RunDirectory, manifest: Manifest, config: EsperConfig) -> list[News]:
+    """All that was told, under the ids and the traces that it was told under.
+
+    The traces stand in the newest checkpoint; where that can't be had it is told without them.
+    """
+    book = SeedBook()
+    try:
+        with closing(run_checkpoints(manifest, run.path, config)) as checkpoints:
+            found = checkpoints.newest()
+        book = SeedBook.from_state(found.snapshot.state["book"]) if found else book
+    except EsperError as error:
+        _log.warning("what is told again has no trace ids: %s", error)
+    told = run.told(manifest.session.metadata.name)
     return [
         News(item=item, number=number, trace_id=book.trace_of(item))
         for number, item in enumerate(told)

@@ -24,6 +24,7 @@ from esper.contracts.manifests import (
 from esper.core.compilation import compile_blocks
 from esper.core.model_wrapper import LayerSelection, MorphableModel, wrap
 from esper.errors import ManifestError
+from esper.services.tolaria.checkpoint_places import StorageAddress
 from esper.services.tolaria.config import TolariaConfig
 from esper.services.tolaria.data import Datasets
 from esper.services.tolaria.entrypoints import (
@@ -94,6 +95,9 @@ def prepare(manifest: Manifest, folder: Path) -> Prepared:
         BadInput: anything a person wrote can't be used.
     """
     _refuse_unserved(manifest)
+    uri = manifest.session.spec.storage.uri
+    if uri is not None:
+        StorageAddress.parse(uri)  # refuses what is no address
     selector = manifest.session.spec.growth.blueprints
     documents = tuple(select_blueprints(selector, CATALOGUE, manifest.blueprints))
     config = TolariaConfig.from_resource(manifest.session)

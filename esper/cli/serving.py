@@ -43,12 +43,17 @@ class Service(Protocol):
 
 
 def serve_urza(config: EsperConfig) -> int:
-    """The hub, until a signal stops it. It answers questions about its health itself."""
+    """The hub, until a signal stops it. It answers questions about its health itself.
+
+    It has no run: what the settings place in a run's directory lies in the working directory.
+    """
     from esper.services.urza.main import serve
+
+    here = config.inside(Path())
 
     async def life() -> None:
         with stop_on_signals() as stop:
-            await serve(config, stop=stop, started=lambda url: announce("urza", url))
+            await serve(here, stop=stop, started=lambda url: announce("urza", url))
 
     asyncio.run(life())
     return 0

@@ -36,13 +36,17 @@ _SECRET_NAME = re.compile(rf"{_NAMES}\Z", re.IGNORECASE)
 _SECRETS = re.compile(
     rf"(?P<bearer>(?i:bearer)(?:\s|\\[nrt])+){_TEXT}+"
     r"|(?P<signed>(?i:x-amz-(?:signature|credential|security-token))=)[^\s&\"\\]+"
+    r"|(?P<signature>(?i:signature)(?:=|:(?:\s|\\[nrt])+))[0-9a-f]{64}"
     rf"|(?P<basic>(?i:authorization)\W{{1,8}}(?i:basic)(?:\s|\\[nrt])+){_TEXT}+"
     rf"|(?P<given>(?i:{_NAMES})=)(?:[^\s&\"\\]|\\[^nrt])+"
     rf"|(?P<named>(?i:{_NAMES})\": )(?P<value>\"(?:[^\"\\]|\\.)*\"|[-\d][^\s,\]}}]*)"
     r"|(?P<jwt>\beyJ)[\w-]{1,2048}\.[\w-]{1,4096}\.[\w-]{0,2048}"
 )
 _BASIC = re.compile(r"(?P<scheme>\b(?i:basic)(?:\s|\\[nrt])+)(?P<pair>[\w+/-]{4,}={0,2})")
-_MARKS = ("bearer", "x-amz-", "eyj", "passw", "secret", "token", "key", "authorization")
+_MARKS = (
+    *("bearer", "x-amz-", "signature", "eyj", "passw"),
+    *("secret", "token", "key", "authorization"),
+)
 
 MESSAGE_CHARACTERS = 64 * 2**10
 """What is said at once; of a longer text the beginning is kept, and how long it was."""
@@ -121,9 +125,9 @@ class OptimizedStructuredFormatter(logging.Formatter):
 
     The time is ISO 8601 in UTC with milliseconds. Its part down to the second is formatted once a
     second, not once a record. What JSON can't hold is written as its `repr`. Passwords in URLs,
-    bearer tokens, basic credentials, JSON web tokens, the signatures of presigned addresses and
-    what is called a password, a secret, a token or a key are written as "***". Texts longer than
-    `MESSAGE_CHARACTERS` are cut and say how long they were.
+    bearer tokens, basic credentials, JSON web tokens, the signatures of requests and of presigned
+    addresses, and what is called a password, a secret, a token or a key are written as "***". Texts
+    longer than `MESSAGE_CHARACTERS` are cut and say how long they were.
     """
 
     def __init__(self, component: str) -> None:

@@ -94,6 +94,13 @@ class ObjectStore(Protocol):
         """Whether there is an object under `key`."""
         ...
 
+    async def listed(self, place: str) -> dict[str, int]:
+        """The objects below `place`, as below a folder: each one's key and how many bytes it has.
+
+        In the order of the keys. `place` is a key itself, of which an object may or may not exist.
+        """
+        ...
+
     async def delete(self, key: str) -> bool:
         """Remove the object under `key`; whether there was one."""
         ...
@@ -132,13 +139,18 @@ def open_store(config: StorageConfig) -> ObjectStore:
     return OptimizedS3Client(config)
 
 
+def is_key(text: str) -> bool:
+    """Whether `text` can be an object's key."""
+    return len(text) <= MAX_KEY_CHARACTERS and _KEY.fullmatch(text) is not None
+
+
 def require_key(key: str) -> None:
     """Refuse what is no key.
 
     Raises:
         BadInput: it is none.
     """
-    if len(key) > MAX_KEY_CHARACTERS or not _KEY.fullmatch(key):
+    if not is_key(key):
         raise BadInput(
             "object key",
             key,
@@ -197,6 +209,10 @@ class FolderStore:
     async def exists(self, key: str) -> bool:
         """Whether there is an object under `key`."""
         return await self.size(key) is not None
+
+    async def listed(self, place: str) -> dict[str, int]:
+        """The objects below `place` with their sizes in bytes; see `ObjectStore.listed`."""
+        return await asyncio.to_thread(self._listed, place)
 
     async def delete(self, key: str) -> bool:
         """Remove the object under `key`; whether there was one."""
@@ -265,6 +281,19 @@ class FolderStore:
                 return None
         return found.st_size if stat.S_ISREG(found.st_mode) else None
 
+    def _listed(self, place: str) -> dict[str, int]:
+        found: dict[str, int] = {}
+        with _translating(place):
+            for folder, _, names in os.walk(self._locate(place), onerror=_raise_unless_absent):
+                for name in names:
+                    key = str((Path(folder) / name).relative_to(self._root))
+                    if not is_key(key):
+                        continue  # a put that has not finished, or no object at all
+                    size = self._size(key)
+                    if size is not None:
+                        found[key] = size
+        return dict(sorted(found.items()))
+
     def _delete(self, key: str) -> bool:
         with _translating(key):
             target = self._locate(key)
@@ -291,6 +320,11 @@ class FolderStore:
         if not Path(os.path.realpath(target)).is_relative_to(os.path.realpath(self._root)):
             raise BadInput("object key", key, "a path that stays in the store's folder")
         return target
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if not isinstance(error, _ABSENT):
+        raise error
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -28,7 +28,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from esper.configs import StorageConfig
 from esper.errors import BadInput, ConfigError, StoreUnavailable, one_line
-from esper.utils.object_store import require_key
+from esper.utils.object_store import is_key, require_key
 from esper.utils.s3_connection import code_of, connect, crc32, encoded, translated
 from esper.utils.s3_reading import ResumingBody, pause
 from esper.utils.transfers import Reading, Receipt, gathered, verified
@@ -41,6 +41,7 @@ PART_BYTES = 8 * 2**20
 PARTS_IN_FLIGHT = 4
 
 MAX_PRESIGNED_SECONDS = 7 * 24 * 3600
+LISTED_AT_ONCE = 1000
 
 _Result = TypeVar("_Result")
 
@@ -143,6 +144,10 @@ class OptimizedS3Client:
         """Whether there is an object under `key`."""
         return await self.size(key) is not None
 
+    async def listed(self, place: str) -> dict[str, int]:
+        """The objects below `place` with their sizes in bytes; see `ObjectStore.listed`."""
+        return await self._run(self.list_below, place)
+
     async def delete(self, key: str) -> bool:
         """Remove the object under `key`; whether there was one."""
         return await self._run(self.remove, key)
@@ -217,6 +222,23 @@ class OptimizedS3Client:
         except ClientError as error:
             return None if code_of(error) == "NoSuchKey" else 0
         return int(found.get("ContentRange", f"/{found['ContentLength']}").rpartition("/")[2])
+
+    def list_below(self, place: str) -> dict[str, int]:
+        """As `listed`."""
+        require_key(place)
+        found: dict[str, int] = {}
+        with self._translating(place):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket,
+                Prefix=f"{self._prefix}{place}/",
+                PaginationConfig={"PageSize": LISTED_AT_ONCE},
+            )
+            for page in pages:
+                for entry in page.get("Contents", ()):
+                    key = entry["Key"].removeprefix(self._prefix)
+                    if is_key(key):  # else something that others have put there
+                        found[key] = entry["Size"]
+        return dict(sorted(found.items()))
 
     def remove(self, key: str) -> bool:
         """As `delete`."""

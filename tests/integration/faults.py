@@ -49,9 +49,9 @@ def kill_in_arm(arm, step, number=signal.SIGKILL):
 
 def kill_in_file(name, call=1):
     """The process's end when half of a checkpoint's file is written."""
-    from esper.services.tolaria import snapshots
+    from esper.services.tolaria import checkpoint_folder
 
-    original = snapshots._write
+    original = checkpoint_folder._write
     calls = _counter(call)
 
     def halved(path, data):
@@ -60,7 +60,7 @@ def kill_in_file(name, call=1):
             _signal()
         original(path, data)
 
-    snapshots._write = halved
+    checkpoint_folder._write = halved
 
 
 def kill_at_rename(name, call=1, late=False):

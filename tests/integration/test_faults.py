@@ -174,9 +174,9 @@ def test_active_seeds_go_before_the_learning_rate_does(server, tmp_path):
 RUN = "esper.services.tolaria.run_directory"
 
 FULL = {
-    "checkpoint": ["full_before", "esper.services.tolaria.snapshots:_write", 7],
+    "checkpoint": ["full_before", "esper.services.tolaria.checkpoint_folder:_write", 9],
     "checkpoint, at its sync": ["refused_sync", "state.json", 3],
-    "checkpoint, at its folder": ["full_before", f"{RUN}:write_checkpoint", 3, 9000],
+    "checkpoint, at its folder": ["full_before", f"{RUN}:RunLog._write_checkpoint", 3, 9000],
     "line of metrics": ["full_in_line", "metrics.jsonl", 4],
     "line of events": ["full_in_line", "events.jsonl", 5],
     "line of decisions": ["full_in_line", "decisions.jsonl", 2],

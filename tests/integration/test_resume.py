@@ -20,7 +20,6 @@ ENGINE = "esper.services.tolaria.engine"
 TRAINER = "esper.services.tolaria.trainer"
 GROWTH = "esper.services.tolaria.growth:Growth"
 RUN = "esper.services.tolaria.run_directory"
-SNAPSHOTS = "esper.services.tolaria.snapshots"
 
 
 class Folder:
@@ -122,10 +121,12 @@ FAULTS = {
     "half a line of events": ["kill_in_line", "events.jsonl", 5],
     "half a line of decisions": ["kill_in_line", "decisions.jsonl", 2],
     # In a checkpoint.
-    "checkpoint, logs being synced": ["kill_before", f"{RUN}:write_checkpoint", 3],
+    "checkpoint, handed over": ["kill_before", f"{RUN}:RunLog._write_checkpoint", 3],
+    "checkpoint, logs being synced": ["kill_before", f"{RUN}:sync", 8],
     "checkpoint, half its tensors": ["kill_in_file", "tensors.safetensors", 4],
     "checkpoint, half its structure": ["kill_in_file", "structure.json", 4],
     "checkpoint, half its state": ["kill_in_file", "state.json", 4],
+    "checkpoint, half its manifest": ["kill_in_file", "checkpoint.json", 4],
     "first checkpoint, not yet renamed": ["kill_at_rename", "epoch-000001", 1],
     "checkpoint, not yet renamed": ["kill_at_rename", "epoch-000006", 1],
     "checkpoint, just renamed": ["kill_at_rename", "epoch-000006", 1, True],
@@ -207,16 +208,19 @@ def test_asked_to_stop(folder, name, number):
 REPLACED = {
     "not yet moved away": ["kill_at_rename", ".epoch-000004.replaced", 1],
     "being dropped": ["kill_in_removal", "epoch-000004"],
-    "not yet in its place": ["kill_at_rename", "epoch-000004", 2],
+    "not yet in its place": ["kill_at_rename", "epoch-000004", 1],
 }
 
 
 @pytest.mark.parametrize(("name", "fault"), REPLACED.items(), ids=REPLACED)
 def test_killed_while_a_stop_writes_its_checkpoint_anew(folder, name, fault):
     directory = f"stopped-{name.replace(' ', '-')}"
-    # Epoch 5's third step; the checkpoint of epoch 4 is written again, and that is the end.
+    # Epoch 5's third step; resumed and stopped once more before its end, the run writes the
+    # checkpoint of epoch 4 again, and that is the end.
     stop = ["kill_before", f"{ENGINE}:Engine._step", 4 * 20 + 3, signal.SIGTERM]
-    assert folder.run(directory, ["both", stop, fault]).status == -signal.SIGKILL
+    assert folder.run(directory, stop).status == 130
+    stop = ["kill_before", f"{ENGINE}:Engine._step", 3, signal.SIGTERM]
+    assert folder.resume(directory, ["both", stop, fault]).status == -signal.SIGKILL
     assert folder.same_in_the_end(directory)
 
 

@@ -183,7 +183,7 @@ def test_a_hub_waits_for_a_database_that_comes_later(private_postgres, tmp_path)
     ("setting", "value", "named"),
     [
         ("ESPER_URZA__SIGNING_KEY", "", "urza.signing_key"),
-        ("ESPER_URZA__HOST", "203.0.113.7", "urza.port"),
+        ("ESPER_URZA__HOST", "203.0.113.7", "urza.host"),
         (
             "ESPER_DATABASE__URL",
             "postgresql+asyncpg://esper:not-it@{host}/postgres",

@@ -87,7 +87,9 @@ class RedisConnections:
                 protocol=2,
                 driver_info=None,
             )
-        except ValueError:  # its text may hold a part of the password
+            # What the driver makes of the options, it says only to who makes a connection.
+            self._pool.connection_class(**self._pool.connection_kwargs)
+        except (ValueError, TypeError, RedisError):  # the text may hold a part of the password
             raise ConfigError("redis.url", self.shown, A_REDIS_URL) from None
 
     def apart(self) -> RedisConnections:

@@ -35,14 +35,14 @@ class TolariaService:
         return self._running
 
     def stop(self) -> None:
-        """Ask the trainer to stop; `run` then raises Interrupted after a checkpoint."""
+        """Ask the trainer to stop; `run` then raises Interrupted."""
         self._stopping = True
 
     async def run(self, trainer: TolariaTrainer) -> TrainingResult:
         """Train to the end.
 
         Raises:
-            Interrupted: asked to stop; a checkpoint of the last boundary was written.
+            Interrupted: asked to stop; observers were given the last boundary as a checkpoint.
             LossNotFinite: every rollback was used up.
         """
         self._running = True

@@ -2,33 +2,34 @@
 
 The manifest is the first file; a directory with it is a run that can be resumed. Lines are
 appended and flushed; a checkpoint remembers how long each file was, so that a resumed run cuts off
-what the lost epochs had written and writes it again.
+what the lost epochs had written and writes it again. A checkpoint that lies elsewhere carries the
+files as they were, so that they are put back where the directory has lost them.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 from esper.contracts.base import utc_now
 from esper.contracts.operational import AdaptationDecision, SeedTransition, SessionEvent
-from esper.errors import OutputError
-from esper.services.tolaria.snapshots import (
-    Snapshot,
-    checkpoints,
-    read_checkpoint,
-    write_checkpoint,
-)
+from esper.errors import Interrupted, OutputError
+from esper.services.tolaria.checkpoint_folder import sync, translated
+from esper.services.tolaria.checkpoint_manifest import LOGS
+from esper.services.tolaria.checkpoint_writer import CheckpointWriter
+from esper.services.tolaria.checkpoints import Checkpoints, Found, Written
+from esper.services.tolaria.snapshots import Snapshot
 
 MANIFEST = "manifest.yaml"
-LOGS = ("metrics.jsonl", "events.jsonl", "decisions.jsonl")
 FILES = (
     MANIFEST,
     *LOGS,
@@ -40,6 +41,8 @@ FILES = (
     "growth.png",
 )
 FOLDERS = ("checkpoints", "hub")
+
+_log = logging.getLogger(__name__)
 
 
 class RunDirectory:
@@ -98,10 +101,11 @@ class RunDirectory:
         """The manifest as it was given, with the annotations of this run."""
         return (self.path / MANIFEST).read_text(encoding="utf-8")
 
-    def newest_checkpoint(self) -> Snapshot | None:
-        """The newest complete checkpoint."""
-        found = checkpoints(self.path / "checkpoints")
-        return read_checkpoint(found[-1]) if found else None
+    def told(self, session: str) -> list[SeedTransition | SessionEvent]:
+        """The transitions and events in events.jsonl, in order; after a rewind."""
+        path = self.path / "events.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        return [_news(json.loads(line), session) for line in lines]
 
     def result(self) -> dict[str, Any] | None:
         """What the finished run came to; None while it has not finished."""
@@ -138,20 +142,31 @@ class RunDirectory:
 
 
 class RunLog:
-    """Writes what a trainer tells its observers into the run's directory."""
+    """Writes what a trainer tells its observers into the run's directory, and its checkpoints."""
 
-    def __init__(self, directory: RunDirectory, keep: int) -> None:
-        """`keep` is how many checkpoints stay."""
+    def __init__(
+        self,
+        directory: RunDirectory,
+        checkpoints: Checkpoints,
+        written: Callable[[Written], None] = lambda _: None,
+    ) -> None:
+        """`written` is told of each checkpoint that is complete, in the thread that wrote it."""
         self._path = directory.path
-        self._keep = keep
+        self._checkpoints = checkpoints
+        self._written = written
+        self._writer = CheckpointWriter(self._write_checkpoint)
+        self._handed_over: Snapshot | None = None
         self._files: dict[str, IO[bytes]] = {}
 
-    def rewind(self, snapshot: Snapshot | None) -> list[AdaptationDecision]:
-        """Cut every file to where `snapshot` left it; returns the decisions that were cut off.
+    def rewind(self, found: Found | None) -> list[AdaptationDecision]:
+        """Cut every file to where the checkpoint left it; returns the decisions that were cut off.
 
-        Those were made before the interruption and are replayed, not asked for again.
+        Those were made before the interruption and are replayed, not asked for again. A file that
+        does not begin as the checkpoint has it is put back from there.
         """
-        lengths = snapshot.state.get("lengths", {}) if snapshot else {}
+        for name, data in (found.logs if found else {}).items():
+            self._put_back(self._path / name, data)
+        lengths = found.snapshot.state.get("lengths", {}) if found else {}
         lost: list[AdaptationDecision] = []
         for name in LOGS:
             path = self._path / name
@@ -198,23 +213,70 @@ class RunLog:
         """How long each file is now, in bytes; a trainer keeps it with each boundary."""
         return {name: file.tell() for name, file in self._files.items()}
 
-    def told(self, session: str) -> list[SeedTransition | SessionEvent]:
-        """The transitions and events in events.jsonl, in order; after `rewind`."""
-        path = self._path / "events.jsonl"
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        return [_news(json.loads(line), session) for line in lines]
-
     def checkpoint(self, snapshot: Snapshot) -> None:
-        """Write a checkpoint that knows how long each file was at its boundary, by default now."""
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+        """Hand over a checkpoint, which knows how long each file was at its boundary.
+
+        It is written while training goes on. The snapshot that was handed over last is not written
+        once more.
+
+        Raises:
+            StorageFull: no room was left for the one before.
+            StoreUnavailable: the place of the one before did not answer.
+        """
+        if snapshot is self._handed_over:
+            self.drain()
+            return
         lengths = snapshot.state.get("lengths") or self.lengths()
-        write_checkpoint(
-            self._path / "checkpoints",
-            replace(snapshot, state=snapshot.state | {"lengths": lengths}),
-            self._keep,
-        )
+        self._writer.hand_over(replace(snapshot, state=snapshot.state | {"lengths": lengths}))
+        self._handed_over = snapshot
+
+    def drain(self) -> None:
+        """Wait until every checkpoint that was handed over is written; raises as `checkpoint`."""
+        self._writer.drain()
+
+    @contextmanager
+    def draining(self) -> Iterator[None]:
+        """Around a training run: at its end, however it comes, its checkpoints are written.
+
+        Where that fails the end of the run is that failure, unless the run had failed already.
+
+        Raises:
+            StorageFull: no room was left for a checkpoint.
+            StoreUnavailable: its place did not answer.
+        """
+        try:
+            yield
+        except Interrupted:
+            self.drain()
+            raise
+        except Exception as failure:
+            try:
+                self.drain()
+            except Exception as error:
+                if isinstance(failure, OSError):
+                    raise  # the same disk refused a log; this one says it better
+                _log.warning("the last checkpoint was not written either: %s", error)
+            raise
+        self.drain()
+
+    def _write_checkpoint(self, snapshot: Snapshot) -> None:
+        """In the writer's thread: first the logs have to outlast a power cut, then it."""
+        logs: dict[str, bytes] = {}
+        for name, length in snapshot.state["lengths"].items():
+            path = self._path / name
+            with translated(f"checkpoint of epoch {snapshot.epoch}: {path}"):
+                sync(path)
+                if self._checkpoints.portable:
+                    with path.open("rb") as file:
+                        logs[name] = file.read(length)
+        self._written(self._checkpoints.write(snapshot, logs))
+
+    def _put_back(self, path: Path, data: bytes) -> None:
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(data)) == data:
+                    return
+        write_atomically(path, data)
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         file = self._files[name]

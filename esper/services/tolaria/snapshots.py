@@ -1,20 +1,18 @@
-"""The whole state of a training run as data, and its checkpoints on disk.
+"""The whole state of a training run as data, and as the parts of a checkpoint.
 
 One snapshot serves four ends: the two arms of a recovery trial, rolling back after a non-finite
-loss, checkpoints, and stopping in the middle of an interval.
+loss, checkpoints, and stopping in the middle of an interval. Nothing in it depends on how many
+processes train.
 
-A checkpoint is a folder: `tensors.safetensors`, `structure.json` (the seeds to rebuild before any
-tensor is loaded) and `state.json`. It is written under a temporary name and renamed, and gets
-another name before it is deleted, so a folder with its final name is complete.
+A checkpoint's parts are `tensors.safetensors`, `structure.json` (the seeds to rebuild before any
+tensor is loaded) and `state.json`.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +22,8 @@ from torch import Tensor
 
 from esper.execution.isolation import RandomState
 
-PREFIX = "epoch-"
-PARTIAL = ".partial"
-REPLACED = ".replaced"
+TENSORS, STRUCTURE, STATE = "tensors.safetensors", "structure.json", "state.json"
+PARTS = (TENSORS, STRUCTURE, STATE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,56 +37,34 @@ class Snapshot:
     randomness: RandomState
 
 
-def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int) -> Path:
-    """Write `snapshot` below `folder` and drop all but the newest `keep` checkpoints."""
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"{PREFIX}{snapshot.epoch:06d}"
-    partial = _hidden(final, PARTIAL)
-    _clean_up(folder)
-    partial.mkdir()
-    try:
-        randomness = snapshot.randomness
-        tensors = {f"state/{name}": tensor for name, tensor in snapshot.tensors.items()}
-        tensors["random/torch"] = randomness.torch_cpu
-        tensors["random/numpy"] = randomness.numpy_keys
-        for index, tensor in enumerate(randomness.torch_cuda):
-            tensors[f"random/cuda/{index}"] = tensor
-        state = snapshot.state | {
-            "epoch": snapshot.epoch,
-            "numpy": list(randomness.numpy_rest),
-            "python": randomness.python,
-        }
-        _write(partial / "tensors.safetensors", save_tensors(_packed(tensors)))
-        _write(partial / "structure.json", json.dumps(snapshot.structure).encode())
-        _write(partial / "state.json", json.dumps(state).encode())
-        _sync_folder(partial)
-        if final.exists():
-            # Counts as the checkpoint until the new one has the name.
-            final.rename(_hidden(final, REPLACED))
-        partial.rename(final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _sync_folder(folder)
-    for old in checkpoints(folder)[:-keep]:
-        old.rename(_hidden(old, PARTIAL))
-    _clean_up(folder)
-    return final
+def parts_of(snapshot: Snapshot) -> dict[str, bytes]:
+    """The snapshot as the bytes of a checkpoint's parts, by their names.
+
+    Raises:
+        TypeError: its state or structure is no JSON.
+    """
+    randomness = snapshot.randomness
+    tensors = {f"state/{name}": tensor for name, tensor in snapshot.tensors.items()}
+    tensors["random/torch"] = randomness.torch_cpu
+    tensors["random/numpy"] = randomness.numpy_keys
+    for index, tensor in enumerate(randomness.torch_cuda):
+        tensors[f"random/cuda/{index}"] = tensor
+    state = snapshot.state | {
+        "epoch": snapshot.epoch,
+        "numpy": list(randomness.numpy_rest),
+        "python": randomness.python,
+    }
+    return {
+        TENSORS: save_tensors(_packed(tensors)),
+        STRUCTURE: json.dumps(snapshot.structure).encode(),
+        STATE: json.dumps(state).encode(),
+    }
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints below `folder`, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = {_final_name(path): path for path in folder.glob(f".{PREFIX}*{REPLACED}")}
-    found |= {path.name: path for path in folder.glob(f"{PREFIX}*") if path.is_dir()}
-    return [found[name] for name in sorted(found)]
-
-
-def read_checkpoint(path: Path) -> Snapshot:
-    """The snapshot that a checkpoint folder holds."""
-    tensors = load_tensors((path / "tensors.safetensors").read_bytes())
-    state = json.loads((path / "state.json").read_bytes())
+def snapshot_of(parts: Mapping[str, bytes]) -> Snapshot:
+    """The snapshot that `parts_of` made these bytes of."""
+    tensors = load_tensors(parts[TENSORS])
+    state = json.loads(parts[STATE])
     version, numbers, gauss = state.pop("python")
     position, has_gauss, cached = state.pop("numpy")
     cuda = sorted(
@@ -103,7 +78,7 @@ def read_checkpoint(path: Path) -> Snapshot:
             for name, tensor in tensors.items()
             if name.startswith("state/")
         },
-        structure=json.loads((path / "structure.json").read_bytes()),
+        structure=json.loads(parts[STRUCTURE]),
         state=state,
         randomness=RandomState(
             torch_cpu=tensors["random/torch"].to(torch.uint8),
@@ -126,38 +101,3 @@ def _packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         storages.add(plain.untyped_storage().data_ptr())
         packed[name] = plain
     return packed
-
-
-def _hidden(final: Path, suffix: str) -> Path:
-    return final.with_name(f".{final.name}{suffix}")
-
-
-def _final_name(hidden: Path) -> str:
-    return hidden.stem.removeprefix(".")
-
-
-def _clean_up(folder: Path) -> None:
-    """Delete what is no checkpoint, or no longer; finish what a dead process left half done."""
-    for path in folder.glob(f".{PREFIX}*{REPLACED}"):
-        final = folder / _final_name(path)
-        if final.exists():
-            path.rename(_hidden(final, PARTIAL))
-        else:
-            path.rename(final)
-    for path in folder.glob(f".{PREFIX}*{PARTIAL}"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,8 +23,9 @@ from esper.contracts.resources import (
 from esper.contracts.resources.common import decimal_text
 from esper.contracts.resources.session import MAX_SUMMARIES
 from esper.errors import BadInput, one_line
+from esper.services.tolaria.checkpoints import Written
 from esper.services.tolaria.run_directory import write_atomically
-from esper.services.tolaria.snapshots import PREFIX, Snapshot
+from esper.services.tolaria.snapshots import Snapshot
 
 SUMMARY = "Succeeded"
 MAX_REASON, MAX_MESSAGE = 1024, 32768  # what the resource takes
@@ -54,6 +55,7 @@ class StatusFile:
         self._seeds: dict[str, set[int]] = {}
         for layer, slot in seeds:
             self._seeds.setdefault(layer, set()).add(slot)
+        self._checkpoint: Written | None = None
         self._conditions: dict[str, Condition] = {}
         self._condition(SUMMARY, "Unknown", SessionOutcome.RUNNING.value, "the session trains")
         self._status = TrainingSessionStatus(
@@ -105,11 +107,11 @@ class StatusFile:
         self.write()
 
     def checkpoint(self, snapshot: Snapshot) -> None:
-        """Name the newest checkpoint; the observer that writes it stands before this one."""
-        name = f"checkpoints/{PREFIX}{snapshot.epoch:06d}"
-        self._condition("Checkpointed", "True", "Written", name)
-        self._update(checkpoint=CheckpointStatus(name=name, epoch=snapshot.epoch, time=utc_now()))
-        self.write()
+        """A checkpoint that is due is not there yet; `checkpointed` hears when it is."""
+
+    def checkpointed(self, written: Written) -> None:
+        """Name the newest checkpoint from the next `write` on; called from any thread."""
+        self._checkpoint = written
 
     def finish(
         self, outcome: SessionOutcome, message: str, *, changes: Mapping[str, object] | None = None
@@ -129,6 +131,12 @@ class StatusFile:
 
     def write(self) -> None:
         """Write the file in one step."""
+        newest = self._checkpoint
+        if newest is not None:
+            self._condition("Checkpointed", "True", "Written", newest.where)
+            self._update(
+                checkpoint=CheckpointStatus(name=newest.where, epoch=newest.epoch, time=newest.time)
+            )
         self._update(conditions=tuple(self._conditions.values()))
         resource = self._session.model_copy(update={"status": self._status})
         write_atomically(self._path, session_document(resource).encode())

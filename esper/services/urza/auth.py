@@ -235,12 +235,13 @@ class Tokens:
                 leeway=LEEWAY_SECONDS,
                 options={"require": ["exp", "iat", "iss", "sub"], "verify_iat": False},
             )
+            until = float(claims["exp"])
         except jwt.ExpiredSignatureError:
             raise Unauthorized("token", "one that has expired", "a newer one") from None
-        except (jwt.InvalidTokenError, ValueError):
+        except (jwt.InvalidTokenError, ValueError, OverflowError):
             # What the library says may quote the token.
             raise Unauthorized("token", "one that the hub did not sign", "its own") from None
-        return _caller(claims), float(claims["exp"])
+        return _caller(claims), until
 
 
 def _caller(claims: Mapping[str, object]) -> Caller:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,7 +14,13 @@ from typing import Any, Self
 
 from sqlalchemy import URL, AdaptedConnection, event, make_url, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, IntegrityError, InvalidatePoolError, NoSuchModuleError
+from sqlalchemy.exc import (
+    ArgumentError,
+    IntegrityError,
+    InvalidatePoolError,
+    NoSuchModuleError,
+    SAWarning,
+)
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -53,7 +60,12 @@ class Database:
         shown = without_password(config.url)
         try:
             self._url = make_url(config.url)
-            self._engine = _engine(config, self._url)
+            with warnings.catch_warnings():
+                # SQLite's driver only warns of options that it passes over.
+                warnings.simplefilter("error", SAWarning)
+                self._engine = _engine(config, self._url)
+        except SAWarning:
+            raise ConfigError("database.url", shown, "options that the driver takes") from None
         except (ArgumentError, NoSuchModuleError, TypeError, ValueError) as error:
             # Not chained: the library's message has the URL in it, and so the password.
             raise ConfigError("database.url", shown, "a database URL") from (
@@ -92,17 +104,24 @@ class Database:
         """
         if self.is_sqlite and not _in_memory(self._url):
             await asyncio.to_thread(_make_file, Path(str(self._url.database)))
-        await self._connect_once()
+        await self.server_version()
         try:
             await upgrade(self._engine)
         except DRIVER_ERRORS as error:
             raise translated(error, self._url) from error
 
-    async def _connect_once(self) -> None:
-        """Find out what no server is needed for: whether the driver takes what the URL says."""
+    async def server_version(self) -> str:
+        """The version of what answers, asked as the settings say; changes nothing in it.
+
+        Raises:
+            ConfigError: the driver refuses what stands in the URL, or Postgres the user, the
+                password or the database's name.
+            HubUnavailable: it does not answer.
+        """
         try:
-            async with self._engine.connect():
-                pass
+            async with self._engine.connect() as connection:
+                found = connection.dialect.server_version_info or ()
+                return ".".join(map(str, found))
         except Exception as error:
             refused = unusable(error, self._url)
             if refused is not None:

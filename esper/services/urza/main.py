@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -136,6 +137,9 @@ def _listening(config: UrzaConfig) -> Iterator[socket.socket]:
             listener.bind((config.host, config.port))
             listener.listen(BACKLOG)
         except OSError as error:
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                allowed = f"an address of this machine, to listen at urza.port of it ({error})"
+                raise ConfigError("urza.host", config.host, allowed) from error
             raise ConfigError(
                 "urza.port", f"{config.host}:{config.port}", f"an address to listen on ({error})"
             ) from error

@@ -50,6 +50,7 @@ _STREAM_COMMANDS = tuple(sorted({*_ADDING, *_RECEIVING, "xgroup", "xinfo"}))
 _CHECK = ("check",)
 _CONNECTION_COMMANDS = ("ping", "client|setname", "client|id", "multi", "exec", "discard")
 _SELECTORS_SINCE = 7
+_NOBODY = "esper-nobody"  # no session's name, nor a namespace's
 _SCANNED = 1000
 
 
@@ -131,7 +132,10 @@ class RedisUsers:
                 # Whoever asks tries again: an endpoint's caller, or the next look after upkeep.
                 retry=Retry(NoBackoff(), 0),
             )
-        except ValueError:  # its text may hold a part of the password
+            # What the driver makes of the options, it says only to who makes a connection.
+            pool = self._redis.connection_pool
+            pool.connection_class(**pool.connection_kwargs)
+        except (ValueError, TypeError, RedisError):  # the text may hold a part of the password
             raise ConfigError("redis.url", self._url, "a Redis URL") from None
         # redis-py gives it no type.
         self._command = cast("Callable[..., Awaitable[Any]]", self._redis.execute_command)
@@ -161,6 +165,14 @@ class RedisUsers:
             async for key in self._redis.scan_iter(match=f"esper:{namespace}:*", count=_SCANNED):
                 if key.split(":")[2] in uids:
                     await self._redis.unlink(key)
+
+    async def check(self) -> None:
+        """Return if Redis lets users be made and removed: it is asked to remove one that is none.
+
+        INFO is also answered to who may not.
+        """
+        await self.run()
+        await self.remove([_NOBODY])
 
     async def run(self) -> str:
         """What tells one start of Redis from the next."""

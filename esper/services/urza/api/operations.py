@@ -31,7 +31,8 @@ async def readyz(request: Request) -> Response:
     """Whether database, object store and Redis answer; one that doesn't is named by its setting."""
     problems = await urza_of(request).problems()
     if problems:
-        raise HubUnavailable("; ".join(f"{name}: {text}" for name, text in problems.items()))
+        said = (t if t.startswith(name) else f"{name}: {t}" for name, t in problems.items())
+        raise HubUnavailable("; ".join(said))
     return answer(Health())
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 
 from esper.errors import EsperError
 
 CHECK_TIMEOUT_SECONDS = 5.0
+
+_log = logging.getLogger(__name__)
 
 
 class Readiness:
@@ -52,4 +55,8 @@ async def _problem(check: Callable[[], Awaitable[object]]) -> str | None:
         await check()
     except EsperError as error:
         return str(error)
+    except Exception as error:
+        # A library's own, whose text may hold what it was given; the question is answered anyway.
+        _log.exception("a check of what the hub stands on")
+        return f"the check broke off with {type(error).__name__}"
     return None

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
 from esper.contracts.base import Contract
@@ -165,23 +166,30 @@ async def chunks(request: Request, limit: int) -> AsyncIterator[bytes]:
     """The body as it comes, never more than `limit` bytes of it.
 
     Raises:
-        Refused: more came, announced or not.
+        Refused: more came, announced or not; or the caller went away before the end.
     """
     seen = 0
-    async for chunk in request.stream():
-        seen += len(chunk)
-        if seen > limit:
-            raise Refused(413, _too_long(seen, limit))
-        yield chunk
+    try:
+        async for chunk in request.stream():
+            seen += len(chunk)
+            if seen > limit:
+                raise Refused(413, _too_long(seen, limit))
+            yield chunk
+    except ClientDisconnect:
+        # Nobody reads the answer; it is counted as what it is, no failure of the hub.
+        raise Refused(400, BadInput("body", f"{seen} bytes of it", "all of it")) from None
 
 
 def refuse_unsafe(data: bytes) -> None:
     """Refuse JSON that costs more to read than its size says, or that no database can keep.
 
     Raises:
-        Refused: nested deeper than `MAX_JSON_DEPTH`, a number of more than `MAX_DIGITS` digits in
-            a row, or the character U+0000.
+        Refused: not in UTF-8, nested deeper than `MAX_JSON_DEPTH`, a number of more than
+            `MAX_DIGITS` digits in a row, or the character U+0000.
     """
+    # Python also reads JSON in UTF-16 and UTF-32, where none of the looks below would see a thing.
+    if b"\0" in data:
+        raise Refused(400, BadInput("body", "bytes of zero", "JSON in UTF-8 (RFC 8259)"))
     if data.count(b"[") + data.count(b"{") > MAX_JSON_DEPTH:
         depth = 0
         for match in _STRUCTURE.finditer(data):

@@ -67,7 +67,7 @@ class Urza:
         }
         self._redis: RedisUpkeep | None = None
         if self.users is not None:
-            checks["redis.url"] = self.users.run
+            checks["redis.url"] = self.users.check
             self._redis = RedisUpkeep(self.hub, self.secrets, self.users)
         self._readiness = Readiness(checks)
 

@@ -47,6 +47,26 @@ def test_what_can_not_be_served_is_refused_in_one_line(capsys, empty_directory, 
     assert list(empty_directory.iterdir()) == []
 
 
+@pytest.mark.parametrize("host", ["nowhere.invalid", "192.0.2.1"])
+def test_a_host_that_is_none_of_this_machine_is_named(capsys, monkeypatch, host):
+    monkeypatch.setenv("ESPER_URZA__SIGNING_KEY", "k" * 32)
+    refused(capsys, ["serve", "urza", "--set", f"urza.host={host}"], f"urza.host: got {host}")
+
+
+def test_a_hub_of_its_own_has_a_place_of_its_own(empty_directory):
+    settings = empty_directory / "esper.yaml"
+    settings.write_text(f"urza: {{signing_key: '{'k' * 32}', port: 0}}\n")
+    with subprocess.Popen(
+        [sys.executable, "-m", "esper", "serve", "urza"], stderr=subprocess.PIPE, text=True
+    ) as service:
+        told = service.stderr.readline()
+        assert ready(told.split()[1]), told
+        service.terminate()
+        assert service.wait(timeout=30) == 0
+    assert sorted(path.name for path in empty_directory.iterdir()) == ["esper.yaml", "hub"]
+    assert (empty_directory / "hub" / "urza.sqlite").is_file()
+
+
 def test_an_unknown_service_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["serve", "karn"])

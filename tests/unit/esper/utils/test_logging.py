@@ -622,6 +622,14 @@ def test_secrets_of_other_looks_are_not_written():
     assert "X-Amz-Expires=60" in text
 
 
+@pytest.mark.parametrize("before", ["Signature:\n", "Signature=", "signature: "])
+def test_a_signature_by_itself_is_not_written(before):
+    # botocore says the one that it puts into a presigned address, and the one of each header.
+    text = said(line_of(f"{before}{'0f9e' * 16}", {}))
+    assert "0f9e" not in text
+    assert "signature" in text.lower()
+
+
 @given(st.text(st.characters(codec="utf-8")), st.dictionaries(st.text("abcxyz", min_size=4), WORDS))
 def test_redacted_lines_are_still_json_and_without_secrets_nothing_changes(message, extras):
     text = line_of(f"://:{message}@", extras)
@@ -640,6 +648,7 @@ def test_a_hostile_line_costs_little():
         "eyJ-",
         "eyJ.",
         "x-amz-signature=",
+        "signature: ",
         "token=",
         "basic ",
         'key": ',

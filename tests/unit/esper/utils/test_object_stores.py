@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from esper.configs import StorageConfig
 from esper.errors import BadInput, KernelError
+from esper.utils import s3_client
 from esper.utils.object_store import FolderStore, ObjectStore, open_store
 from esper.utils.s3_client import PART_BYTES, OptimizedS3Client
 from esper.utils.transfers import CHUNK_BYTES
@@ -46,6 +47,10 @@ class Shelf:
         """Change a byte of the object."""
         raise NotImplementedError
 
+    def clutter(self, name: str) -> None:
+        """Put something there under a name that no key has."""
+        raise NotImplementedError
+
     def stream(self, data: bytes, key: str = KEY, **changes):
         asked = {"sha256": sha256(data), "max_bytes": len(data)} | changes
         return self.store.put_stream(key, pieces(data), **asked)
@@ -64,6 +69,10 @@ class Folder(Shelf):
         data = bytearray((self.folder / key).read_bytes())
         data[0] ^= 1
         (self.folder / key).write_bytes(data)
+
+    def clutter(self, name):
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / name).write_bytes(b"x")
 
 
 class Bucket(Shelf):
@@ -88,6 +97,9 @@ class Bucket(Shelf):
         data = bytearray(self.client.get_object(**place)["Body"].read())
         data[0] ^= 1
         self.client.put_object(Body=bytes(data), **place)
+
+    def clutter(self, name):
+        self.client.put_object(Bucket=self.name, Key=f"some/place/{name}", Body=b"x")
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -147,6 +159,35 @@ def test_any_size_comes_back_by_every_way(shelf, data):
 
     asyncio.run(ways())
     assert shelf.leftovers() == ["streamed", "whole"]
+
+
+def test_what_lies_below_a_place_is_listed_with_its_size(shelf, monkeypatch):
+    monkeypatch.setattr(s3_client, "LISTED_AT_ONCE", 2)  # so that a listing has pages
+    keys = ("a/1", "a/b/2", "a/b/3", "a/z", "ab/4", "a.c/5")
+
+    async def listed():
+        assert await shelf.store.listed("a") == {}
+        for length, key in enumerate(keys):
+            await shelf.store.put(key, bytes(length))
+        await shelf.stream(LARGE, "a/large")
+        return [await shelf.store.listed(place) for place in ("a", "a/b", "a/1", "none/here")]
+
+    all_of_a, deeper, an_object, nothing = asyncio.run(listed())
+    assert list(all_of_a.items()) == [
+        *[("a/1", 0), ("a/b/2", 1), ("a/b/3", 2), ("a/large", len(LARGE)), ("a/z", 3)]
+    ]
+    assert deeper == {"a/b/2": 1, "a/b/3": 2}
+    assert (an_object, nothing) == ({}, {})
+
+
+def test_what_is_no_object_is_not_listed(shelf):
+    async def listed():
+        await shelf.store.put("a/object", b"x")
+        return await shelf.store.listed("a")
+
+    shelf.clutter("a/.hidden.part")
+    shelf.clutter("a/with a space")
+    assert asyncio.run(listed()) == {"a/object": 1}
 
 
 def test_a_key_that_exists_keeps_its_object(shelf):
@@ -314,6 +355,7 @@ def test_keys_with_tricks_are_refused_everywhere(shelf, key):
         store.open_read(key),
         store.size(key),
         store.exists(key),
+        store.listed(key),
         store.delete(key),
         store.presigned(key, 60),
     )

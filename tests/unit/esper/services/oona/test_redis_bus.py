@@ -189,7 +189,7 @@ def test_the_messages_of_a_receiver_that_died_go_to_another(server, redis_namesp
 
 def test_a_message_that_is_worked_on_for_long_stays_with_its_receiver(server, redis_namespace):
     async def life():
-        async with client_of(server, redis_namespace, claim_idle_seconds=0.3) as bus:
+        async with client_of(server, redis_namespace, claim_idle_seconds=1.0) as bus:
             slow = await bus.subscribe({READY}, "g", prefetch=2)
             await bus.publish(ready(1), ready(2))
             message = await slow.receive()
@@ -417,6 +417,9 @@ def test_a_user_without_the_right_is_the_settings_fault(tmp_path, redis_namespac
         ("redis://:s3cret@host:port", "***"),
         ("redis://:s3cret/word@host", "***"),
         ("redis://h/0?socket_timeout=x", "redis://h/0?***"),
+        ("redis://h/0?unknown=s3cret", "redis://h/0?***"),
+        ("redis://h/0?protocol=s3cret", "redis://h/0?***"),
+        ("rediss://h/0?ssl_cert_reqs=s3cret", "rediss://h/0?***"),
     ],
 )
 def test_a_url_that_cannot_be_used_is_refused(url, came):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from esper.services.tolaria.data import Datasets
 from esper.services.tolaria.engine import Engine
 from esper.services.tolaria.objective import Classification
 from esper.services.tolaria.seeds import SeedBook, SeedRecord
-from esper.services.tolaria.snapshots import Snapshot, read_checkpoint, write_checkpoint
+from esper.services.tolaria.snapshots import Snapshot, parts_of, snapshot_of
 from tests.unit.esper.core.growing import GRAFTING, S, grow
 from tests.unit.esper.services.tolaria.sessions import config
 
@@ -147,15 +146,28 @@ def elsewhere(kind: type[nn.Module], training: dict[str, Any], snapshot: Snapsho
     ],
 )
 def test_a_restored_snapshot_continues_to_the_bit(
-    kind: type[nn.Module], training: dict[str, Any], tmp_path: Path
+    kind: type[nn.Module], training: dict[str, Any]
 ) -> None:
     one = grown_engine(kind, training)
-    write_checkpoint(tmp_path, one.capture(1, {"book": one.book.to_state()}), keep=1)
+    parts = parts_of(one.capture(1, {"book": one.book.to_state()}))
     before = one.capture(1, {"book": one.book.to_state()})
     first = continued(one)
     one.restore(before)
     same(continued(one), first)
-    same(continued(elsewhere(kind, training, read_checkpoint(tmp_path / "epoch-000001"))), first)
+    same(continued(elsewhere(kind, training, snapshot_of(parts))), first)
+
+
+def test_a_snapshot_does_not_change_with_the_engine_that_gave_it() -> None:
+    """It is written by another thread while training goes on."""
+    one = grown_engine(Cnn, {"optimizer": {"name": "adamw"}})
+    taken = one.capture(1, {})
+    before = {name: data for name, data in parts_of(taken).items() if name.endswith(".json")}
+    tensors = {name: tensor.clone() for name, tensor in taken.tensors.items()}
+    continued(one)
+    one._host_groups.append(["as if something had fossilised"])
+    after = {name: data for name, data in parts_of(taken).items() if name.endswith(".json")}
+    assert after == before
+    assert all(torch.equal(taken.tensors[name], tensor) for name, tensor in tensors.items())
 
 
 def test_buffers_come_back_that_a_forward_made_replaced_or_grew() -> None:

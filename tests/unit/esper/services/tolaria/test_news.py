@@ -22,9 +22,9 @@ from esper.execution.builders import build
 from esper.services.tolaria.news import News, packet_trace
 from esper.services.tolaria.objective import Classification
 from esper.services.tolaria.run_directory import LOGS, RunDirectory, RunLog
-from esper.services.tolaria.snapshots import Snapshot
 from esper.services.tolaria.trainer import TolariaTrainer
 from esper.utils.logging import current_trace_id
+from tests.unit.esper.services.tolaria.checkpointing import in_run, newest
 from tests.unit.esper.services.tolaria.sessions import (
     BuiltHere,
     config,
@@ -64,16 +64,17 @@ class Session:
 
     def __init__(self, folder: Path, scope: str = "uid-1") -> None:
         self.run = RunDirectory.create(folder, "the manifest", overwrite=False)
-        self.log = RunLog(self.run, 3)
+        self.checkpoints = in_run(folder, keep=3)
+        self.log = RunLog(self.run, self.checkpoints)
         self.scope = scope
 
     def train(
         self, controller: Germinating, before: Callable[[TolariaTrainer], None] = lambda _: None
     ) -> None:
         settings = config({"epochs": EPOCHS, "checkpoint": {"everyEpochs": 3}})
-        snapshot = self.run.newest_checkpoint()
-        recorded = self.log.rewind(snapshot)
-        told = self.log.told("small") if snapshot else []
+        found = self.checkpoints.newest()
+        recorded = self.log.rewind(found)
+        told = self.run.told("small") if found else []
         self.log.open()
         model = wrapped_mlp()
         trainer = TolariaTrainer(
@@ -89,12 +90,14 @@ class Session:
             positions=self.log.lengths,
             scope=self.scope,
         )
-        if snapshot is not None:
-            model.morphology.restore(snapshot.structure, lambda entry: rebuilt(model, entry))
-            trainer.restore(snapshot, told)
+        if found is not None:
+            structure = found.snapshot.structure
+            model.morphology.restore(structure, lambda entry: rebuilt(model, entry))
+            trainer.restore(found.snapshot, told)
         before(trainer)
         try:
-            asyncio.run(trainer.run())
+            with self.log.draining():
+                asyncio.run(trainer.run())
         finally:
             self.log.close()
 
@@ -107,6 +110,10 @@ def rebuilt(model: Any, entry: Mapping[str, Any]) -> Any:
 
     target = model.morphology.target(entry["layer"])
     return build(Graph.model_validate(entry["graph"]), target, generator_seed=0)
+
+
+class DeathError(Exception):
+    """A process dies."""
 
 
 def heard(news: Sequence[News], scope: str = "uid-1") -> dict[str, SeedTransition | SessionEvent]:
@@ -148,9 +155,7 @@ def test_a_run_stopped_at_a_boundary_goes_on_as_if_nothing_had_happened(tmp_path
         with pytest.raises(Interrupted):
             parts.train(controller)
         news += controller.news
-        found = parts.run.newest_checkpoint()
-        assert found is not None
-        assert found.epoch == epoch - 1
+        assert newest(parts.checkpoints).epoch == epoch - 1
     controller = Germinating()
     parts.train(controller)
     news += controller.news
@@ -181,12 +186,12 @@ def test_what_was_told_but_not_got_out_is_told_again_after_a_kill(tmp_path):
 
         def mortal(epoch: int, **options: Any) -> float:
             if epoch == 7:
-                raise KeyboardInterrupt
+                raise DeathError
             return train_epoch(epoch, **options)
 
         trainer.engine.train_epoch = mortal  # type: ignore[method-assign]
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(DeathError):
         killed.train(Germinating(), before=die_at_epoch_7)  # whatever it told went nowhere
     after = Germinating()
     killed.train(after)
@@ -201,7 +206,7 @@ def test_what_was_told_but_not_got_out_is_told_again_after_a_kill(tmp_path):
 
 def test_events_come_back_from_their_file_as_they_were_told(tmp_path):
     run = RunDirectory.create(tmp_path / "run", "the manifest", overwrite=False)
-    log = RunLog(run, 1)
+    log = RunLog(run, in_run(run.path))
     transition = SeedTransition(
         session="small", epoch=3, layer="head", slot=0, cycle=0, previous=SeedState.DORMANT,
         current=SeedState.GERMINATED, blueprint="noop", kernel="k", reason="because",
@@ -215,16 +220,15 @@ def test_events_come_back_from_their_file_as_they_were_told(tmp_path):
     event = SessionEvent(
         session="small", epoch=4, reason="RolledBack", message="the loss was not finite"
     )
-    assert log.told("small") == [transition, event]
-    assert RunLog(RunDirectory(tmp_path / "none"), 1).told("small") == []
+    assert run.told("small") == [transition, event]
+    assert RunDirectory(tmp_path / "none").told("small") == []
 
 
 def test_a_checkpoint_keeps_the_lengths_of_its_boundary(tmp_path):
     session = Session(tmp_path / "run")
     with pytest.raises(Interrupted):
         session.train(Germinating(interrupted_at=5))
-    found = session.run.newest_checkpoint()
-    assert isinstance(found, Snapshot)
+    found = newest(session.checkpoints)
     written = session.lines()["metrics.jsonl"]
     assert len(written) == 5
     # The interval before the boundary is trained again: its line is cut off.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -7,12 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from esper.contracts.enums import DecisionAction, SeedState
 from esper.contracts.operational import AdaptationDecision, SeedTransition
-from esper.errors import OutputError
-from esper.execution.isolation import RandomState
+from esper.errors import Interrupted, LossNotFinite, OutputError, StorageFull
+from esper.services.tolaria.checkpoints import Checkpoints, Written
 from esper.services.tolaria.run_directory import (
     FILES,
     FOLDERS,
@@ -23,19 +23,14 @@ from esper.services.tolaria.run_directory import (
     refuse_unusable,
     write_atomically,
 )
-from esper.services.tolaria.snapshots import Snapshot, checkpoints, read_checkpoint
+from tests.unit.esper.services.tolaria.checkpointing import in_run, newest, snapshot
 
 TEXT = "kind: TrainingSession\n"
 
 
-def snapshot(epoch: int) -> Snapshot:
-    return Snapshot(
-        epoch=epoch,
-        tensors={"model/w": torch.ones(2)},
-        structure=[],
-        state={"sequence": epoch},
-        randomness=RandomState.capture(),
-    )
+def logging_run(path: Path, keep: int = 2) -> tuple[RunDirectory, RunLog]:
+    run = RunDirectory.create(path, TEXT, overwrite=False)
+    return run, RunLog(run, in_run(path, keep))
 
 
 def decision(epoch: int) -> AdaptationDecision:
@@ -84,7 +79,6 @@ def test_a_new_run_begins_with_its_manifest(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "a" / "b", TEXT, overwrite=False)
     assert os.listdir(run.path) == [MANIFEST]
     assert run.manifest == TEXT
-    assert run.newest_checkpoint() is None
     assert run.result() is None
     run.close()
 
@@ -235,8 +229,7 @@ def test_a_write_that_fails_leaves_the_old_file(
 
 
 def test_every_kind_of_line_is_json_that_reads_back(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path, TEXT, overwrite=False)
-    log = RunLog(run, 2)
+    run, log = logging_run(tmp_path)
     log.open()
     boundary(log, 1)
     # Flushed line by line: another process reads along.
@@ -258,11 +251,11 @@ def test_every_kind_of_line_is_json_that_reads_back(tmp_path: Path) -> None:
 def test_rewinding_cuts_to_the_checkpoint_and_gives_back_the_lost_decisions(
     tmp_path: Path,
 ) -> None:
-    run = RunDirectory.create(tmp_path, TEXT, overwrite=False)
-    log = RunLog(run, 2)
+    run, log = logging_run(tmp_path)
     log.open()
     boundary(log, 1)
-    log.checkpoint(snapshot(1))
+    log.checkpoint(snapshot(1, sequence=1))
+    log.drain()
     kept = {name: (tmp_path / name).read_bytes() for name in LOGS}
     boundary(log, 2)
     boundary(log, 3)
@@ -271,25 +264,24 @@ def test_rewinding_cuts_to_the_checkpoint_and_gives_back_the_lost_decisions(
     for name in LOGS:
         with (tmp_path / name).open("ab") as file:
             file.write(b'{"epoch": 4, "tra')
-    newest = run.newest_checkpoint()
-    assert newest is not None
-    assert newest.epoch == 1
-    assert newest.state["sequence"] == 1
+    found = in_run(tmp_path).newest()
+    assert found is not None
+    assert found.snapshot.epoch == 1
+    assert found.snapshot.state["sequence"] == 1
 
-    again = RunLog(run, 2)
-    assert again.rewind(newest) == [decision(2), decision(3)]
+    again = RunLog(run, in_run(tmp_path))
+    assert again.rewind(found) == [decision(2), decision(3)]
     assert {name: (tmp_path / name).read_bytes() for name in LOGS} == kept
     again.open()
     boundary(again, 2)
     again.close()
     assert [row["epoch"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2]
-    assert again.rewind(newest) == [decision(2)]
+    assert again.rewind(found) == [decision(2)]
     run.close()
 
 
 def test_without_a_checkpoint_everything_is_cut_and_given_back(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path, TEXT, overwrite=False)
-    log = RunLog(run, 2)
+    run, log = logging_run(tmp_path)
     assert log.rewind(None) == []
     log.open()
     boundary(log, 1)
@@ -300,14 +292,14 @@ def test_without_a_checkpoint_everything_is_cut_and_given_back(tmp_path: Path) -
 
 
 def test_a_log_that_is_shorter_than_remembered_is_not_filled_up(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path, TEXT, overwrite=False)
-    log = RunLog(run, 2)
+    run, log = logging_run(tmp_path)
     log.open()
     boundary(log, 1)
-    log.checkpoint(snapshot(1))
+    log.checkpoint(snapshot(1, sequence=1))
+    log.drain()
     log.close()
     (tmp_path / "metrics.jsonl").write_bytes(b"")
-    assert log.rewind(run.newest_checkpoint()) == []
+    assert log.rewind(in_run(tmp_path).newest()) == []
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
     run.close()
 
@@ -315,16 +307,105 @@ def test_a_log_that_is_shorter_than_remembered_is_not_filled_up(tmp_path: Path) 
 def test_a_checkpoint_knows_the_lengths_at_its_time_and_leaves_the_snapshot_alone(
     tmp_path: Path,
 ) -> None:
-    run = RunDirectory.create(tmp_path, TEXT, overwrite=False)
-    log = RunLog(run, 1)
+    run, log = logging_run(tmp_path, keep=1)
     log.open()
     for epoch in (1, 2, 3):
         boundary(log, epoch)
         taken = snapshot(epoch)
         log.checkpoint(taken)
         assert "lengths" not in taken.state
+    log.drain()
     log.close()
-    (only,) = checkpoints(tmp_path / "checkpoints")
-    lengths = read_checkpoint(only).state["lengths"]
+    assert os.listdir(tmp_path / "checkpoints") == ["epoch-000003"]
+    lengths = newest(in_run(tmp_path)).state["lengths"]
     assert lengths == {name: (tmp_path / name).stat().st_size for name in LOGS}
+    run.close()
+
+
+# -- checkpoints --------------------------------------------------------------------------------
+
+
+def elsewhere(tmp_path: Path) -> Checkpoints:
+    return in_run(tmp_path / "run", uri=f"file://{tmp_path}/elsewhere")
+
+
+def test_a_directory_that_lost_its_files_gets_them_back_from_the_checkpoint(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", TEXT, overwrite=False)
+    log = RunLog(run, elsewhere(tmp_path))
+    log.open()
+    boundary(log, 1)
+    log.checkpoint(snapshot(1))
+    log.drain()
+    kept = {name: (run.path / name).read_bytes() for name in LOGS}
+    boundary(log, 2)
+    log.close()
+    (run.path / "metrics.jsonl").write_bytes(b"")  # shorter
+    (run.path / "events.jsonl").unlink()
+    again = RunLog(run, elsewhere(tmp_path))
+    # The decisions file begins as the checkpoint has it, so what came after is replayed.
+    assert again.rewind(elsewhere(tmp_path).newest()) == [decision(2)]
+    assert {name: (run.path / name).read_bytes() for name in LOGS} == kept
+    assert len(run.told("s")) == 2
+    (run.path / "decisions.jsonl").write_bytes(b"x" * 5000)  # of another run
+    assert again.rewind(elsewhere(tmp_path).newest()) == []
+    assert {name: (run.path / name).read_bytes() for name in LOGS} == kept
+    run.close()
+
+
+class Disk:
+    """Where fsync of a name finds the disk full."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        real = os.fsync
+
+        def fsync(descriptor: int) -> None:
+            if Path(f"/proc/self/fd/{descriptor}").readlink().name == name:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "structure.json"])
+def test_a_full_disk_is_told_at_the_next_hand_over_or_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Logs are durable before the checkpoint that counts on them has its name."""
+    written: list[Written] = []
+    run = RunDirectory.create(tmp_path, TEXT, overwrite=False)
+    log = RunLog(run, in_run(tmp_path), written.append)
+    log.open()
+    boundary(log, 1)
+    log.checkpoint(snapshot(1))
+    log.drain()
+    Disk(monkeypatch, name)
+    log.checkpoint(snapshot(2))
+    with pytest.raises(StorageFull, match="No space left"):
+        log.checkpoint(snapshot(3))
+    log.checkpoint(snapshot(4))
+    with pytest.raises(StorageFull, match="No space left"), log.draining():
+        raise Interrupted("asked to stop")
+    log.checkpoint(snapshot(5))
+    with pytest.raises(LossNotFinite), log.draining():
+        raise LossNotFinite("it is what ended the run")
+    monkeypatch.undo()
+    with log.draining():
+        log.checkpoint(snapshot(6))
+    log.close()
+    assert [one.epoch for one in written] == [1, 6]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["epoch-000001", "epoch-000006"]
+    run.close()
+
+
+def test_the_snapshot_handed_over_last_is_not_written_again(tmp_path: Path) -> None:
+    written: list[Written] = []
+    run = RunDirectory.create(tmp_path, TEXT, overwrite=False)
+    log = RunLog(run, in_run(tmp_path), written.append)
+    log.open()
+    one, other = snapshot(1), snapshot(1)
+    for taken in (one, one, other):
+        log.checkpoint(taken)
+    log.drain()
+    log.close()
+    assert [one.where for one in written] == ["checkpoints/epoch-000001"] * 2
     run.close()

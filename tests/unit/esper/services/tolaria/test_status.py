@@ -2,18 +2,18 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from esper.contracts.base import utc_now
 from esper.contracts.enums import SeedState, SessionOutcome
 from esper.contracts.manifests import parse_resource
 from esper.contracts.operational import SeedTransition
 from esper.contracts.resources import Condition, TrainingSession, TrainingSessionStatus
-from esper.execution.isolation import RandomState
-from esper.services.tolaria.snapshots import Snapshot
+from esper.services.tolaria.checkpoints import Written
 from esper.services.tolaria.status import StatusFile
+from tests.unit.esper.services.tolaria.checkpointing import snapshot
 from tests.unit.esper.services.tolaria.sessions import resource
 
 SESSION = resource()
@@ -123,16 +123,16 @@ def test_layers_count_the_slots_that_have_left_dormancy(tmp_path: Path) -> None:
     }
 
 
-def test_a_checkpoint_is_named_where_it_lies(tmp_path: Path) -> None:
+def test_a_checkpoint_is_named_where_it_lies_once_it_is_there(tmp_path: Path) -> None:
     status = status_file(tmp_path)
-    taken = Snapshot(
-        epoch=12,
-        tensors={"w": torch.zeros(1)},
-        structure=[],
-        state={},
-        randomness=RandomState.capture(),
-    )
-    status.checkpoint(taken)
+    status.checkpoint(snapshot(12))
+    status.write()
+    assert read(tmp_path).checkpoint is None
+    written = Written(where="checkpoints/epoch-000012", epoch=12, time=utc_now())
+    thread = threading.Thread(target=status.checkpointed, args=(written,))
+    thread.start()
+    thread.join()
+    status.write()
     found = read(tmp_path)
     assert found.checkpoint is not None
     assert (found.checkpoint.name, found.checkpoint.epoch) == ("checkpoints/epoch-000012", 12)

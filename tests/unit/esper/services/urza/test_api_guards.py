@@ -32,6 +32,7 @@ from esper.services.urza.api.routes import (
 from esper.services.urza.auth import PERMISSIONS, Permission, Role
 from esper.services.urza.main import create_app
 from tests.unit.esper.services.urza.hubs import DOCUMENT, Place
+from tests.unit.esper.services.urza.issuing import BLUEPRINT
 from tests.unit.esper.services.urza.serving import (
     JSON,
     KEY,
@@ -195,6 +196,7 @@ ZIP = BytesIO()
 with zipfile.ZipFile(ZIP, "w", zipfile.ZIP_DEFLATED) as archive:
     archive.writestr("data.json", b"0" * 2**20)
 WIRE = json.dumps(DOCUMENT.to_wire()).encode()
+NUL = json.dumps({**BLUEPRINT, "description": "a\0b"})
 
 BODIES: dict[str, tuple[int, dict[str, Any]]] = {
     "over the cap": (413, {"content": LONG, "headers": JSON}),
@@ -206,6 +208,8 @@ BODIES: dict[str, tuple[int, dict[str, Any]]] = {
     "a huge exponent": (422, {"content": b'{"name":1e999999}', "headers": JSON}),
     "not a number": (422, {"content": b'{"name":NaN}', "headers": JSON}),
     "a NUL": (400, {"content": WIRE.replace(b"low-rank", b"a\\u0000b"), "headers": JSON}),
+    "a NUL in UTF-16": (400, {"content": NUL.encode("utf-16"), "headers": JSON}),
+    "a NUL in UTF-32": (400, {"content": NUL.encode("utf-32-le"), "headers": JSON}),
     "half a surrogate": (422, {"content": b'{"name":"\\ud800"}', "headers": JSON}),
     "broken": (400, {"content": b'{"name":', "headers": JSON}),
     "no UTF-8": (400, {"content": b'{"name":"\xff\xfe"}', "headers": JSON}),

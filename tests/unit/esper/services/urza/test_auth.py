@@ -123,6 +123,7 @@ def unsigned() -> str:
         forged(exp=None),
         forged(iat=None),
         forged(exp="soon"),
+        forged(exp=10**400),
         forged(role="root"),
         forged(role=None),
         forged(role=["admin"]),

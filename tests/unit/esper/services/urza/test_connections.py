@@ -15,6 +15,7 @@ from esper.configs import DatabaseConfig
 from esper.contracts.assets import TrainingSession
 from esper.errors import BadInput, ConfigError, HubUnavailable
 from esper.services.contracts import BlueprintFilter
+from esper.services.urza.api.readiness import Readiness
 from esper.services.urza.database import Database, PoolStatistics
 from tests.unit.esper.services.urza.hubs import DOCUMENT, Place, opened
 from tests.unit.esper.services.urza.serving import serving, settings
@@ -367,6 +368,17 @@ def test_readiness_is_told_in_time_beside_a_frozen_postgres(private_postgres, tm
                     return
                 await asyncio.sleep(0.1)
             raise AssertionError("it did not come back")
+
+    asyncio.run(life())
+
+
+def test_a_check_that_breaks_off_unforeseen_is_a_thing_that_is_not_ready():
+    async def broken():
+        raise RuntimeError("with a hush-hush in it")
+
+    async def life():
+        readiness = Readiness({"redis.url": broken})
+        assert await readiness.problems() == {"redis.url": "the check broke off with RuntimeError"}
 
     asyncio.run(life())
 

@@ -53,6 +53,14 @@ async def count(database: Database, model: type[models.Base]) -> int:
         return len((await session.scalars(select(model))).all())
 
 
+@pytest.mark.parametrize("option", ["unknown=s3cret", "mode=ro"])
+def test_an_option_that_sqlite_would_pass_over_is_refused(tmp_path, option):
+    with pytest.raises(ConfigError, match=r"database\.url.*options that the driver") as caught:
+        Database(config(tmp_path / f"urza.sqlite?{option}"))
+    assert "s3cret" not in str(caught.value)
+    Database(config(tmp_path / "urza.sqlite?timeout=3"))
+
+
 def test_the_configuration_is_the_one_from_configs():
     assert DatabaseConfig is esper.configs.DatabaseConfig
 

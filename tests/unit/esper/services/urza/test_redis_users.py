@@ -18,6 +18,7 @@ from tests.unit.esper.services.oona.messages import config_of, ready
 from tests.unit.esper.services.urza.hubs import Place
 from tests.unit.esper.services.urza.issuing import made, redis_of, until
 from tests.unit.esper.services.urza.serving import KEY, serving, settings
+from tools.servers.redis_server import RedisServer
 
 OWN = "esper:{}:uid-1:{}"
 PUBLISHED = (
@@ -263,6 +264,30 @@ def test_a_redis_that_refuses_or_is_away_is_told_without_the_password(redis_serv
             await users.close()
 
     asyncio.run(life())
+
+
+def test_a_user_that_may_make_no_users_is_a_hub_that_is_not_ready(place, tmp_path):
+    async def life(server: RedisServer) -> None:
+        url = f"redis://looker:s3cret@127.0.0.1:{server.port}/0"
+        async with serving(settings(place, url)) as client:
+            answer = await client.get("/readyz")
+            assert answer.status_code == 503
+            assert answer.json()["detail"].startswith("redis.url: got ")
+            assert "s3cret" not in answer.text
+        async with serving(settings(place, server.url)) as client:
+            assert (await client.get("/readyz")).status_code == 200
+
+    with RedisServer(tmp_path, password="admin", acl=["looker on >s3cret -@all +info +ping"]) as on:
+        asyncio.run(life(on))
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://h:p/0", "redis://h/0?unknown=s3cret", "rediss://h/0?ssl_cert_reqs=s3cret"]
+)
+def test_an_address_that_cannot_be_used_is_refused(url):
+    with pytest.raises(ConfigError, match=r"redis\.url") as caught:
+        RedisUsers(url)
+    assert "s3cret" not in str(caught.value)
 
 
 def test_passwords_are_shown_nowhere():

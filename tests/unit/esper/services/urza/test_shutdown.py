@@ -1,4 +1,4 @@
-"""A hub that is asked to stop while requests are under way."""
+"""Requests that come to no end: the hub is asked to stop, or the caller goes away."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from esper.services.urza.main import serve
 from esper.services.urza.wire import LEASE_HEADER
 from tests.unit.esper.services.urza.hubs import DOCUMENT, Place, target
-from tests.unit.esper.services.urza.serving import bearer, settings, stored_files
+from tests.unit.esper.services.urza.issuing import until
+from tests.unit.esper.services.urza.serving import bearer, listening, settings, stored_files
 
 
 @pytest.fixture
@@ -31,6 +32,19 @@ async def leased(url: str) -> tuple[str, str]:
         return path, claim.json()["lease"]
 
 
+def begun(path: str, lease: str) -> bytes:
+    """An upload without its end, for which the server waits."""
+    lines = (
+        f"PUT {path}/artifact?digest={'0' * 64}&bytes=4096 HTTP/1.1",
+        "Host: hub",
+        *(f"{name}: {value}" for name, value in bearer().items()),
+        "Content-Type: application/octet-stream",
+        f"{LEASE_HEADER}: {lease}",
+        "Content-Length: 4096",
+    )
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + b"\x08\x00\x00\x00"
+
+
 def test_an_upload_that_does_not_end_is_answered_when_the_hub_stops(place, caplog):
     async def life() -> None:
         stop = asyncio.Event()
@@ -40,16 +54,7 @@ def test_an_upload_that_does_not_end_is_answered_when_the_hub_stops(place, caplo
         url = await address
         path, lease = await leased(url)
         reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(url).port)
-        lines = (
-            f"PUT {path}/artifact?digest={'0' * 64}&bytes=4096 HTTP/1.1",
-            "Host: hub",
-            *(f"{name}: {value}" for name, value in bearer().items()),
-            "Content-Type: application/octet-stream",
-            f"{LEASE_HEADER}: {lease}",
-            "Content-Length: 4096",
-        )
-        # Not whole: the server waits for the rest.
-        writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + b"\x08\x00\x00\x00")
+        writer.write(begun(path, lease))
         await asyncio.sleep(0.2)
         stop.set()
         answer = (await asyncio.wait_for(reader.read(), 10)).decode()
@@ -65,4 +70,26 @@ def test_an_upload_that_does_not_end_is_answered_when_the_hub_stops(place, caplo
     assert "/artifact: broken off" in caplog.text
     assert "Traceback" not in caplog.text
     assert "Exception in ASGI" not in caplog.text
+    assert stored_files(place) == []
+
+
+def test_a_caller_that_goes_away_is_no_fault_of_the_hub(place, caplog):
+    async def life() -> None:
+        async with listening(settings(place)) as url, httpx.AsyncClient(base_url=url) as client:
+            path, lease = await leased(url)
+            _, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(url).port)
+            writer.write(begun(path, lease))
+            await asyncio.sleep(0.2)
+            writer.close()
+
+            async def counted() -> bool:
+                told = (await client.get("/metrics")).text
+                assert 'status="500"' not in told
+                return 'artifact",status="400"' in told
+
+            await until(counted)
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(life())
+    assert caplog.records == []
     assert stored_files(place) == []
