@@ -22,7 +22,13 @@ from esper.cli.output import write_json
 from esper.cli.preparing import SOURCE_ANNOTATION, Prepared, own_manifest, prepare
 from esper.cli.report_page import write_report
 from esper.cli.run_checkpoints import newest_checkpoint, run_checkpoints
-from esper.cli.trainers import Attention, Progress, embedded_trainer, wired_trainer
+from esper.cli.trainers import (
+    Attention,
+    Progress,
+    embedded_trainer,
+    share_progress,
+    wired_trainer,
+)
 from esper.cli.view_observer import ViewObserver
 from esper.cli.watching import watched_services
 from esper.cli.wiring import refuse_unreachable
@@ -33,7 +39,7 @@ from esper.core.export import export_grown
 from esper.errors import BadInput, ConfigError, EsperError, Interrupted, StorageFull, one_line
 from esper.services.health import ServiceHealth
 from esper.services.tolaria.checkpoints import Checkpoints, Found
-from esper.services.tolaria.distribution import Alone
+from esper.services.tolaria.distribution import Alone, Ranks
 from esper.services.tolaria.engine import layer_kind
 from esper.services.tolaria.health import HealthObserver
 from esper.services.tolaria.main import TolariaService
@@ -60,21 +66,21 @@ def run_file(
 
     With `health` it is a service's: services that do not answer yet are waited for.
     """
-    wired = _wired(config)
+    wired = wired_to(config)
     manifest = load_manifest(path)
     directory = output_dir or Path("runs") / manifest.session.metadata.name
     refuse_unusable(directory, overwrite=overwrite)
     prepared = prepare(manifest, path.parent)
     if wired and health is None:
         asyncio.run(refuse_unreachable(config, prepared.uid))
-    shown = _Shown(json_output, live, quiet, health)
+    shown = Shown(json_output, live, quiet, health)
     checkpoints = run_checkpoints(manifest, directory, config, uid=prepared.uid)
     with closing(checkpoints):
         if health is None:
             checkpoints.check()
         run = RunDirectory.create(directory, own_manifest(prepared), overwrite=overwrite)
         with closing(run):
-            return _carry_out(prepared, run, checkpoints, None, config, shown)
+            return carry_out(prepared, run, checkpoints, None, config, shown)
 
 
 def resume(
@@ -92,8 +98,8 @@ def resume(
 
     With `health` it is a service's: services that do not answer yet are waited for.
     """
-    wired = _wired(config)
-    shown = _Shown(json_output, live, quiet, health)
+    wired = wired_to(config)
+    shown = Shown(json_output, live, quiet, health)
     run = RunDirectory.open(directory)
     try:
         manifest = parse_manifest(run.manifest, str(directory / "manifest.yaml"))
@@ -101,7 +107,7 @@ def resume(
         if result is not None:
             write_report(directory)
             _tell_again(run, manifest, result, config, lasting=health is not None)
-            _shown_end(result, directory, shown)
+            show_end(result, directory, shown)
             return 0
         source = manifest.session.metadata.annotations.get(SOURCE_ANNOTATION, ".")
         prepared = prepare(manifest, Path(source))
@@ -110,7 +116,7 @@ def resume(
         checkpoints = run_checkpoints(manifest, directory, config, uid=prepared.uid)
         with closing(checkpoints):
             found = newest_checkpoint(checkpoints, config)
-            return _carry_out(prepared, run, checkpoints, found, config, shown)
+            return carry_out(prepared, run, checkpoints, found, config, shown)
     finally:
         run.close()
 
@@ -132,7 +138,7 @@ def _tell_again(
 
 
 @dataclass(frozen=True)
-class _Shown:
+class Shown:
     """What the person asked to see, and what a service shows of itself."""
 
     json: bool
@@ -141,14 +147,24 @@ class _Shown:
     health: ServiceHealth | None
 
 
-def _carry_out(
+def carry_out(
     prepared: Prepared,
     run: RunDirectory,
     checkpoints: Checkpoints,
     found: Found | None,
     config: EsperConfig,
-    shown: _Shown,
+    shown: Shown,
+    ranks: Ranks | None = None,
 ) -> int:
+    """Train a session in its directory, on from the checkpoint `found`; 0 once it is finished.
+
+    `ranks` are its processes, of which this one is the first; by default there is no other, and
+    signals stop it.
+
+    Raises:
+        WorkFailed: training failed; the run is kept.
+        Interrupted: a checkpoint was written.
+    """
     status = StatusFile(
         run.path / "status.yaml",
         prepared.manifest.session,
@@ -160,7 +176,7 @@ def _carry_out(
     log = RunLog(run, checkpoints, status.checkpointed)
     try:
         result = asyncio.run(
-            _session(prepared, run, log, found, config.inside(run.path), status, shown)
+            _session(prepared, run, log, found, config.inside(run.path), status, shown, ranks)
         )
     except Interrupted as error:
         status.finish(SessionOutcome.INTERRUPTED, str(error))
@@ -182,7 +198,7 @@ def _carry_out(
         if failure is error:
             raise
         raise failure from error
-    _shown_end(result, run.path, shown)
+    show_end(result, run.path, shown)
     return 0
 
 
@@ -193,7 +209,8 @@ async def _session(
     found: Found | None,
     config: EsperConfig,
     status: StatusFile,
-    shown: _Shown,
+    shown: Shown,
+    ranks: Ranks | None,
 ) -> dict[str, Any]:
     """Train the session in its directory, shown as it goes."""
     training = prepared.config.training
@@ -205,9 +222,12 @@ async def _session(
     if shown.health is not None:
         observers.append(HealthObserver(shown.health))
     with ExitStack() as stack:
-        # Before and after the training too: it may wait for services there.
-        stack.enter_context(tolaria.signals())
-        if shown.health is not None and _wired(config):
+        if ranks is None:
+            # Before and after the training too: it may wait for services there.
+            stack.enter_context(tolaria.signals())
+            ranks = Alone(tolaria.stopping)
+        share_progress(ranks, progress)
+        if shown.health is not None and wired_to(config):
             stack.enter_context(watched_services(shown.health, config, prepared.uid))
         stack.callback(log.close)
         log.open()
@@ -222,15 +242,14 @@ async def _session(
                 metric=prepared.objective.metric_name,
             )
             observers.append(ViewObserver(stack.enter_context(view)))
-        ranks = Alone(tolaria.stopping)
         attention = Attention(observers=observers, ranks=ranks, positions=log.lengths)
-        trainer_of = wired_trainer if _wired(config) else embedded_trainer
+        trainer_of = wired_trainer if wired_to(config) else embedded_trainer
         async with trainer_of(prepared, config, progress=progress, attention=attention) as trainer:
             status.write()
             if shown.health is not None:
                 shown.health.started()
             with log.draining():
-                result = await tolaria.run(trainer)
+                result = await trainer.run()
             return _finished(prepared, run, status, result)
 
 
@@ -293,7 +312,7 @@ def _finished(
     return summary
 
 
-def _wired(config: EsperConfig) -> bool:
+def wired_to(config: EsperConfig) -> bool:
     """Whether bus and hub are elsewhere.
 
     Raises:
@@ -311,7 +330,8 @@ def _resuming(run: RunDirectory) -> str:
     return f"esper run --resume {shlex.quote(str(run.path))}"
 
 
-def _shown_end(result: Mapping[str, Any], path: Path, shown: _Shown) -> None:
+def show_end(result: Mapping[str, Any], path: Path, shown: Shown) -> None:
+    """Show what a finished run has come to."""
     if not shown.quiet:
         grown = result["parameters"] - result["parametersBase"]
         metric = result["accuracy"]

@@ -88,8 +88,10 @@ def validate_file(path: Path, config: EsperConfig) -> dict[str, Any]:
     }
 
 
-def prepare(manifest: Manifest, folder: Path) -> Prepared:
+def prepare(manifest: Manifest, folder: Path, device: torch.device | None = None) -> Prepared:
     """Check and build everything a session needs; modules beside the manifest are found.
+
+    The model goes to `device`; by default it stays where its entry point puts it.
 
     Raises:
         BadInput: anything a person wrote can't be used.
@@ -106,6 +108,8 @@ def prepare(manifest: Manifest, folder: Path) -> Prepared:
     make_importable(folder)
     datasets = build_datasets(config)
     model = build_model(config)
+    if device is not None:
+        model = model.to(device)
     objective = build_objective(config, datasets)
     inputs, _ = check_fit(model, datasets, objective)
     wrapped = wrap(

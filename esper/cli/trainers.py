@@ -27,7 +27,7 @@ from esper.services.tolaria.growth import KernelSupply
 from esper.services.tolaria.model_state import rebuild_seeds
 from esper.services.tolaria.patience import HUB, IN_PROCESS, Patience
 from esper.services.tolaria.sharing import SharedController, SharedKernels
-from esper.services.tolaria.snapshots import Snapshot
+from esper.services.tolaria.snapshots import PARTS, Snapshot, parts_of, snapshot_of
 from esper.services.tolaria.trainer import Controller, Observer, TolariaTrainer
 from esper.services.urza.client import UrzaClient, in_process_urza
 
@@ -52,6 +52,24 @@ class Progress:
     snapshot: Snapshot | None = None
     told: Sequence[SeedTransition | SessionEvent] = ()
     recorded: Sequence[AdaptationDecision] = ()
+
+
+def share_progress(ranks: Ranks, progress: Progress | None = None) -> Progress:
+    """Where rank 0 goes on, on every rank; what was told before is known to that one alone."""
+    if ranks.size == 1:
+        return progress or Progress()
+    snapshot, recorded = (progress.snapshot, progress.recorded) if progress else (None, ())
+    told = ranks.told(
+        {"going": snapshot is not None, "recorded": [decision.to_wire() for decision in recorded]}
+    )
+    if told["going"]:
+        mine = parts_of(snapshot) if snapshot is not None else {}
+        parts = {name: ranks.told_bytes(mine.get(name)) for name in PARTS}
+        snapshot = snapshot or snapshot_of(parts)
+    if progress is not None:
+        return progress
+    decisions = [AdaptationDecision.model_validate(one) for one in told["recorded"]]
+    return Progress(snapshot=snapshot, recorded=decisions)
 
 
 @dataclass(frozen=True, kw_only=True)

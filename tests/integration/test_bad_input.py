@@ -130,8 +130,12 @@ MANIFESTS = {
         ("spec.growth.blueprints", "esper.dev/blueprint: x", "noop"),
     ),
     "what this version can't do": (
-        [changed(SESSION, spec__training__logicalShards=2)],
-        ("spec.training.logicalShards", "2", "nothing; this version"),
+        [changed(SESSION, spec__training__checkpoint={"resumeFrom": "elsewhere"})],
+        ("spec.training.checkpoint.resumeFrom", "elsewhere", "nothing; this version"),
+    ),
+    "more shards than samples in a batch": (
+        [changed(SESSION, spec__training__logicalShards=4096)],
+        ("spec.training.batchSize", "30", "at least training.logicalShards, 4096"),
     ),
     "model that doesn't import": (
         [changed(SESSION, spec__model__entrypoint="nowhere.at_all:Net")],

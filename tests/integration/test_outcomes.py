@@ -104,9 +104,12 @@ def test_a_run_that_breaks_off_says_so_in_json(
 def test_a_part_of_the_spec_that_would_be_passed_over_is_refused(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    manifest = written(place, "objectives_c", {"spec": {"training": {"logicalShards": 4}}})
+    manifest = written(
+        place, "objectives_c", {"spec": {"training": {"checkpoint": {"resumeFrom": "elsewhere"}}}}
+    )
     assert main(["run", manifest, "--output-dir", "D"]) == 2
-    assert "spec.training.logicalShards: got 4; allowed: nothing" in capsys.readouterr().err
+    told = "spec.training.checkpoint.resumeFrom: got elsewhere; allowed: nothing"
+    assert told in capsys.readouterr().err
     assert not (place / "D").exists()
 
 

@@ -46,6 +46,15 @@ class TrainingSessionSpec(ResourceModel):
                 "training.sharding: full needs more than one process",
             ),
             (
+                "self.training.logicalShards == 1 || "
+                f"self.training.logicalShards % ({_PROCESSES}) == 0",
+                "training.logicalShards: 1 or a multiple of the number of processes",
+            ),
+            (
+                "self.training.batchSize >= self.training.logicalShards",
+                "training.batchSize: at least training.logicalShards",
+            ),
+            (
                 "has(self.runPolicy.queueName) == has(oldSelf.runPolicy.queueName) && "
                 "(!has(self.runPolicy.queueName) || "
                 "self.runPolicy.queueName == oldSelf.runPolicy.queueName) || "
@@ -76,6 +85,19 @@ class TrainingSessionSpec(ResourceModel):
                 "training.batchSize",
                 self.training.batch_size,
                 f"at least the number of processes, {processes}",
+            )
+        shards = self.training.logical_shards
+        if shards > 1 and shards % processes:
+            raise refusal(
+                "training.logicalShards",
+                shards,
+                f"1 or a multiple of the number of processes, {processes}",
+            )
+        if self.training.batch_size < shards:
+            raise refusal(
+                "training.batchSize",
+                self.training.batch_size,
+                f"at least training.logicalShards, {shards}",
             )
         if self.training.sharding == "full" and processes == 1:
             raise refusal("training.sharding", "full", "none or data with one process")

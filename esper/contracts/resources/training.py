@@ -133,7 +133,8 @@ class TrainingSpec(ResourceModel):
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
     schedule: ScheduleSpec = Field(default_factory=ScheduleSpec)
     sharding: Literal["none", "data", "full"] = "none"
-    """Over several processes: nothing, the data, or data, parameters and optimiser state."""
+    """Several processes always share out each batch. `full`: parameters and optimiser state too
+    (FSDP2); `none` and `data`: each has the whole model (DistributedDataParallel)."""
     logical_shards: Annotated[int, Field(ge=1, le=65536)] = 1
     """Parts that a batch is cut into, whatever the number of processes, which divides them; their
     sums are made in one order, so that any number gives the same bits. 1: off."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset, default_collate
 
 from esper.errors import DataError, one_line
@@ -110,3 +110,42 @@ def measured_subset(size: int, seed: int) -> Tensor:
     """The fixed validation samples that gates measure on: at most 1,024, drawn once from `seed`."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     return torch.randperm(size, generator=generator)[:MEASURED_SAMPLES]
+
+
+def forwarded(model: nn.Module, inputs: Any) -> Tensor:
+    """The model's output: a tuple or list of inputs is spread, a dict gives keyword arguments."""
+    if isinstance(inputs, dict):
+        output: Tensor = model(**inputs)
+    elif isinstance(inputs, (tuple, list)):
+        output = model(*inputs)
+    else:
+        output = model(inputs)
+    return output
+
+
+def moved_batch(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`; its inputs are a tensor, or a tuple, list or dict of tensors."""
+    return _moved(batch[0], device), batch[1].to(device)
+
+
+def wide(outputs: Tensor) -> Tensor:
+    """`outputs` as the loss is computed on them: in single precision at least."""
+    return outputs if outputs.dtype is torch.float64 else outputs.float()
+
+
+def shape_of(inputs: Any) -> object:
+    """The shapes in `inputs`, as what work on them is counted under."""
+    if isinstance(inputs, dict):
+        return tuple((key, tuple(value.shape)) for key, value in inputs.items())
+    if isinstance(inputs, (tuple, list)):
+        return tuple(tuple(value.shape) for value in inputs)
+    return tuple(inputs.shape)
+
+
+def _moved(inputs: Any, device: torch.device) -> Any:
+    """`inputs`, a tensor or a tuple, list or dict of tensors, on `device`."""
+    if isinstance(inputs, dict):
+        return {key: value.to(device) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(value.to(device) for value in inputs)
+    return inputs.to(device)

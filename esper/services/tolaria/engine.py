@@ -1,4 +1,4 @@
-"""The training engine: one epoch, one evaluation, one measurement, one snapshot.
+"""The training engine: one epoch, one evaluation, one measurement.
 
 It knows the model, its optimisers and what is learning; it decides nothing.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,8 @@ from esper.contracts.enums import SeedState
 from esper.contracts.operational import HealthSignal
 from esper.core.compilation import uncompiled
 from esper.core.model_wrapper import MorphableModel
-from esper.errors import Interrupted, WorkFailed
+from esper.errors import Interrupted
 from esper.execution.isolation import (
-    RandomState,
     borrowed_buffers,
     evaluating,
     preserved_buffers,
@@ -34,30 +33,21 @@ from esper.services.tolaria.data import (
     Batch,
     Datasets,
     epoch_order,
+    forwarded,
     gathered,
     measured_subset,
+    moved_batch,
+    shape_of,
+    wide,
 )
 from esper.services.tolaria.distribution import Alone, Ranks
-from esper.services.tolaria.flat import module_digest
-from esper.services.tolaria.flops import FlopMeter
-from esper.services.tolaria.learning import Learning, Site
-from esper.services.tolaria.model_state import (
-    empty_buffers,
-    is_shared_out,
-    model_tensors,
-    restore_model,
-    whole,
-)
+from esper.services.tolaria.learning import Site
 from esper.services.tolaria.objective import Objective
 from esper.services.tolaria.parallel import Shard, Trained
 from esper.services.tolaria.randomness import stable_seed
 from esper.services.tolaria.seeds import SeedBook, SeedRecord
-from esper.services.tolaria.snapshots import Snapshot
-from esper.services.tolaria.telemetry import Telemetry, health_signals
-from esper.services.tolaria.ways import parallel_for
-
-if TYPE_CHECKING:
-    from esper.services.tolaria.sharding import FullySharded
+from esper.services.tolaria.telemetry import health_signals
+from esper.services.tolaria.training_state import TrainingState
 
 EVALUATION_BATCH = 512
 ACTIVE = (SeedState.GERMINATED, SeedState.TRAINING, SeedState.GRAFTING)
@@ -71,7 +61,7 @@ class Quality:
     metric: float
 
 
-class Engine:
+class Engine(TrainingState):
     """Trains a wrapped model and the seeds in it, and measures both."""
 
     def __init__(
@@ -90,47 +80,12 @@ class Engine:
         Raises:
             BadInput: batches or data can't be cut into as many shards as the session asks for.
         """
-        self.config = config
-        self.ranks = ranks or Alone()
-        self.parallel = parallel_for(config.training, self.ranks, len(datasets.train))
-        self.model = self.parallel.place(model)
+        super().__init__(config, model, ranks or Alone(), len(datasets.train))
         self.datasets = datasets
         self.objective = objective
         self.book = book
-        self.meter = FlopMeter(lambda: uncompiled(self.model))
-        self.learning_rate_scale = 1.0
-        self.telemetry = Telemetry(model, config.growth.controller.probe_interval_steps)
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._excluded: Site | None = None
         self._subset = measured_subset(len(datasets.validation), config.training.seed)
-        self.learning = Learning(config.training.optimizer, model)
-        self._shadow_buffers: dict[Site, dict[str, Tensor]] = {}
-
-    # -- seeds ------------------------------------------------------------------------------
-
-    @property
-    def host_optimizer(self) -> torch.optim.Optimizer:
-        """Steps the host, fossilised seeds included."""
-        return self.learning.host
-
-    @property
-    def seed_optimizers(self) -> dict[Site, torch.optim.Optimizer]:
-        """By site, what steps the seeds in training and grafting."""
-        return self.learning.seeds
-
-    def start_learning(self, site: Site) -> None:
-        """Give a seed its own optimiser."""
-        self.learning.start(site)
-
-    def stop_learning(self, site: Site) -> None:
-        """Forget a seed's optimiser and its statistics."""
-        self.learning.stop(site)
-        self._shadow_buffers.pop(site, None)
-
-    def adopt(self, site: Site) -> None:
-        """Make a fossilised seed's parameters the host optimiser's."""
-        self.learning.adopt(site)
-        self._share_out_fossils()
 
     # -- training ---------------------------------------------------------------------------
 
@@ -180,7 +135,7 @@ class Engine:
                         inputs, targets = self._moved(gathered(dataset, shard.indices))
                         for record in learning:
                             self._shadow_batch(record, inputs, targets, epoch, number, shard)
-                        with self.meter.counting("train", structure, _shape(inputs), trial=trial):
+                        with self.meter.counting("train", structure, shape_of(inputs), trial=trial):
                             loss = self._loss(inputs, targets, parallel.module)
                             self._share_of(loss, shard).backward()
                     total = loss.detach().double() * len(targets)
@@ -197,7 +152,7 @@ class Engine:
             model=self.model,
             host=self.learning.host_parameters(),
             seeds=self.learning.seed_parameters(),
-            shadows=[self._shadow_buffers.setdefault(record.site, {}) for record in learning],
+            shadows=[self.shadow_buffers.setdefault(record.site, {}) for record in learning],
         )
 
     def _share_of(self, value: Tensor, shard: Shard) -> Tensor:
@@ -231,7 +186,7 @@ class Engine:
         parameters = morphology.seed_parameters(*record.site)
         if not parameters:
             return
-        key = ("shadow", self.structure_key(), record.site, record.kernel, _shape(inputs))
+        key = ("shadow", self.structure_key(), record.site, record.kernel, shape_of(inputs))
         place = (number,) if self.parallel.count == 1 else (number, shard.number)
         draw = stable_seed(
             self.config.training.seed, record.layer, record.slot, record.cycle, epoch, *place
@@ -246,7 +201,7 @@ class Engine:
                 parameters,
                 lambda: self._loss(inputs, targets),
                 random_seed=draw,
-                buffers=self._shadow_buffers.setdefault(record.site, {}),
+                buffers=self.shadow_buffers.setdefault(record.site, {}),
             )
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
@@ -274,7 +229,7 @@ class Engine:
                     found.append((0.0, 0.0))
                     continue
                 inputs, targets = self._moved(gathered(dataset, pieces[number]))
-                shape = _shape(inputs)
+                shape = shape_of(inputs)
                 with (
                     self.meter.counting(key, structure, shape, trial=trial, monitoring=not trial),
                     self.telemetry.sampling(looked_at),
@@ -318,11 +273,11 @@ class Engine:
 
     def _measured_outputs(self, inputs: Any, trying: Site | None) -> Tensor:
         kernel = self.book.records[trying].kernel if trying else ""
-        key = ("measure", self.structure_key(), trying, kernel, _shape(inputs))
+        key = ("measure", self.structure_key(), trying, kernel, shape_of(inputs))
         with self.metered_once(*key):
             if trying is None:
                 return self._forward(inputs)
-            own = dict(self._shadow_buffers.get(trying, {}))
+            own = dict(self.shadow_buffers.get(trying, {}))
             with borrowed_buffers(self.model, own), self.model.morphology.trialling(*trying):
                 return self._forward(inputs)
 
@@ -341,7 +296,7 @@ class Engine:
         if not self.telemetry.sampled:
             indices = torch.arange(min(EVALUATION_BATCH, len(self.datasets.validation)))
             inputs, _ = self._moved(gathered(self.datasets.validation, indices))
-            key = ("sampling", self.structure_key(), _shape(inputs))
+            key = ("sampling", self.structure_key(), shape_of(inputs))
             with (
                 self._untouched(),
                 torch.no_grad(),
@@ -352,109 +307,6 @@ class Engine:
         seeds = tuple((record.site, record.kernel) for record in self.book.in_state(*ACTIVE))
         with self.metered_once("probe", self.structure_key(), seeds):
             self.telemetry.read(epoch)
-
-    # -- ranks ------------------------------------------------------------------------------
-
-    def settle(self) -> None:
-        """Count what the other ranks have worked, too."""
-        self.meter.settle(self.ranks)
-
-    def prove_equal(self) -> None:
-        """Return if every rank has the same model.
-
-        Raises:
-            WorkFailed: one has another; the ranks' digests are in the log.
-        """
-        if self.ranks.size == 1 or self.parallel.joint:
-            return
-        digests = self.ranks.exchanged(module_digest(self.model)[:16])
-        if len(set(digests)) > 1:
-            raise WorkFailed(
-                f"the ranks' models: got digests {', '.join(digests)}; allowed: equal ones; "
-                "a layer or a dataset that draws or counts outside of torch, numpy and random "
-                "may be the cause"
-            )
-
-    # -- snapshots --------------------------------------------------------------------------
-
-    def capture(self, epoch: int, state: dict[str, Any]) -> Snapshot:
-        """Everything that a continuation needs; `state` is the trainer's own part."""
-        tensors = {f"model/{name}": tensor for name, tensor in model_tensors(self.model).items()}
-        tensors |= self.learning.tensors()
-        for (layer, slot), buffers in self._shadow_buffers.items():
-            for name, tensor in buffers.items():
-                tensors[f"shadow/{slot}/{layer}//{name}"] = tensor
-        return Snapshot(
-            epoch=epoch,
-            tensors={name: tensor.detach().clone() for name, tensor in tensors.items()},
-            structure=self.model.morphology.structure(),
-            state=state
-            | self.learning.to_state()
-            | {
-                "emptyBuffers": empty_buffers(self.model),
-                "learningRateScale": self.learning_rate_scale,
-                "flops": self.meter.total,
-                "flopsTrials": self.meter.trials,
-                "flopsMonitoring": self.meter.monitoring,
-                "flopsKnown": dict(self.meter.known),
-                "telemetry": self.telemetry.to_state(),
-            },
-            randomness=RandomState.capture(),
-        )
-
-    def restore(self, snapshot: Snapshot, *, keep_flops: bool = False) -> None:
-        """Continue from `snapshot`; the model must already have its structure.
-
-        `keep_flops` leaves the meter alone: work undone was work all the same.
-        """
-        restore_model(
-            self.model, _model_part(snapshot), snapshot.state["emptyBuffers"], self.device
-        )
-        self.telemetry.restore(snapshot.state["telemetry"])
-        self.learning.restore(snapshot.state, snapshot.tensors)
-        self._shadow_buffers = {}
-        for key, tensor in snapshot.tensors.items():
-            if key.startswith("shadow/"):
-                slot, rest = key.removeprefix("shadow/").split("/", 1)
-                layer, name = rest.split("//")
-                site = (layer, int(slot))
-                self._shadow_buffers.setdefault(site, {})[name] = tensor.clone()
-        self.learning_rate_scale = snapshot.state["learningRateScale"]
-        if not keep_flops:
-            state = snapshot.state
-            self.meter.restart(
-                state["flops"], state["flopsTrials"], state["flopsMonitoring"], state["flopsKnown"]
-            )
-        self.model.zero_grad(set_to_none=True)
-        snapshot.randomness.apply()
-        self._share_out_fossils()
-
-    def whole(self, snapshot: Snapshot) -> Snapshot:
-        """`snapshot` as any number of ranks can go on from; all ranks must ask for it together."""
-        return whole(snapshot) if self.parallel.joint else snapshot
-
-    def whole_model(self) -> MorphableModel:
-        """The model with all its weights, to be exported; all ranks must ask for it together."""
-        if not self.parallel.joint:
-            return self.model
-        snapshot = whole(self.capture(0, {}))
-        model = cast("FullySharded", self.parallel).whole_model(snapshot.structure)
-        restore_model(model, _model_part(snapshot), snapshot.state["emptyBuffers"], self.device)
-        return model
-
-    def _share_out_fossils(self) -> None:
-        """Share out what has become part of the model, where the rest of it is shared out."""
-        host = self.learning.host_parameters()
-        if not self.parallel.joint or all(map(is_shared_out, host)):
-            return
-        snapshot = whole(self.capture(0, {}))
-        self.model = cast("FullySharded", self.parallel).placed_anew(snapshot.structure)
-        self.telemetry.attend(self.model)
-        self.learning = Learning(self.config.training.optimizer, self.model)
-        restore_model(
-            self.model, _model_part(snapshot), snapshot.state["emptyBuffers"], self.device
-        )
-        self.learning.restore(snapshot.state, snapshot.tensors)
 
     # -- parts ------------------------------------------------------------------------------
 
@@ -499,42 +351,7 @@ class Engine:
         return self.objective.loss(wide(self._forward(inputs, module)), targets)
 
     def _moved(self, batch: Batch) -> Batch:
-        if self.device.type == "cpu":
-            return batch
-        return moved(batch[0], self.device), batch[1].to(self.device)
-
-
-def _model_part(snapshot: Snapshot) -> dict[str, Tensor]:
-    return {
-        name.removeprefix("model/"): tensor
-        for name, tensor in snapshot.tensors.items()
-        if name.startswith("model/")
-    }
-
-
-def forwarded(model: nn.Module, inputs: Any) -> Tensor:
-    """The model's output: a tuple or list of inputs is spread, a dict gives keyword arguments."""
-    if isinstance(inputs, dict):
-        output: Tensor = model(**inputs)
-    elif isinstance(inputs, (tuple, list)):
-        output = model(*inputs)
-    else:
-        output = model(inputs)
-    return output
-
-
-def wide(outputs: Tensor) -> Tensor:
-    """`outputs` as the loss is computed on them: in single precision at least."""
-    return outputs if outputs.dtype is torch.float64 else outputs.float()
-
-
-def moved(inputs: Any, device: torch.device) -> Any:
-    """`inputs`, a tensor or a tuple, list or dict of tensors, on `device`."""
-    if isinstance(inputs, dict):
-        return {key: value.to(device) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)(value.to(device) for value in inputs)
-    return inputs.to(device)
+        return batch if self.device.type == "cpu" else moved_batch(batch, self.device)
 
 
 def layer_kind(layer: KasminaLayer) -> str:
@@ -545,11 +362,3 @@ def layer_kind(layer: KasminaLayer) -> str:
 def lifecycle(state: str) -> SeedLifecycleState:
     """The integer twin of a seed state."""
     return SeedLifecycleState[state.upper()]
-
-
-def _shape(inputs: Any) -> object:
-    if isinstance(inputs, dict):
-        return tuple((key, tuple(value.shape)) for key, value in inputs.items())
-    if isinstance(inputs, (tuple, list)):
-        return tuple(tuple(value.shape) for value in inputs)
-    return tuple(inputs.shape)

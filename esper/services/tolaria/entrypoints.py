@@ -20,8 +20,15 @@ from esper.execution.isolation import (
     seed_everything,
 )
 from esper.services.tolaria.config import EntryPointConfig, TolariaConfig
-from esper.services.tolaria.data import Batch, Datasets, checked_datasets, ordered_batches
-from esper.services.tolaria.engine import forwarded
+from esper.services.tolaria.data import (
+    Batch,
+    Datasets,
+    checked_datasets,
+    forwarded,
+    moved_batch,
+    ordered_batches,
+    wide,
+)
 from esper.services.tolaria.objective import (
     Classification,
     CustomObjective,
@@ -152,13 +159,15 @@ def check_fit(model: nn.Module, datasets: Datasets, objective: Objective) -> Bat
         DataError: the model refuses the data's shape, or the objective the model's output.
     """
     examples: list[Batch] = []
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for split in ("train", "validation", "test"):
         try:
-            inputs, targets = next(iter(ordered_batches(getattr(datasets, split), 2, limit=2)))
+            batch = next(iter(ordered_batches(getattr(datasets, split), 2, limit=2)))
         except Exception as error:
             raise DataError(
                 f"data.{split}", _told(error), "samples of equal shapes, which stack to a batch"
             ) from error
+        inputs, targets = batch if device.type == "cpu" else moved_batch(batch, device)
         examples.append((inputs, targets))
         came = f"inputs {_shapes(inputs)}, targets {_shapes(targets)}"
         try:
@@ -182,7 +191,7 @@ def check_fit(model: nn.Module, datasets: Datasets, objective: Objective) -> Bat
                 "a model whose output is one tensor",
             )
         try:
-            loss = objective.loss(output.float(), targets)
+            loss = objective.loss(wide(output), targets)
             if loss.dim() != 0:
                 raise ValueError(f"a loss of shape {list(loss.shape)} instead of one number")
             objective.metric_sum(output, targets)

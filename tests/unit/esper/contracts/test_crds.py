@@ -262,6 +262,8 @@ def test_rules_beside_fields_and_models() -> None:
         TrainingSession: [
             "training.batchSize: at least the number of processes",
             "training.sharding: full needs more than one process",
+            "training.logicalShards: 1 or a multiple of the number of processes",
+            "training.batchSize: at least training.logicalShards",
             "runPolicy.queueName is immutable unless suspended",
             "workers.replicas is immutable unless suspended or elastic (minReplicas)",
         ],

@@ -58,7 +58,7 @@ RANGES = [
 def _at(path: str, value: object) -> dict[str, Any]:
     data: dict[str, Any] = _session()
     # Large enough that only the field under test is at its bound.
-    data["spec"]["training"] = {"batchSize": 4096}
+    data["spec"]["training"] = {"batchSize": 65536}
     node = data["spec"]
     *above, last = path.split(".")
     for step in above:
@@ -168,6 +168,16 @@ RULES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         "training.batchSize",
         {"training": {"batchSize": 7}, "workers": {"replicas": 4, "processesPerWorker": 2}},
         {"training": {"batchSize": 8}, "workers": {"replicas": 4, "processesPerWorker": 2}},
+    ),
+    (
+        "training.logicalShards",
+        {"training": {"logicalShards": 3}, "workers": {"replicas": 2}},
+        {"training": {"logicalShards": 4}, "workers": {"replicas": 2}},
+    ),
+    (
+        "training.batchSize",
+        {"training": {"logicalShards": 16, "batchSize": 15}},
+        {"training": {"logicalShards": 16, "batchSize": 16}},
     ),
     (
         "training.sharding",

@@ -164,7 +164,7 @@ def test_a_snapshot_does_not_change_with_the_engine_that_gave_it() -> None:
     before = {name: data for name, data in parts_of(taken).items() if name.endswith(".json")}
     tensors = {name: tensor.clone() for name, tensor in taken.tensors.items()}
     continued(one)
-    one._host_groups.append(["as if something had fossilised"])
+    one.learning._groups.append(["as if something had fossilised"])
     after = {name: data for name, data in parts_of(taken).items() if name.endswith(".json")}
     assert after == before
     assert all(torch.equal(taken.tensors[name], tensor) for name, tensor in tensors.items())

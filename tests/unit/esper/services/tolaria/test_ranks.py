@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_rank_0_may_wait_longer_than_a_collective_may_take() -> None:
     assert found == [("at last", 0), ("at last", 0)]
 
 
-class Unforeseen(Exception):
+class UnforeseenError(Exception):
     pass
 
 
@@ -96,7 +97,11 @@ ERRORS = {
     "kernel": (lambda: KernelError("kernel k: bad"), KernelError, "kernel k: bad"),
     "away": (lambda: Unavailable("away"), Unavailable, "away"),
     "input": (lambda: BadInput("field", 1, "2"), WorkFailed, "field: got 1; allowed: 2"),
-    "bug": (lambda: Unforeseen("two\nlines"), WorkFailed, "unexpected Unforeseen: two lines"),
+    "bug": (
+        lambda: UnforeseenError("two\nlines"),
+        WorkFailed,
+        "unexpected UnforeseenError: two lines",
+    ),
 }
 
 
@@ -181,7 +186,7 @@ def test_a_rank_that_never_comes_is_not_waited_for_for_ever() -> None:
 def absent(group: ProcessGroup) -> None:
     if group.rank == 1:
         time.sleep(3)
-        raise Unforeseen
+        raise UnforeseenError
     group.exchanged("anybody?")
 
 
@@ -192,7 +197,7 @@ def test_questions_come_now_and_then() -> None:
         if rhythm.due():
             asked.append(batch)
             rhythm.asked(1e-9)
-    gaps = [after - before for before, after in zip(asked, asked[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(asked)]
     assert asked[0] == 0
     assert gaps == sorted(gaps)
     assert gaps[-1] == MOST_BATCHES

@@ -1,0 +1,139 @@
+"""What one of several ranks of a session does: `esper worker` starts them, under torchrun.
+
+Rank 0 is the run: it has the directory, the bus and the hub, and shows what happens. The others
+prepare the same session, take their part in its training, and write nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from esper.cli.embedded import Shown, carry_out, show_end
+from esper.cli.preparing import SOURCE_ANNOTATION, Prepared, own_manifest, prepare, uid_of
+from esper.cli.run_checkpoints import newest_checkpoint, run_checkpoints
+from esper.cli.trainers import following_trainer, share_progress
+from esper.configs import EsperConfig
+from esper.contracts.manifests import load_manifest, parse_manifest, session_document
+from esper.services.tolaria.distribution import Ranks, as_wire, first_failure
+from esper.services.tolaria.run_directory import MANIFEST, RunDirectory, refuse_unusable
+
+
+def run_rank(
+    path: Path, directory: Path, ranks: Ranks, *, json_output: bool, config: EsperConfig
+) -> None:
+    """Train the session of the manifest at `path`, or go on with the run in `directory`.
+
+    Raises:
+        BadInput: the manifest, the directory, a checkpoint or a setting can't be used.
+        WorkFailed: training failed; the run is kept.
+        Interrupted: a checkpoint was written.
+        Unavailable: a rank is gone; all of them have to begin again.
+    """
+    shown = Shown(json=json_output, live=False, quiet=False, health=None)
+    begun = ranks.led(lambda: _begun(path, directory))
+    if begun["result"] is not None:
+        if ranks.rank == 0:
+            show_end(begun["result"], directory, shown)
+        return
+    prepared = replace(_together(ranks, lambda: _prepared(begun)), uid=begun["uid"])
+    if ranks.rank == 0:
+        _lead(prepared, directory, ranks, shown, config, new=begun["new"])
+    else:
+        asyncio.run(_follow(prepared, ranks, config))
+
+
+def _begun(path: Path, directory: Path) -> dict[str, Any]:
+    """On rank 0: the manifest, and where it came from, or the result that the run has come to."""
+    if (directory / MANIFEST).is_file():
+        with closing(RunDirectory.open(directory)) as run:
+            text, result = run.manifest, run.result()
+        manifest = parse_manifest(text, str(directory / MANIFEST))
+        source = manifest.session.metadata.annotations.get(SOURCE_ANNOTATION, ".")
+        return {
+            "manifest": text,
+            "folder": source,
+            "uid": uid_of(manifest),
+            "result": result,
+            "new": False,
+        }
+    refuse_unusable(directory, overwrite=False)
+    manifest = load_manifest(path)
+    return {
+        "manifest": "---\n".join(map(session_document, (manifest.session, *manifest.blueprints))),
+        "folder": str(path.parent.resolve()),
+        "uid": uid_of(manifest),
+        "result": None,
+        "new": True,
+    }
+
+
+def _prepared(begun: dict[str, Any]) -> Prepared:
+    manifest = parse_manifest(begun["manifest"], MANIFEST)
+    return prepare(manifest, Path(begun["folder"]), own_device())
+
+
+def own_device() -> torch.device | None:
+    """The GPU of this rank, where the machine has any; None: the CPU."""
+    if not torch.cuda.is_available():
+        return None
+    device = torch.device("cuda", dist.get_node_local_rank(0) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _together(ranks: Ranks, work: Callable[[], Prepared]) -> Prepared:
+    """What `work` comes to here, once it has come to something on every rank.
+
+    Raises:
+        EsperError: what this rank met, or else the first one that met something.
+    """
+    made, met = None, None
+    try:
+        made = work()
+    except Exception as error:
+        met = error
+    failure = first_failure(ranks.exchanged({} if met is None else as_wire(met)))
+    if met is not None:
+        raise met
+    if failure is not None:
+        raise failure
+    assert made is not None
+    return made
+
+
+def _lead(
+    prepared: Prepared,
+    directory: Path,
+    ranks: Ranks,
+    shown: Shown,
+    config: EsperConfig,
+    *,
+    new: bool,
+) -> None:
+    """Rank 0's part: the run. Services that do not answer yet are waited for."""
+    checkpoints = run_checkpoints(prepared.manifest, directory, config, uid=prepared.uid)
+    with closing(checkpoints):
+        run = (
+            RunDirectory.create(directory, own_manifest(prepared), overwrite=False)
+            if new
+            else RunDirectory.open(directory)
+        )
+        with closing(run):
+            # Also of a new directory: the one before may have been lost with its pod.
+            found = newest_checkpoint(checkpoints, config)
+            carry_out(prepared, run, checkpoints, found, config, shown, ranks)
+
+
+async def _follow(prepared: Prepared, ranks: Ranks, config: EsperConfig) -> None:
+    """The other ranks' part."""
+    progress = share_progress(ranks)
+    async with following_trainer(prepared, config, progress=progress, ranks=ranks) as trainer:
+        await trainer.run()
