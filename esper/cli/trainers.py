@@ -25,7 +25,7 @@ from esper.services.tolaria.boundary import BusController, HubKernels
 from esper.services.tolaria.distribution import Alone, Ranks
 from esper.services.tolaria.growth import KernelSupply
 from esper.services.tolaria.model_state import rebuild_seeds
-from esper.services.tolaria.patience import HUB, IN_PROCESS, Patience
+from esper.services.tolaria.patience import HUB, IN_PROCESS, REGISTERING_SECONDS, Patience
 from esper.services.tolaria.sharing import SharedController, SharedKernels
 from esper.services.tolaria.snapshots import PARTS, Snapshot, parts_of, snapshot_of
 from esper.services.tolaria.trainer import Controller, Observer, TolariaTrainer
@@ -156,7 +156,7 @@ async def _trainer(
 
     Of several ranks it is the first's, and the only one that has bus and hub.
     """
-    scope, wait, ranks = prepared.uid, patience.begin(), attention.ranks
+    scope, ranks = prepared.uid, attention.ranks
     cache = KernelCache(hub, max_bytes=config.component.kernel_cache_bytes)
     controller = await BusController.over(bus, scope=scope, patience=patience)
     kernels = await HubKernels.over(
@@ -173,6 +173,7 @@ async def _trainer(
 
     async def registered() -> None:
         nonlocal session
+        wait = patience.begin(at_least=REGISTERING_SECONDS)
         session = await wait.outlast(partial(hub.register_session, session), by=HUB)
         if session.outcome is not SessionOutcome.RUNNING:
             # An earlier part of it ended; live again, what it uses is kept.

@@ -34,6 +34,10 @@ LOOK_SECONDS = 0.25
 PAUSE_SECONDS = 0.5
 """Between two tries, beside what the clients wait themselves."""
 
+REGISTERING_SECONDS = 60.0
+"""How long a session that begins waits for the hub to know it, at least: what its boundaries may
+wait for says nothing of that, and there is no going on without."""
+
 HUB, BUS = "hub", "redis"
 """The services, by the sections of the settings that lead to them."""
 
@@ -61,9 +65,10 @@ class Patience:
     stopping: Callable[[], bool] = lambda: False
     accepted: set[str] = field(default_factory=set)
 
-    def begin(self) -> Wait:
-        """One wait, which begins now."""
-        return Wait(self)
+    def begin(self, *, at_least: float = 0.0) -> Wait:
+        """One wait, which begins now; it takes `at_least` so many seconds."""
+        seconds = math.inf if self.seconds is None else max(self.seconds, at_least)
+        return Wait(self, seconds)
 
     def once_accepted(self, refusal: BadInput) -> bool:
         """Whether the service whose setting `refusal` names has accepted this process before."""
@@ -77,9 +82,9 @@ IN_PROCESS = Patience()
 class Wait:
     """One thing waited for; `Patience.begin` makes it."""
 
-    def __init__(self, patience: Patience) -> None:
+    def __init__(self, patience: Patience, seconds: float) -> None:
         self._patience = patience
-        seconds = math.inf if patience.seconds is None else patience.seconds
+        self._seconds = seconds
         self._end = time.monotonic() + seconds
 
     async def outlast(
@@ -136,7 +141,7 @@ class Wait:
                     raise Interrupted("stopped while waiting for services")
                 if now >= self._end:
                     raise PatienceEnded(
-                        f"got nothing for {self._patience.seconds:g} s"
+                        f"got nothing for {self._seconds:g} s"
                         + (f", because {last}" if last else "")
                         + "; see spec.growth.controller.patienceSeconds"
                     ) from last

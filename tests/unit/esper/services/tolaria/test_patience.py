@@ -116,3 +116,12 @@ def test_within_a_time_there_is_an_answer_or_none():
             await short.within(asyncio.sleep(60), 5)
 
     asyncio.run(life())
+
+
+def test_some_things_are_waited_for_longer_than_a_boundary_waits():
+    hurried = Patience(lasting=True, seconds=0.001)
+    with pytest.raises(PatienceEnded, match=r"nothing for 0.001 s"):
+        outlasted(hurried, away(5))
+    assert asyncio.run(hurried.begin(at_least=30.0).outlast(away(5))) == "an answer"
+    patient = Patience(lasting=True)
+    assert asyncio.run(patient.begin(at_least=0.001).outlast(away(5))) == "an answer"
