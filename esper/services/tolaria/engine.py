@@ -305,7 +305,10 @@ class Engine(TrainingState):
             ):
                 self._forward(inputs)
         seeds = tuple((record.site, record.kernel) for record in self.book.in_state(*ACTIVE))
-        with self.metered_once("probe", self.structure_key(), seeds):
+        with (
+            self.metered_once("probe", self.structure_key(), seeds),
+            self.parallel.weights_at_hand(self.model),
+        ):
             self.telemetry.read(epoch)
 
     # -- parts ------------------------------------------------------------------------------

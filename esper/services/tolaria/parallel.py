@@ -18,7 +18,7 @@ Shapes: N shards, W ranks, B samples of a batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -80,6 +80,11 @@ class Whole:
         """Inside, `trained` is trained for this epoch."""
         del epoch, trained
         yield
+
+    def weights_at_hand(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, a layer of `model` can be run alone."""
+        del model
+        return nullcontext()
 
     def shards(self, indices: Tensor) -> list[Shard]:
         """The shards of the batch [B] that this rank computes."""

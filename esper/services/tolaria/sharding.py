@@ -72,6 +72,18 @@ class FullySharded(OwnStatistics):
         return model
 
     @contextmanager
+    def weights_at_hand(self, model: nn.Module) -> Iterator[None]:
+        """Inside, every rank has all weights of `model`; all ranks must ask for it together."""
+        parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+        for part in parts:
+            part.unshard()
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.reshard()
+
+    @contextmanager
     def computing(self, shard: Shard, number: int, *, final: bool) -> Iterator[None]:
         """Inside, the shard is computed; gradients are reduced with the last before a step."""
         assert self.trained is not None

@@ -126,10 +126,12 @@ class SharedKernels:
             return await self._kernels.settled(document, target)
 
         kernel: str = await self._ranks.awaited(settled)
-        if any(self._ranks.exchanged(self._cache.get(kernel) is None)):
-            await self._bring(kernel)
+        missing = any(self._ranks.exchanged(self._cache.get(kernel) is None))
+        brought = await self._brought(kernel) if missing else None
         module: nn.Module | None = None
         try:
+            if brought is not None:
+                self._delivery.bring(kernel, *brought)
             template = await self._cache.load(kernel)
             drawn = stable_seed(self._seed, layer, slot, kernel)
             module = self._cache.instantiate(template, generator_seed=drawn)
@@ -149,8 +151,8 @@ class SharedKernels:
         graph = lower(document, target)
         return BuiltSeed(module=module, kernel=kernel, graph=graph, source=source_of(graph))
 
-    async def _bring(self, kernel: str) -> None:
-        """Give every rank the kernel's bytes, as rank 0 fetched them."""
+    async def _brought(self, kernel: str) -> tuple[KernelMetadata, bytes]:
+        """What rank 0 fetches of the kernel, on every rank."""
         data = b""
 
         async def fetched() -> Any:
@@ -160,5 +162,4 @@ class SharedKernels:
             return metadata.model_dump(mode="json", by_alias=True)
 
         metadata = KernelMetadata.model_validate(await self._ranks.awaited(fetched))
-        data = self._ranks.told_bytes(data if self._ranks.rank == 0 else None)
-        self._delivery.bring(kernel, metadata, data)
+        return metadata, self._ranks.told_bytes(data if self._ranks.rank == 0 else None)

@@ -1,0 +1,131 @@
+"""Small sessions trained by several ranks, each a process of its own over gloo.
+
+Their model has what makes ranks disagree: normalisation over the batch, dropout, batches that do
+not divide, accumulated and clipped gradients, seeds that are tried, grafted, kept and culled.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from esper.services.tolaria.distribution import Ranks
+from esper.services.tolaria.flat import module_digest
+from tests.integration.sessions import Watching, trained_rank
+
+MODULE = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from esper.zoo.data import digits
+
+
+class Net(nn.Module):
+    def __init__(self, norm, dtype):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(64, 12), nn.BatchNorm1d(12) if norm else nn.Identity(), nn.ReLU(),
+            nn.Dropout(0.1), nn.Linear(12, 12), nn.ReLU(),
+        )
+        self.head = nn.Linear(12, 10)
+        self.to(getattr(torch, dtype))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def build(norm=True, dtype="float32"):
+    return Net(norm, dtype)
+
+
+def data(dtype="float32"):
+    kept = digits(train=150, validation=600, test=100, image=False)
+    wanted = getattr(torch, dtype)
+    return {
+        name: TensorDataset(part.tensors[0].to(wanted), part.tensors[1])
+        for name, part in kept.items()
+    }
+"""
+
+SESSION: dict[str, Any] = {
+    "apiVersion": "esper.dev/v1alpha1",
+    "kind": "TrainingSession",
+    "metadata": {"name": "ranks"},
+    "spec": {
+        "model": {"entrypoint": "of_ranks:build", "arguments": {}},
+        "data": {"entrypoint": "of_ranks:data", "arguments": {}},
+        "training": {
+            "epochs": 12,
+            "batchSize": 32,
+            "seed": 5,
+            "optimizer": {
+                "name": "adamw", "learningRate": 0.01, "accumulationSteps": 2,
+                "maxGradientNorm": 1.0,
+            },
+        },
+        "growth": {
+            "seedsPerLayer": 2,
+            "budget": {"parametersPercent": 500, "activeSeeds": 3},
+            "controller": {"policy": "periodic", "probeIntervalSteps": 3},
+            "gates": {
+                "passes": 1, "dwellEpochs": 1, "ageEpochs": 2, "rampEpochs": 1, "holdEpochs": 1,
+                "embargoEpochs": 1, "confidenceLevel": 0.51, "rentPerMillionParameters": 0,
+            },
+        },
+    },
+}  # fmt: skip
+
+
+def session(**training: Any) -> dict[str, Any]:
+    """The session with changes to its training."""
+    made = copy.deepcopy(SESSION)
+    made["spec"]["training"] |= training
+    return made
+
+
+def of_type(made: Mapping[str, Any], dtype: str, *, norm: bool) -> dict[str, Any]:
+    """The session in `dtype`, with or without its normalisation layer."""
+    changed = copy.deepcopy(dict(made))
+    changed["spec"]["model"]["arguments"] = {"norm": norm, "dtype": dtype}
+    changed["spec"]["data"]["arguments"] = {"dtype": dtype}
+    return changed
+
+
+def train(
+    ranks: Ranks, made: Mapping[str, Any], prepare: Callable[[Ranks], Any] | None = None
+) -> dict[str, Any]:
+    """Train as one of `ranks`; `prepare` is called first, to break something, say."""
+    if prepare is not None:
+        prepare(ranks)
+    watching = Watching()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        source = folder / "source"
+        source.mkdir()
+        (source / "of_ranks.py").write_text(MODULE)
+        result, _, _ = trained_rank(ranks, made, folder, source=source, watching=watching)
+    return {
+        "digest": module_digest(result.model),
+        "rows": [
+            {name: value for name, value in row.items() if name not in ("time", "seconds")}
+            for row in watching.rows
+        ],
+        "transitions": [transition.to_wire() for transition in watching.transitions],
+        "events": watching.events,
+        "decisions": [
+            (decision.to_wire(), applied, outcome)
+            for decision, applied, outcome in watching.decisions
+        ],
+        "test": (result.test.loss, result.test.metric),
+        "flops": (result.flops, result.flops_trials, result.flops_monitoring),
+    }
+
+
+def lives(found: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """The transitions without what was measured."""
+    names = ("epoch", "layer", "slot", "previous", "current", "blueprint")
+    return [tuple(one.get(name) for name in names) for one in found["transitions"]]

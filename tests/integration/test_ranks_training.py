@@ -1,0 +1,186 @@
+"""Sessions of several ranks: what they agree on to the bit, and what faults of one do to all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from esper.errors import Unavailable
+from esper.execution import kernel_cache
+from esper.execution.kernel_cache import KernelCache
+from esper.services.tolaria import sharing
+from esper.services.tolaria.distribution import Alone, Ranks
+from tests.integration.rank_sessions import lives, of_type, session, train
+from tests.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    """The session in logical shards, by one rank."""
+    return train(Alone(), session(logicalShards=4))
+
+
+def test_the_session_has_what_makes_ranks_disagree(alone: dict[str, Any]) -> None:
+    states = {life[4] for life in lives(alone)}
+    assert {"germinated", "training", "grafting", "fossilized", "culled"} <= states
+    assert len({life[5] for life in lives(alone) if life[4] == "fossilized"}) >= 2
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_logical_shards_give_any_number_of_ranks_the_same_bits(
+    alone: dict[str, Any], size: int
+) -> None:
+    found = run_ranks(size, train, session(logicalShards=4))
+    assert {one["digest"] for one in found} == {alone["digest"]}
+    assert found[0] == alone
+
+
+def test_without_logical_shards_ranks_are_equal_and_runs_repeat() -> None:
+    first, again = (run_ranks(3, train, session()) for _ in range(2))
+    assert len({one["digest"] for one in first + again}) == 1
+    assert first[0] == again[0]
+    states = {life[4] for life in lives(first[0])}
+    assert {"grafting", "fossilized", "culled"} <= states
+
+
+def test_a_sharded_model_decides_as_a_whole_one_does() -> None:
+    made = of_type(session(logicalShards=4), "float64", norm=False)
+    whole = train(Alone(), made)
+    made["spec"]["training"]["sharding"] = "full"
+    made["spec"]["workers"] = {"processesPerWorker": 2}
+    sharded = run_ranks(2, train, made)
+    assert len({one["digest"] for one in sharded}) == 1
+    assert lives(sharded[0]) == lives(whole)
+    assert "fossilized" in {life[4] for life in lives(whole)}
+    for one, other in zip(sharded[0]["rows"], whole["rows"], strict=True):
+        assert list(differences(one, other)) == []
+    assert list(differences(sharded[0]["test"], whole["test"])) == []
+    assert sharded[0]["flops"] == whole["flops"]
+
+
+def differences(one: Any, other: Any, at: str = "") -> Iterator[str]:
+    """Where two rows are further apart than 1e-9, relative to their size."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in one.keys() | other.keys():
+            yield from differences(one.get(name), other.get(name), f"{at}.{name}")
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        if len(one) != len(other):
+            yield at
+        for place, (mine, theirs) in enumerate(zip(one, other, strict=False)):
+            yield from differences(mine, theirs, f"{at}[{place}]")
+    elif isinstance(one, float) and isinstance(other, float):
+        if not math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-9):
+            yield f"{at}: {one} and {other}"
+    elif one != other:
+        yield f"{at}: {one} and {other}"
+
+
+# -- faults of one rank ---------------------------------------------------------------------------
+
+
+class Breaking:
+    """On one rank, the first seeds break in one way each, in the order of FAULTS."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __call__(self, ranks: Ranks) -> None:
+        if ranks.rank != self.rank:
+            return
+        seeds = iter([*FAULTS, *[""] * 1000])
+        now = [""]
+        load, unpack = KernelCache.load, kernel_cache.unpack
+        instantiated, stable_seed = kernel_cache._instantiated, sharing.stable_seed
+
+        async def loading(cache: KernelCache, kernel: str) -> Any:
+            now[0] = next(seeds)
+            if now[0] == "fetch":
+                raise Unavailable("the bytes did not come")
+            return await load(cache, kernel)
+
+        def unpacking(data: bytes, digest: str) -> Any:
+            return unpack(bytes([data[0] ^ (now[0] == "verify")]) + data[1:], digest)
+
+        def instantiating(*arguments: Any) -> Any:
+            if now[0] == "build":
+                raise MemoryError
+            return instantiated(*arguments)
+
+        def drawing(*parts: object) -> int:
+            return stable_seed(*parts) + (now[0] == "draw")
+
+        KernelCache.load = loading  # type: ignore[method-assign]
+        kernel_cache.unpack = unpacking
+        kernel_cache._instantiated = instantiating
+        sharing.stable_seed = drawing
+
+
+FAULTS = {
+    "fetch": ("KernelPutOff", "rank {}: the bytes did not come"),
+    "verify": ("KernelFailed", "rank {}: artifact: got SHA-256"),
+    "build": ("KernelPutOff", "rank {}: kernel"),
+    "draw": ("KernelFailed", "got modules of digests"),
+}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_rank_can_not_graft_none_does(rank: int) -> None:
+    only = {"matchLabels": {"esper.dev/blueprint": "bottleneck-mlp"}}
+    made = session()
+    made["spec"]["growth"]["blueprints"] = only
+    found = run_ranks(2, train, made, Breaking(rank))
+    assert found[0]["digest"] == found[1]["digest"]
+    assert len(found[0]["rows"]) == made["spec"]["training"]["epochs"], "training goes on"
+    broken = [(reason, told) for _, reason, told in found[0]["events"] if "Kernel" in reason]
+    assert [reason for reason, _ in broken] == [reason for reason, _ in FAULTS.values()]
+    for (_, told), (_, expected) in zip(broken, FAULTS.values(), strict=True):
+        assert expected.format(rank) in told
+    assert "grafting" in {life[4] for life in lives(found[0])}, "what comes later is grafted"
+
+
+def break_grafted(ranks: Ranks) -> None:
+    """On rank 1 alone, grafted branches fail in training for a while."""
+    if ranks.rank != 1:
+        return
+    from esper.execution.branches import Branch
+
+    own, calls = Branch.join, [0]
+
+    def failing(branch: Any, *arguments: Any) -> Any:
+        if branch.scaled and calls[0] < 3:
+            calls[0] += 1
+            raise RuntimeError("broken on this rank")
+        return own(branch, *arguments)
+
+    Branch.join = failing  # type: ignore[method-assign]
+
+
+def test_a_seed_that_fails_on_one_rank_is_culled_on_all() -> None:
+    found = run_ranks(2, train, session(), break_grafted)
+    assert found[0]["digest"] == found[1]["digest"]
+    opened = [message for _, reason, message in found[0]["events"] if reason == "CircuitOpened"]
+    assert len(opened) == 1
+    assert "broken on this rank" in opened[0]
+
+
+def unlike(ranks: Ranks) -> None:
+    """Rank 1's optimiser steps a little further, as one on another kind of machine might."""
+    from esper.services.tolaria import optimization
+
+    if ranks.rank == 1:
+        own = optimization.step
+
+        def further(optimizer: Any, *arguments: Any) -> None:
+            own(optimizer, *arguments)
+            optimizer.param_groups[0]["params"][0].data.mul_(1.0001)
+
+        optimization.step = further
+
+
+def test_ranks_that_drift_apart_are_found_out() -> None:
+    found = run_ranks(2, train, session(), unlike, failing=True)
+    for one in found:
+        assert "the ranks' models: got digests" in str(one), one
