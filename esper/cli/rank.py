@@ -74,7 +74,7 @@ def _train(arguments: argparse.Namespace, stopping: Callable[[], bool]) -> None:
 
     config = settings_of(arguments)
     with logged("tolaria", config, debug=arguments.debug):
-        from esper.cli.embedded import run_rank  # type: ignore[attr-defined]
+        from esper.cli.ranks import run_rank  # type: ignore[import-not-found]
         from esper.services.tolaria.process_group import process_group  # type: ignore[import-not-found]
 
         seconds = config.tolaria.collective_timeout_seconds
@@ -85,7 +85,6 @@ def _train(arguments: argparse.Namespace, stopping: Callable[[], bool]) -> None:
                 ranks,
                 json_output=arguments.json,
                 config=config,
-                stopping=stopping,
             )
         sys.stdout.flush()
 
