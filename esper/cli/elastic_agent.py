@@ -6,9 +6,11 @@ with its parent, and it says why it ended, where torchrun's exit code is always 
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from esper.cli.outcomes import Ended, Outcome, Outcomes
 from esper.cli.process_tree import die_with_parent
@@ -23,6 +25,7 @@ LOST = 4
 def main(argv: Sequence[str]) -> int:
     """Run the agent to its end: 0, CRASHED, LOST, or 128 and the signal that stopped it."""
     die_with_parent(int(argv[0]))
+    _log_without_traces()
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -31,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         run.run(run.parse_args(list(argv[2:])))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        _tell_crash(Outcomes(Path(argv[1])), rank, failure.exitcode, failure.signal_name())
+        tell_crash(Outcomes(Path(argv[1])), rank, failure.exitcode, failure.signal_name())
         return CRASHED
     except SignalException as error:
         return 128 + int(error.sigval)
@@ -44,8 +47,20 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _tell_crash(outcomes: Outcomes, rank: int, code: int, signal: str) -> None:
-    """A rank that was killed could not say so itself."""
+def _log_without_traces() -> None:
+    """Each node that is gone makes torch log a trace; its first line says as much."""
+    made_by = logging.getLogRecordFactory()
+
+    def without_trace(*arguments: Any, **named: Any) -> logging.LogRecord:
+        record = made_by(*arguments, **named)
+        record.exc_info = None
+        return record
+
+    logging.setLogRecordFactory(without_trace)
+
+
+def tell_crash(outcomes: Outcomes, rank: int, code: int, signal: str) -> None:
+    """Tell how a rank crashed, where it was killed and could not say so itself."""
     if rank not in {note.rank for note in outcomes.notes()}:
         how = f"was killed by {signal}" if code < 0 else f"ended with exit code {code}"
         outcomes.tell(rank, Ended(Outcome.CRASHED, "RankCrashed", f"rank {rank} {how}"))

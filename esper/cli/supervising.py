@@ -7,6 +7,7 @@ node that is gone, the store of node 0 that is. So it runs as a child. Ranks tel
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
@@ -28,6 +29,8 @@ from esper.configs import launch_environment
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AGENT = (sys.executable, "-m", "esper.cli.elastic_agent")
+
+_log = logging.getLogger(__name__)
 
 JOIN_SECONDS = 600
 """How long nodes wait for each other: a new pod may need an image first."""
@@ -164,8 +167,11 @@ class Supervisor:
                     reached, used = now, 0
                 elif launch.status == CRASHED:
                     used = self._restarts  # torchrun has used them
+                told = deciding(notes, begun)
                 if used >= self._restarts:
-                    return _given_up(deciding(notes, begun), self._restarts)
+                    return _given_up(told, self._restarts)
+                why = told.message if told is not None else "other nodes or the store were lost"
+                _log.warning("the ranks are launched again: %s", why)
                 self._pause(used, requests)
                 used += 1
 
@@ -184,7 +190,8 @@ class Supervisor:
         ]
         agent = subprocess.Popen(
             [*self._agent, str(os.getpid()), str(folder), *arguments],
-            env=launch_environment(self._placement.processes) | FRESH_STORE,
+            env=launch_environment(self._placement.processes)
+            | (FRESH_STORE if self._placement.nodes > 1 else {}),
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # signals of a terminal come through this process alone
         )
@@ -197,24 +204,22 @@ class Supervisor:
         self, agent: subprocess.Popen[bytes], outcomes: Outcomes, requests: Requests
     ) -> _Launch:
         """Wait for torchrun, ask it to stop when asked, and end it when its time is over."""
-        end = math.inf
-        stopped = settled = False
+        stopped, end, told = False, math.inf, math.inf
         while (status := status_of(agent)) is None:
             if requests and not stopped:
                 stopped = True
                 outcomes.stop()
                 agent.terminate()  # it passes the signal on, once, and waits for its ranks
-                end = min(end, time.monotonic() + self._stop_seconds)
-            if not settled and self._all_is_told(outcomes, requests):
-                settled = True
-                end = min(end, time.monotonic() + LEAVE_SECONDS)
-            if time.monotonic() > end or requests.number > 1:
+                end = time.monotonic() + self._stop_seconds
+            # torchrun may start ranks again that have told an end: then it is none.
+            told = min(told, time.monotonic()) if self._all_told(outcomes, requests) else math.inf
+            if time.monotonic() > min(end, told + LEAVE_SECONDS) or requests.number > 1:
                 agent.kill()
                 return _Launch(agent.wait(), stopped)
             time.sleep(LOOK_SECONDS)
         return _Launch(status, stopped)
 
-    def _all_is_told(self, outcomes: Outcomes, requests: Requests) -> bool:
+    def _all_told(self, outcomes: Outcomes, requests: Requests) -> bool:
         """Whether every rank here has told its end, and other nodes need not be waited for."""
         notes, begun = outcomes.notes(), outcomes.begun()
         ends = [note.ended for note in notes if note.ended.outcome is not Outcome.CRASHED]

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from esper.cli.elastic_agent import CRASHED, _tell_crash
+from esper.cli.elastic_agent import CRASHED, tell_crash
 from esper.cli.outcomes import Outcomes
 from esper.cli.process_tree import die_with_parent
 
@@ -38,7 +38,7 @@ def main():
             end(ranks)
         code = ranks[crashed].returncode
         name = signal.Signals(-code).name if code < 0 else ""
-        _tell_crash(Outcomes(Path(sys.argv[2])), crashed, code, name)
+        tell_crash(Outcomes(Path(sys.argv[2])), crashed, code, name)
         return CRASHED
     except AskedError:
         end(ranks)
