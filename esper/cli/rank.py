@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from esper.cli.outcomes import Outcomes
         from esper.configs import rank_of_process
 
-        arguments = _parser().parse_args(argv)
+        arguments = parser().parse_args(argv)
         return told(
             Outcomes(arguments.outcomes),
             rank_of_process(),
@@ -89,18 +89,19 @@ def _train(arguments: argparse.Namespace, stopping: Callable[[], bool]) -> None:
         sys.stdout.flush()
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The arguments that `worker.rank_program` and the supervisor give."""
     import argparse
 
     from esper.cli.main import add_common
 
-    parser = argparse.ArgumentParser(prog="esper.cli.rank", description=__doc__)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--outcomes", type=Path, required=True)
-    parser.add_argument("--json", action="store_true")
-    add_common(parser)
-    return parser
+    found = argparse.ArgumentParser(prog="esper.cli.rank", description=__doc__)
+    found.add_argument("file", type=Path)
+    found.add_argument("--output-dir", type=Path, required=True)
+    found.add_argument("--outcomes", type=Path, required=True)
+    found.add_argument("--json", action="store_true")
+    add_common(found)
+    return found
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from esper.cli.main import main, parser
+from esper.cli.rank import parser as rank_parser
 from esper.cli.worker import newest_checkpoint, placement_of, rank_program
 from esper.configs import TORCHRUN
 from esper.contracts.manifests import load_manifest
@@ -57,7 +58,7 @@ def test_options_beat_the_manifest(manifest):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({}, "--node-rank: got 'nothing'|--node-rank: got nothing"),
+        ({}, "--node-rank: got nothing; allowed: given with 2 nodes"),
         ({"node_rank": "0"}, "--rendezvous: got nothing; allowed: given with 2 nodes"),
         ({"node_rank": "2", "rendezvous": "h:1"}, "allowed: 0 to 1, for 2 nodes"),
         ({"node_rank": "-1", "rendezvous": "h:1"}, "a whole number from 0"),
@@ -114,9 +115,7 @@ def test_ranks_get_what_the_command_got(manifest):
     arguments = parser().parse_args(["worker", *words])
     program = rank_program(arguments)
     assert program[:3] == [sys.executable, "-m", "esper.cli.rank"]
-    from esper.cli.rank import _parser
-
-    found = _parser().parse_args([*program[3:], "--outcomes", "folder"])
+    found = rank_parser().parse_args([*program[3:], "--outcomes", "folder"])
     for name in ("file", "output_dir", "json", "debug", "config", "assignments"):
         assert getattr(found, name) == getattr(arguments, name)
 
