@@ -305,10 +305,16 @@ class TezzeretConfig(Section):
 
 
 class TolariaConfig(Section):
-    """How a trainer waits for services elsewhere; for how long, its session says."""
+    """How a trainer waits: for services elsewhere, as long as its session says, and for ranks."""
 
     republish_seconds: Real = _seconds(10.0, "until a question is asked again", most=3600)
     kernel_poll_seconds: Real = _seconds(1.0, "between two looks for a kernel", most=3600)
+    collective_timeout_seconds: Real = _seconds(
+        300.0, "that ranks wait for one that does not take part", most=86_400
+    )
+    stop_seconds: Real = _seconds(
+        25.0, "for the ranks to write a checkpoint and end, once asked to stop", most=3600
+    )
 
 
 class ComponentConfig(Section):

@@ -49,6 +49,7 @@ __all__ = [
     "NAMES",
     "RUN_DIRECTORY",
     "SECRETS",
+    "TORCHRUN",
     "ComponentConfig",
     "DatabaseConfig",
     "EsperConfig",
@@ -60,13 +61,31 @@ __all__ = [
     "TezzeretConfig",
     "TolariaConfig",
     "UrzaConfig",
+    "launch_environment",
     "parse_assignments",
     "parse_levels",
+    "rank_of_process",
+    "torchrun_variables",
     "without_password",
 ]
 
 ENVIRONMENT_PREFIX = "ESPER_"
 DEFAULT_FILE = Path("esper.yaml")
+
+TORCHRUN = MappingProxyType(
+    {
+        "processes": ("PET_NPROC_PER_NODE",),
+        "nodes": ("PET_NNODES",),
+        "node_rank": ("PET_NODE_RANK", "JOB_COMPLETION_INDEX"),
+        "rendezvous": ("PET_RDZV_ENDPOINT",),
+        "rendezvous_id": ("PET_RDZV_ID",),
+        "restarts": ("PET_MAX_RESTARTS",),
+    }
+)
+"""What places a node among others, with the variables that give it, the strongest first: torchrun's
+own, which other operators set too, and the Indexed Job's. Options of `esper worker` beat them. They
+differ from pod to pod and come from a cluster, not from a person, so they are no settings."""
+
 MAXIMUM_FILE_BYTES = 64 * 2**10
 
 # Kubernetes gives every pod variables for the Services of its namespace; one of a Service called
@@ -231,6 +250,46 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
             raise ConfigError("command line --set", came, "NAME=VALUE")
         parsed[name.strip()] = value
     return parsed
+
+
+def torchrun_variables(
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, tuple[str, str]]:
+    """What a cluster has set for this node: names of `TORCHRUN` to text and its origin."""
+    variables = os.environ if environment is None else environment
+    return {
+        name: (variables[variable], f"environment {variable}")
+        for name, candidates in TORCHRUN.items()
+        for variable in reversed(candidates)
+        if variables.get(variable, "").strip()
+    }
+
+
+def launch_environment(
+    processes: int, environment: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The variables of a torchrun that gets all that it needs as options.
+
+    Those that it would read besides are left out. Where nothing else is set, several processes do
+    not take every core each, and torch does not tell every lost connection with a C++ trace.
+    """
+    variables = os.environ if environment is None else environment
+    kept = {name: text for name, text in variables.items() if not name.startswith("PET_")}
+    threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
+    return {"TORCH_CPP_LOG_LEVEL": "ERROR"} | threads | kept
+
+
+def rank_of_process(environment: Mapping[str, str] | None = None) -> int:
+    """This process' rank, as torchrun has told it.
+
+    Raises:
+        ConfigError: torchrun has not started this process.
+    """
+    variables = os.environ if environment is None else environment
+    text = variables.get("RANK", "")
+    if not text.isdecimal():
+        raise ConfigError("environment RANK", text, "a rank's number, as torchrun sets it")
+    return int(text)
 
 
 def _from_environment(variables: Mapping[str, str]) -> dict[str, tuple[object, str]]:

@@ -1,7 +1,7 @@
 """The `esper` command: options that all commands share, and how every command ends.
 
-Exit codes: 0 done, 1 the work failed, 2 bad input, 130 interrupted. An error is one line on
-standard error; a trace is shown with `--debug` only.
+Exit codes: 0 done, 1 the work failed, 2 bad input, 130 interrupted; `esper worker` has its own. An
+error is one line on standard error; a trace is shown with `--debug` only.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from esper.cli import compile, crds, doctor, report, run, serve, token, validate
+from esper.cli import compile, crds, doctor, report, run, serve, token, validate, worker
 from esper.errors import EsperError, one_line
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ COMMANDS = {
     "crds": crds,
     "doctor": doctor,
     "serve": serve,
+    "worker": worker,
     "compile": compile,
     "token": token,
 }
@@ -61,11 +63,12 @@ def parser() -> argparse.ArgumentParser:
             name, help=module.HELP, description=module.HELP, allow_abbrev=False
         )
         module.add_arguments(command)
-        _add_common(command)
+        add_common(command)
     return top
 
 
-def _add_common(command: argparse.ArgumentParser) -> None:
+def add_common(command: argparse.ArgumentParser) -> None:
+    """The options of every command; also those of a rank, which is told its supervisor's."""
     group = command.add_argument_group("options of every command")
     group.add_argument(
         "--config", type=Path, metavar="FILE", help="settings file (default: esper.yaml if any)"
@@ -109,14 +112,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    config = settings_of(arguments)
+    name = getattr(arguments, "service", arguments.command)
+    with logged(name, config, debug=arguments.debug):
+        status: int = COMMANDS[arguments.command].execute(arguments, config)
+        sys.stdout.flush()
+        return status
+
+
+@contextmanager
+def logged(name: str, config: EsperConfig, *, debug: bool) -> Iterator[None]:
+    """The log of a process of that name, as the settings say.
+
+    Raises:
+        ConfigError: its file can't be written.
+    """
     from esper.configs import parse_levels
     from esper.utils.logging import AsyncEsperLogger
 
-    config = _settings(arguments)
     component = config.component
     log = AsyncEsperLogger(
-        getattr(arguments, "service", arguments.command),
-        level="debug" if arguments.debug else component.log_level,
+        name,
+        level="debug" if debug else component.log_level,
         levels=parse_levels(component.log_levels),
         file=Path(component.log_file) if component.log_file else None,
         queue_records=component.log_queue_records,
@@ -130,14 +147,13 @@ def _run(arguments: argparse.Namespace) -> int:
             "component.log_file", component.log_file, f"a file that can be written ({error})"
         ) from error
     try:
-        status: int = COMMANDS[arguments.command].execute(arguments, config)
-        sys.stdout.flush()
-        return status
+        yield
     finally:
         log.stop()
 
 
-def _settings(arguments: argparse.Namespace) -> EsperConfig:
+def settings_of(arguments: argparse.Namespace) -> EsperConfig:
+    """The settings, with what the command line says of them."""
     from esper.configs import EsperConfig, parse_assignments
 
     assignments = parse_assignments(arguments.assignments)

@@ -52,6 +52,10 @@ COMMANDS = {
     "crds": {"--output-dir", "--check"},
     "doctor": {"--json"},
     "serve": {"SERVICE", "FILE", "--output-dir"},
+    "worker": {
+        *("FILE", "--output-dir", "--processes", "--nodes", "--node-rank", "--rendezvous"),
+        *("--rendezvous-id", "--restarts", "--termination-log", "--json"),
+    },
     "compile": {"--kernel", "--json"},
     "token": {"--role", "--subject", "--namespace", "--days", "--json"},
 }

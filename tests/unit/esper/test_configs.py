@@ -7,7 +7,16 @@ from pydantic import ValidationError
 
 from esper.cli.main import main
 from esper.config_sections import UrzaConfig
-from esper.configs import MAXIMUM_FILE_BYTES, NAMES, EsperConfig, parse_assignments, parse_levels
+from esper.configs import (
+    MAXIMUM_FILE_BYTES,
+    NAMES,
+    EsperConfig,
+    launch_environment,
+    parse_assignments,
+    parse_levels,
+    rank_of_process,
+    torchrun_variables,
+)
 from esper.errors import ConfigError, OutputError
 from esper.services.urza.store_sessions import MAX_CREDENTIAL_SECONDS
 
@@ -70,6 +79,8 @@ DEFAULTS = {
     "tezzeret.compile_memory_bytes": 4 * 2**30,
     "tolaria.republish_seconds": 10.0,
     "tolaria.kernel_poll_seconds": 1.0,
+    "tolaria.collective_timeout_seconds": 300.0,
+    "tolaria.stop_seconds": 25.0,
     "component.kernel_cache_bytes": 512 * 2**20,
     "component.log_level": "warning",
     "component.log_levels": "",
@@ -401,3 +412,28 @@ def test_credentials_last_no_longer_than_the_hub_gives_any() -> None:
     assert UrzaConfig(credential_days=int(days)).credential_days == days
     with pytest.raises(ValueError, match="credential_days"):
         UrzaConfig(credential_days=int(days) + 1)
+
+
+def test_a_cluster_places_a_node_by_torchruns_own_variables():
+    variables = {"PET_NNODES": "4", "JOB_COMPLETION_INDEX": "3", "PET_RDZV_ENDPOINT": " ", "X": "1"}
+    assert torchrun_variables(variables) == {
+        "nodes": ("4", "environment PET_NNODES"),
+        "node_rank": ("3", "environment JOB_COMPLETION_INDEX"),
+    }
+    # The Job's index is only what nobody has said better.
+    both = torchrun_variables(variables | {"PET_NODE_RANK": "2"})
+    assert both["node_rank"] == ("2", "environment PET_NODE_RANK")
+
+
+def test_torchrun_gets_nothing_from_the_environment_that_it_gets_as_an_option():
+    kept = launch_environment(1, {"PET_NNODES": "4", "PATH": "p", "ESPER_HUB__URL": "u"})
+    assert kept == {"PATH": "p", "ESPER_HUB__URL": "u", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    assert launch_environment(2, {})["OMP_NUM_THREADS"] == "1"
+    assert launch_environment(2, {"OMP_NUM_THREADS": "8"})["OMP_NUM_THREADS"] == "8"
+
+
+def test_a_rank_is_told_its_number_by_torchrun():
+    assert rank_of_process({"RANK": "3"}) == 3
+    for text in ("", "x", "-1"):
+        with pytest.raises(ConfigError, match="environment RANK"):
+            rank_of_process({"RANK": text})
