@@ -74,8 +74,8 @@ def _train(arguments: argparse.Namespace, stopping: Callable[[], bool]) -> None:
 
     config = settings_of(arguments)
     with logged("tolaria", config, debug=arguments.debug):
-        from esper.cli.ranks import run_rank  # type: ignore[import-not-found]
-        from esper.services.tolaria.process_group import process_group  # type: ignore[import-not-found]
+        from esper.cli.ranks import run_rank
+        from esper.services.tolaria.process_group import process_group
 
         seconds = config.tolaria.collective_timeout_seconds
         with process_group(stopping, timeout_seconds=seconds) as ranks:
