@@ -22,6 +22,7 @@ from esper.execution.isolation import (
     borrowed_buffers,
     evaluating,
     preserved_buffers,
+    preserved_parameters,
     preserved_randomness,
 )
 from esper.execution.kasmina_layer import KasminaLayer
@@ -86,6 +87,7 @@ class Engine(TrainingState):
         self.book = book
         self._excluded: Site | None = None
         self._subset = measured_subset(len(datasets.validation), config.training.seed)
+        self.parallel.learn_of(self._leaves_parameters_out)
 
     # -- training ---------------------------------------------------------------------------
 
@@ -312,6 +314,23 @@ class Engine(TrainingState):
             self.telemetry.read(epoch)
 
     # -- parts ------------------------------------------------------------------------------
+
+    def _leaves_parameters_out(self) -> bool:
+        """Whether the loss does not depend on all of the model: seen on a piece of a batch."""
+        training = self.config.training
+        order = epoch_order(len(self.datasets.train), training.batch_size, training.seed, 1)
+        indices = order[0].tensor_split(self.parallel.count)[0]
+        parameters = [p for p in self.learning.host_parameters() if p.requires_grad]
+        self.model.train()
+        with uncompiled(self.model), preserved_parameters(self.model):
+            _, gradients = shadow_gradients(
+                self.model,
+                parameters,
+                lambda: self.loss_of(indices),
+                random_seed=training.seed,
+                buffers={},
+            )
+        return any(gradient is None for gradient in gradients)
 
     def metered_once(self, *key: Hashable) -> AbstractContextManager[None]:
         """Counts a trial's work; where every rank does the same, it counts on rank 0."""

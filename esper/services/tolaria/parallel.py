@@ -17,7 +17,7 @@ Shapes: N shards, W ranks, B samples of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -74,6 +74,10 @@ class Whole:
     def place(self, model: MorphableModel) -> MorphableModel:
         """The model as it is trained: rank 0's, on every rank."""
         return model
+
+    def learn_of(self, leaves_parameters_out: Callable[[], bool]) -> None:
+        """Ask what this way must know of the model: whether the loss leaves parameters out."""
+        del leaves_parameters_out
 
     @contextmanager
     def epoch(self, epoch: int, trained: Trained) -> Iterator[None]:
@@ -285,8 +289,11 @@ class Replicas(Sharded):
         """One shard for each of `ranks`."""
         super().__init__(ranks, seed, ranks.size)
         self._trained: Trained | None = None
-        self.unused = False
-        """Whether a backward pass leaves host parameters out: DDP must then look for them."""
+        self._unused = False
+
+    def learn_of(self, leaves_parameters_out: Callable[[], bool]) -> None:
+        """Where a backward pass leaves host parameters out, DDP has to look for them in each."""
+        self._unused = any(self.ranks.exchanged(leaves_parameters_out()))
 
     @contextmanager
     def epoch(self, epoch: int, trained: Trained) -> Iterator[None]:
@@ -298,7 +305,7 @@ class Replicas(Sharded):
         """
         self._trained = trained
         seed_everything(stable_seed(self.seed, "rank", epoch, self.ranks.rank))
-        replica = _replica(trained, unused=self.unused)
+        replica = _replica(trained, unused=self._unused)
         self.module = replica
         try:
             with super().epoch(epoch, trained):
