@@ -15,8 +15,8 @@ from tests.unit.esper.cli.supervised import TORCHRUN, Worker
 def test_torchrun_starts_killed_ranks_again_and_its_end_is_told(tmp_path):
     # Rank 1 is killed, then rank 0 raises; both are stopped with the other and started again.
     plan = {
-        "0": ["meet wait interrupted", "meet raise", "done"],
-        "1": ["meet kill", "meet wait interrupted", "done"],
+        "0": ["meet wait interrupted", "meet raise", "meet done"],
+        "1": ["meet kill", "meet wait interrupted", "meet done"],
     }
     worker = Worker(tmp_path, plan, agent=TORCHRUN, processes=2, restarts=2)
     assert worker.wait() == 0, worker.err

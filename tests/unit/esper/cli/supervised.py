@@ -1,4 +1,4 @@
-"""A supervisor in a process of its own, with planned ranks; as a program: PLACE SETTINGS NAME."""
+"""A supervisor of planned ranks in its own process; as a program: PLACE SETTINGS NAME PARENT."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from esper.cli.process_tree import die_with_parent
 from esper.cli.supervising import AGENT, Placement, Supervisor, heeding_signals
 
 HERE = Path(__file__).parent
@@ -25,7 +26,10 @@ class Worker:
             (place / "plan.json").write_text(json.dumps(plan))
         given = {"placement": {"processes": 1, "meeting": "test"} | placement, "agent": agent}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, place, json.dumps(given | {"restarts": restarts}), name],
+            [
+                *(sys.executable, __file__, place),
+                *(json.dumps(given | {"restarts": restarts}), name, str(os.getpid())),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -69,6 +73,8 @@ def alive(pid):
 
 
 def main():
+    # A test that fails leaves nothing behind: the process of the tests takes this one along.
+    die_with_parent(int(sys.argv[4]))
     place, given = Path(sys.argv[1]), json.loads(sys.argv[2])
     progress = place / "progress"
     with heeding_signals() as requests:

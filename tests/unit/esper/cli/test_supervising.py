@@ -107,6 +107,7 @@ def test_what_one_rank_can_not_do_ends_all(tmp_path):
     # Rank 0 finds that a rank is gone, and is started again.
     worker = Worker(tmp_path, {"0": ["wait raise", "hang"], "1": ["meet refuse"]}, processes=2)
     worker.until("starts-0")
+    worker.until("starts-1")
     rank = int(worker.lines("starts-0")[0])
     os.kill(rank, signal.SIGTERM)
     assert worker.wait() == 78, worker.err
