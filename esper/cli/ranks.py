@@ -48,6 +48,8 @@ def run_rank(
         _lead(prepared, directory, ranks, shown, config, new=begun["new"])
     else:
         asyncio.run(_follow(prepared, ranks, config))
+    # No rank counts as done before rank 0 has written what the session came to.
+    ranks.led(lambda: None)
 
 
 def _begun(path: Path, directory: Path) -> dict[str, Any]:
