@@ -17,14 +17,19 @@ def parallel_for(training: TrainingConfig, ranks: Ranks, samples: int) -> Whole:
     """
     shards, batch = training.logical_shards, training.batch_size
     count = shards if shards > 1 else ranks.size
-    field = "spec.training.logicalShards" if shards > 1 else "spec.workers"
     if count % ranks.size:
-        raise ManifestError(field, shards, f"a multiple of the number of processes, {ranks.size}")
+        raise ManifestError(
+            "spec.training.logicalShards",
+            shards,
+            f"a multiple of the number of processes, {ranks.size}",
+        )
     if batch < count:
         raise ManifestError("spec.training.batchSize", batch, f"at least {count}, a sample a shard")
     if count > 1 and samples < 2 * count:
         raise DataError(
-            "data.train", f"{samples} samples", f"at least two for each of {count} shards"
+            "data.train",
+            f"{samples} samples",
+            f"at least {2 * count}, two for each of {count} shards",
         )
     if training.sharding == "full" and ranks.size > 1:
         if training.compile:
