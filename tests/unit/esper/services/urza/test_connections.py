@@ -43,11 +43,6 @@ LIMIT = 4
 OWN = "application_name = 'esper-urza' AND datname = current_database()"
 
 
-@pytest.fixture
-def postgres_place(postgres_url, tmp_path):
-    return Place(postgres_url, tmp_path)
-
-
 def database_of(place):
     return make_url(place.url).database
 
