@@ -57,9 +57,12 @@ def while_applying(users: RedisUsers, meanwhile: Any) -> None:
     apply = users.apply
 
     async def late(found: Any) -> None:
-        users.apply = apply  # type: ignore[method-assign]
-        await meanwhile()
-        await apply(found)
+        given = list(found)
+        # The hub's own first look may come only now; it finds no rows and sets nobody.
+        if given:
+            users.apply = apply  # type: ignore[method-assign]
+            await meanwhile()
+        await apply(given)
 
     users.apply = late  # type: ignore[method-assign]
 
