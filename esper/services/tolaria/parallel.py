@@ -144,10 +144,10 @@ class Sharded(Whole):
     def shards(self, indices: Tensor) -> list[Shard]:
         """This rank's shards of the batch [B]."""
         first = self.ranks.rank * self.own
-        pieces = indices.tensor_split(self.count)[first : first + self.own]
         return [
-            Shard(number=first + place, indices=piece, share=len(piece) / len(indices))
-            for place, piece in enumerate(pieces)
+            Shard(number=number, indices=piece, share=len(piece) / len(indices))
+            for number in range(first, first + self.own)
+            for piece in (indices[piece_of(len(indices), self.count, number)],)
         ]
 
     def summed_losses(self, totals: Tensor) -> float:
@@ -156,6 +156,16 @@ class Sharded(Whole):
         for loss in self.ranks.gathered(totals).flatten().tolist():
             total += loss
         return total
+
+
+def piece_of(size: int, count: int, number: int) -> slice:
+    """Where piece `number` of `count` lies in `size` samples, as torch's tensor_split has it.
+
+    Found without the other pieces, which would be work for each rank, in each step.
+    """
+    least, more = divmod(size, count)
+    start = number * least + min(number, more)
+    return slice(start, start + least + (number < more))
 
 
 class OwnStatistics(Sharded):
@@ -374,8 +384,11 @@ def _replica(trained: Trained, *, unused: bool) -> DistributedDataParallel:
     ignored = [name for name, p in model.named_parameters() if id(p) not in own]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     try:
-        # Ranks are alike already: nothing has to be sent first.
-        return DistributedDataParallel(model, find_unused_parameters=unused, init_sync=False)
+        # Ranks are alike already: nothing has to be sent first. Gradients stay where they were
+        # averaged, which saves a copy of all of them each step; a step drops them afterwards.
+        return DistributedDataParallel(
+            model, find_unused_parameters=unused, init_sync=False, gradient_as_bucket_view=True
+        )
     finally:
         del model._ddp_params_and_buffers_to_ignore
 
