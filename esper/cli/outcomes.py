@@ -71,6 +71,11 @@ class Ended:
         return STATUSES[self.outcome]
 
 
+def is_crash(error: BaseException) -> bool:
+    """Whether ranks that met `error` are started again."""
+    return Ended.by(error).outcome is Outcome.CRASHED
+
+
 DONE = Ended(Outcome.DONE, "Succeeded", "the session is trained")
 
 
