@@ -114,6 +114,14 @@ examples-services: setup ## Run each example in one process and over the service
 chaos-services: setup ## Kill and freeze every service in turn while a session trains; nothing is lost
 	@$(BIN)/python -m tools.chaos_services $(ARGUMENTS)
 
+.PHONY: examples-ranks
+examples-ranks: setup ## Run examples by 1, 2 and 4 ranks in logical shards: equal to the bit
+	@$(BIN)/python -m tools.examples_ranks $(ARGUMENTS)
+
+.PHONY: chaos-ranks
+chaos-ranks: setup ## Kill and stop ranks in trials, grafts and checkpoints; nothing is lost
+	@$(BIN)/python -m tools.chaos_ranks $(ARGUMENTS)
+
 .PHONY: clean
 clean: ## Remove what the commands above made: .venv, caches, runs/demo
 	@rm -rf $(VENV) $(DEMO) .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache \
