@@ -46,19 +46,21 @@ $(READY): pyproject.toml requirements.lock requirements-bootstrap.txt
 demo: setup ## Train example 01 until it has grown; the report is runs/demo/report.html
 	@$(BIN)/esper run examples/01-mnist1d-mlp/session.yaml --output-dir $(DEMO) --overwrite
 
-# Two workers share two cores, so each computes on one thread.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --timeout=900
+# Two workers share two cores, so each computes, and compiles, on one thread.
+PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --timeout=900
+# Being measured slows all Python down, so only the tests of what is measured are.
+MEASURED := contracts services/tamiyo services/tolaria
+MEASURED_TESTS := $(MEASURED:%=tests/unit/esper/%)
 
 .PHONY: test
 test: setup ## Run every test; unit coverage of contracts, decisions and gates must reach 90 %
 	@rm -f .coverage .coverage.*
-	@$(PYTEST) --cov-report= --cov=esper/contracts --cov=esper/services/tamiyo \
-		--cov=esper/services/tolaria tests/unit
+	@$(PYTEST) --cov-report= $(MEASURED:%=--cov=esper/%) $(MEASURED_TESTS)
 	@$(BIN)/coverage report
 	@$(BIN)/coverage report --include='esper/contracts/*' --fail-under=90
 	@$(BIN)/coverage report --include='esper/services/tamiyo/*' --fail-under=90
 	@$(BIN)/coverage report --include='esper/services/tolaria/gates.py' --fail-under=90
-	@$(PYTEST) tests/architecture tests/integration tests/gpu
+	@$(PYTEST) $(MEASURED_TESTS:%=--ignore=%) tests
 
 .PHONY: verify
 verify: setup ## Check format, lint, types, layers, spelling, generated files and what is committed
@@ -111,6 +113,14 @@ examples-services: setup ## Run each example in one process and over the service
 .PHONY: chaos-services
 chaos-services: setup ## Kill and freeze every service in turn while a session trains; nothing is lost
 	@$(BIN)/python -m tools.chaos_services $(ARGUMENTS)
+
+.PHONY: examples-ranks
+examples-ranks: setup ## Run examples by 1, 2 and 4 ranks in logical shards: equal to the bit
+	@$(BIN)/python -m tools.examples_ranks $(ARGUMENTS)
+
+.PHONY: chaos-ranks
+chaos-ranks: setup ## Kill and stop ranks in trials, grafts and checkpoints; nothing is lost
+	@$(BIN)/python -m tools.chaos_ranks $(ARGUMENTS)
 
 .PHONY: clean
 clean: ## Remove what the commands above made: .venv, caches, runs/demo

@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import os
 
 from hypothesis import settings
@@ -21,3 +22,14 @@ from tests.servers import (  # noqa: F401
 # A change is judged by the same examples wherever it is tested; EXPLORE_TESTS=1 draws anew.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("default" if os.environ.get("EXPLORE_TESTS") else "repeatable")
+
+
+def pytest_collection_finish(session):
+    # xdist tells groups by the ends of the tests' names; unheard, each worker would start servers
+    # that one is to start for all.
+    grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+    if getattr(session.config.option, "loadgroup", False) and grouped:
+        assert all("@" in item.nodeid for item in grouped), "xdist does not keep groups together"
+    # Of the modules and the tests, which stay to the end, no collection has to look for garbage.
+    gc.collect()
+    gc.freeze()

@@ -46,7 +46,8 @@ def any_redis(request):
 
 @pytest.fixture(scope="session")
 def postgres_server(tmp_path_factory):
-    with PostgresServer(tmp_path_factory.mktemp("postgres")) as server:
+    # It is never killed: what its data survive is asked of a private one.
+    with PostgresServer(tmp_path_factory.mktemp("postgres"), durable=False) as server:
         yield server
 
 

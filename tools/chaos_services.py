@@ -248,7 +248,7 @@ def run_impatient(
 
 def _check_waiting(directory: Path, boundaries: int, outcome: Outcome) -> int:
     """A decision at each boundary, and in the record each that the log says was given up."""
-    decisions = _lines(directory / "decisions.jsonl")
+    decisions = lines(directory / "decisions.jsonl")
     recorded = [one for one in decisions if WAITED in one["reason"]]
     log = directory.with_suffix(".log").read_text()
     given_up = len(set(re.findall(r"packet (\d+) got no decision:", log)))
@@ -339,7 +339,7 @@ def _in_turn(
 def _wait_for_progress(directory: Path) -> None:
     """Wait until the session has reached its first boundary: before, there is nothing to lose."""
     deadline = time.monotonic() + 60
-    while not _lines(directory / "metrics.jsonl") and time.monotonic() < deadline:
+    while not lines(directory / "metrics.jsonl") and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
@@ -405,7 +405,7 @@ async def _check_news(config: EsperConfig, directory: Path, outcome: Outcome) ->
         SeedTransition.model_validate(
             {name: value for name, value in line.items() if name not in ("time", "type")}
         )
-        for line in _lines(directory / "events.jsonl")
+        for line in lines(directory / "events.jsonl")
         if line["type"] == "transition"
     ]
     applied = [message.open() for message in heard.values()]
@@ -457,11 +457,12 @@ def timeless(path: Path) -> list[dict[str, Any]]:
     """The lines of a run's log, without when they were written."""
     return [
         {name: value for name, value in line.items() if name not in ("time", "seconds")}
-        for line in _lines(path)
+        for line in lines(path)
     ]
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log; a log that is not there has none."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -18,6 +18,7 @@ from typing import Any
 
 from esper.cli.finished import tell_again
 from esper.cli.live import make_view
+from esper.cli.outcomes import is_crash
 from esper.cli.output import write_json
 from esper.cli.preparing import SOURCE_ANNOTATION, Prepared, own_manifest, prepare
 from esper.cli.report_page import write_report
@@ -159,7 +160,7 @@ def carry_out(
     """Train a session in its directory, on from the checkpoint `found`; 0 once it is finished.
 
     `ranks` are its processes, of which this one is the first; by default there is no other, and
-    signals stop it.
+    signals stop it. A crash of theirs is not the end of the session: they are started again.
 
     Raises:
         WorkFailed: training failed; the run is kept.
@@ -192,6 +193,8 @@ def carry_out(
                 f"no room left for {run.path}: {one_line(str(error))}; free some and go on with: "
                 f"{_resuming(run)}"
             )
+        if ranks is not None and is_crash(failure):
+            raise
         _failed(status, run, failure)
         if shown.json and not isinstance(failure, BadInput):
             _show_broken_off(prepared, SessionOutcome.FAILED, str(failure))
@@ -221,6 +224,7 @@ async def _session(
     observers: list[Observer] = [log, status]
     if shown.health is not None:
         observers.append(HealthObserver(shown.health))
+    lasting = ranks is not None
     with ExitStack() as stack:
         if ranks is None:
             # Before and after the training too: it may wait for services there.
@@ -242,7 +246,9 @@ async def _session(
                 metric=prepared.objective.metric_name,
             )
             observers.append(ViewObserver(stack.enter_context(view)))
-        attention = Attention(observers=observers, ranks=ranks, positions=log.lengths)
+        attention = Attention(
+            observers=observers, ranks=ranks, positions=log.lengths, lasting=lasting
+        )
         trainer_of = wired_trainer if wired_to(config) else embedded_trainer
         async with trainer_of(prepared, config, progress=progress, attention=attention) as trainer:
             status.write()

@@ -71,6 +71,11 @@ class Ended:
         return STATUSES[self.outcome]
 
 
+def is_crash(error: BaseException) -> bool:
+    """Whether ranks that met `error` are started again."""
+    return Ended.by(error).outcome is Outcome.CRASHED
+
+
 DONE = Ended(Outcome.DONE, "Succeeded", "the session is trained")
 
 
@@ -123,7 +128,11 @@ class Outcomes:
         """What ranks told so far, in their order."""
         found = []
         for path in self._folder.glob("rank-*.json"):
-            fields = json.loads(path.read_bytes())
+            try:
+                data = path.read_bytes()
+            except FileNotFoundError:
+                continue  # its rank has just begun anew
+            fields = json.loads(data)
             rank = fields.pop("rank")
             fields["outcome"] = Outcome(fields["outcome"])
             found.append(Note(rank, Ended(**fields)))

@@ -35,8 +35,9 @@ _log = logging.getLogger(__name__)
 JOIN_SECONDS = 600
 """How long nodes wait for each other: a new pod may need an image first."""
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""A store of their own for the ranks, each time they meet. Else torch 2.15 tells a node that comes
-anew nothing of the one that all others keep, and every node fails after a minute."""
+"""A store of their own for the ranks, each time they meet. The one that torch 2.15 keeps from start
+to start holds the addresses of ranks that are gone: who comes before rank 0 fails after three tries
+at them. And a node that comes anew is told nothing of it, and every node fails after a minute."""
 LEAVE_SECONDS = 5.0
 """For torchrun, once its ranks have told their ends: it would wait for nodes that are gone."""
 LOOK_SECONDS = 0.1
@@ -190,8 +191,7 @@ class Supervisor:
         ]
         agent = subprocess.Popen(
             [*self._agent, str(os.getpid()), str(folder), *arguments],
-            env=launch_environment(self._placement.processes)
-            | (FRESH_STORE if self._placement.nodes > 1 else {}),
+            env=launch_environment(self._placement.processes) | FRESH_STORE,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # signals of a terminal come through this process alone
         )

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Protocol
 
 from esper.cli.closing import Closing
+from esper.cli.outcomes import is_crash
 from esper.cli.preparing import Prepared
 from esper.cli.wiring import bus_elsewhere, hub_elsewhere
 from esper.configs import EsperConfig
@@ -77,11 +78,13 @@ class Attention:
     """Who watches a trainer, the ranks it is one of, and how long the run's files are.
 
     The ranks know whether one of them was asked to stop. Those but the first have no observers.
+    `lasting`: a crash is no end of the session, because whoever has started it starts it again.
     """
 
     observers: Sequence[Observer] = ()
     ranks: Ranks = field(default_factory=Alone)
     positions: Callable[[], Mapping[str, int]] = dict
+    lasting: bool = False
 
 
 @asynccontextmanager
@@ -197,6 +200,8 @@ async def _trainer(
         try:
             yield trainer
         except Exception as error:
+            if attention.lasting and is_crash(error):
+                raise
             interrupted = isinstance(error, Interrupted)
             outcome = SessionOutcome.INTERRUPTED if interrupted else SessionOutcome.FAILED
             broken = session.changed(outcome=outcome, epoch=trainer.epoch)

@@ -31,7 +31,7 @@ from esper.errors import BadInput, ConfigError, StoreUnavailable, one_line
 from esper.utils.object_store import is_key, require_key
 from esper.utils.s3_connection import code_of, connect, crc32, encoded, translated
 from esper.utils.s3_reading import ResumingBody, pause
-from esper.utils.transfers import Reading, Receipt, gathered, verified
+from esper.utils.transfers import Reading, Receipt, gathered, read_ahead, verified
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
@@ -316,15 +316,9 @@ class OptimizedS3Client:
         self, body: ResumingBody, key: str, sha256: str | None
     ) -> AsyncIterator[bytes]:
         reading = Reading(key, body.read, sha256)
-        coming = self._submit(reading.next_chunk)
-        try:
-            while chunk := await asyncio.wrap_future(coming):
-                coming = self._submit(reading.next_chunk)  # while the caller has this one
+        async with aclosing(read_ahead(self._submit, reading.next_chunk, body.close)) as chunks:
+            async for chunk in chunks:
                 yield chunk
-        finally:
-            # Not from here: it would wait for a read that is under way.
-            coming.add_done_callback(lambda _: body.close())
-            coming.cancel()
 
     def _upload_block(self, key: str, block: bytearray, receipt: Receipt) -> bool:
         receipt.digest(block)

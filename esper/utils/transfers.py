@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable
+from concurrent.futures import Future
 
 from esper.errors import BadInput, KernelError
 
 CHUNK_BYTES = 2**20
 """How many bytes are read at a time, at most."""
+
+CHUNKS_AHEAD = 4
+"""How many chunks are held for a reader at most."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -94,6 +100,58 @@ class Reading:
                 _compare(self._key, self._hash.hexdigest(), self._expected)
             if held or not chunk:
                 return held
+
+
+async def read_ahead(
+    submit: Callable[[Callable[[], None]], Future[None]],
+    next_chunk: Callable[[], bytes],
+    close: Callable[[], None],
+) -> AsyncGenerator[bytes]:
+    """What `next_chunk` gives until it gives nothing, read by a thread ahead of the caller.
+
+    `submit` has a thread do something; `close` is called at the end, once nothing is read any
+    more. A few chunks are read at a time: if each were handed from the thread to the event loop
+    and asked for anew, the connection would be idle meanwhile.
+    """
+    loop = asyncio.get_running_loop()
+    ready: deque[bytes] = deque()
+    news = asyncio.Event()
+
+    def fill() -> None:
+        while len(ready) < CHUNKS_AHEAD:
+            chunk = next_chunk()
+            ready.append(chunk)
+            loop.call_soon_threadsafe(news.set)
+            if not chunk:
+                return
+
+    def filling_anew() -> Future[None]:
+        begun = submit(fill)
+        # Only once it counts as done: whoever wakes up looks at that.
+        begun.add_done_callback(lambda _: loop.call_soon_threadsafe(news.set))
+        return begun
+
+    filling = filling_anew()
+    try:
+        while True:
+            while not ready:
+                if filling.done():
+                    filling.result()
+                    filling = filling_anew()
+                news.clear()
+                if not ready and not filling.done():
+                    await news.wait()
+            chunk = ready.popleft()
+            if not chunk:
+                return
+            if len(ready) <= CHUNKS_AHEAD // 2 and filling.done():
+                filling.result()
+                filling = filling_anew()
+            yield chunk
+    finally:
+        # Not from here: it would wait for a read that is under way.
+        filling.add_done_callback(lambda _: close())
+        filling.cancel()
 
 
 def verified(key: str, data: bytes, sha256: str | None) -> bytes:

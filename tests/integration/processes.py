@@ -6,6 +6,7 @@ reads one request a line ({argv, folder, fault}) and answers with the process's 
 with its exit status and its streams.
 """
 
+import gc
 import io
 import json
 import os
@@ -24,8 +25,14 @@ PRELOADED = (
     "matplotlib.backends.backend_agg",
     "mpl_toolkits.mplot3d",
     "sqlalchemy.ext.asyncio",
+    "sqlalchemy.dialects.sqlite.aiosqlite",
     "aiosqlite",
+    "alembic.command",
+    "mako.ext.pygmentplugin",
+    "esper.services.urza.store",
+    "esper.services.urza.migrations.versions.r0001_tables",
 )
+"""What a run would import at its first need."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,9 @@ def _serve():
     for name in PRELOADED:
         importlib.import_module(name)
     _draw()
+    # Of what is here already no process has to look for garbage.
+    gc.collect()
+    gc.freeze()
     # A fork takes along the calling thread alone.
     assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread"
     for line in sys.stdin:

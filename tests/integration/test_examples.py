@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,12 @@ from esper.contracts.manifests import load_manifest, parse_resource
 from esper.contracts.resources import TrainingSession
 from esper.services.tolaria.config import EntryPointConfig
 from esper.services.tolaria.entrypoints import called, make_importable
+from tests.integration.processes import ROOT, Server
+from tests.outside import run_outside
 
 # One worker runs each example, once for all tests that look at it.
 pytestmark = pytest.mark.xdist_group("examples")
 
-ROOT = Path(__file__).parents[2]
 EXAMPLES = ("01-mnist1d-mlp", "02-digits-cnn", "03-own-model")
 LEFT = {
     "manifest.yaml",
@@ -49,28 +49,18 @@ FIELDS = {
 
 # Loads what a run left where Esper can't be imported, and says what it computes.
 OUTSIDE = """
-import json, sys
-sys.modules["esper"] = None
-sys.path.insert(0, sys.argv[1])
+import json
 import torch, grown
 model = grown.load()
-inputs = torch.load(sys.argv[2], weights_only=True)
+inputs = torch.load("test.pt", weights_only=True)
 with torch.no_grad():
     right = (model(inputs["x"]).argmax(dim=1) == inputs["y"]).double().mean()
 parameters = sum(p.numel() for p in model.parameters())
-print(json.dumps({"accuracy": float(right), "parameters": parameters}))
+with open("outside.json", "w") as file:
+    json.dump({"accuracy": float(right), "parameters": parameters}, file)
 """
 
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "esper", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+Ran = Callable[[str], tuple[Path, dict[str, Any]]]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -78,7 +68,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+def ran(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """Runs an example once for all tests of this module: its directory and its result."""
     done: dict[str, tuple[Path, dict[str, Any]]] = {}
 
@@ -86,18 +76,17 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path,
         if example not in done:
             directory = tmp_path_factory.mktemp("runs") / example
             manifest = f"examples/{example}/session.yaml"
-            ended = run("run", manifest, "--output-dir", str(directory), "--json")
-            assert ended.returncode == 0, ended.stderr
-            done[example] = directory, json.loads(ended.stdout.splitlines()[-1])
+            told = ("--output-dir", directory, "--json")
+            ended = server.run("run", manifest, *told, folder=ROOT)
+            assert ended.status == 0, ended.err
+            done[example] = directory, json.loads(ended.out.splitlines()[-1])
         return done[example]
 
     return get
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_an_example_grows_and_leaves_everything(
-    example: str, ran: Callable[[str], tuple[Path, dict[str, Any]]]
-) -> None:
+def test_an_example_grows_and_leaves_everything(example: str, ran: Ran) -> None:
     directory, result = ran(example)
     assert {path.name for path in directory.iterdir()} >= LEFT
     assert result.keys() >= FIELDS
@@ -117,9 +106,7 @@ def test_an_example_grows_and_leaves_everything(
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_every_fossil_went_through_a_recovery_trial(
-    example: str, ran: Callable[[str], tuple[Path, dict[str, Any]]]
-) -> None:
+def test_every_fossil_went_through_a_recovery_trial(example: str, ran: Ran) -> None:
     directory, _ = ran(example)
     events = [e for e in lines(directory / "events.jsonl") if e["type"] == "transition"]
     fossils = [e for e in events if e["current"] == "fossilized"]
@@ -131,7 +118,7 @@ def test_every_fossil_went_through_a_recovery_trial(
 
 
 def test_a_seed_that_is_not_the_placebo_is_culled(
-    ran: Callable[[str], tuple[Path, dict[str, Any]]],
+    ran: Ran,
 ) -> None:
     directory, result = ran("01-mnist1d-mlp")
     culled = [e for e in lines(directory / "events.jsonl") if e.get("current") == "culled"]
@@ -142,7 +129,7 @@ def test_a_seed_that_is_not_the_placebo_is_culled(
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_grown_model_computes_the_same_where_esper_is_not(
-    example: str, ran: Callable[[str], tuple[Path, dict[str, Any]]], tmp_path: Path
+    example: str, ran: Ran, tmp_path: Path
 ) -> None:
     directory, result = ran(example)
     manifest = load_manifest(ROOT / "examples" / example / "session.yaml")
@@ -153,29 +140,22 @@ def test_the_grown_model_computes_the_same_where_esper_is_not(
         EntryPointConfig(entrypoint=data.entrypoint, arguments=dict(data.arguments)),
     )["test"]
     x, y = test.tensors
-    torch.save({"x": x, "y": y}, tmp_path / "test.pt")
-    ended = subprocess.run(
-        [sys.executable, "-I", "-c", OUTSIDE, str(directory), str(tmp_path / "test.pt")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    outside = json.loads(ended.stdout)
+    left = shutil.copytree(directory, tmp_path / "left")
+    torch.save({"x": x, "y": y}, left / "test.pt")
+    run_outside(OUTSIDE, left)
+    outside = json.loads((left / "outside.json").read_text())
     assert outside["accuracy"] == pytest.approx(result["accuracy"], abs=0.002)
     assert outside["parameters"] == result["parameters"]
 
 
 def test_the_same_manifest_twice_gives_the_same_metrics(
-    ran: Callable[[str], tuple[Path, dict[str, Any]]], tmp_path: Path
+    ran: Ran, server: Server, tmp_path: Path
 ) -> None:
     directory, result = ran("02-digits-cnn")
-    again = run(
-        "run", "examples/02-digits-cnn/session.yaml", "--output-dir", str(tmp_path / "again"),
-        "--json", "--quiet",
-    )  # fmt: skip
-    assert again.returncode == 0, again.stderr
+    manifest = "examples/02-digits-cnn/session.yaml"
+    told = ("--output-dir", tmp_path / "again", "--json", "--quiet")
+    again = server.run("run", manifest, *told, folder=ROOT)
+    assert again.status == 0, again.err
 
     def timeless(path: Path) -> list[dict[str, Any]]:
         return [
@@ -185,16 +165,14 @@ def test_the_same_manifest_twice_gives_the_same_metrics(
 
     for name in ("metrics.jsonl", "events.jsonl", "decisions.jsonl"):
         assert timeless(directory / name) == timeless(tmp_path / "again" / name)
-    repeated = json.loads(again.stdout.splitlines()[-1])
+    repeated = json.loads(again.out.splitlines()[-1])
     assert result | {"seconds": 0} == repeated | {"seconds": 0}
     one, two = (folder / "model.safetensors" for folder in (directory, tmp_path / "again"))
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_resuming_a_finished_run_says_the_same_again(
-    ran: Callable[[str], tuple[Path, dict[str, Any]]],
-) -> None:
+def test_resuming_a_finished_run_says_the_same_again(ran: Ran, server: Server) -> None:
     directory, result = ran("03-own-model")
-    again = run("run", "--resume", str(directory), "--json")
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout.splitlines()[-1]) == result
+    again = server.run("run", "--resume", directory, "--json", folder=ROOT)
+    assert again.status == 0, again.err
+    assert json.loads(again.out.splitlines()[-1]) == result

@@ -91,7 +91,7 @@ def test_clients_of_two_hubs_leave_one_row(postgres_server, postgres_url, tmp_pa
     log: list[str] = []
 
     async def one(url: str) -> tuple[int, str]:
-        async with httpx.AsyncClient(headers=bearer(), timeout=60) as session:
+        async with httpx.AsyncClient(headers=bearer(), timeout=300) as session:
             made = await session.post(f"{url}/api/v1/blueprints/", json=document.to_wire())
             return made.status_code, made.json()["id"]
 
@@ -171,7 +171,7 @@ def test_a_hub_waits_for_a_database_that_comes_later(private_postgres, tmp_path)
         assert httpx.get(f"{address}/readyz").status_code == 503
         private_postgres.start()
         for _ in range(200):
-            ready = httpx.get(f"{address}/readyz", timeout=20)
+            ready = httpx.get(f"{address}/readyz", timeout=120)
             if ready.status_code == 200:
                 break
         assert ready.status_code == 200, ready.text
@@ -200,7 +200,7 @@ def test_bad_settings_end_the_process_with_one_line(
         [sys.executable, "-c", SERVE],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env=environment(tmp_path, sqlite) | {setting: shown},
     )
     assert done.returncode != 0

@@ -15,7 +15,7 @@ from tests.unit.esper.cli.supervised import TORCHRUN, Worker
 def test_torchrun_starts_killed_ranks_again_and_its_end_is_told(tmp_path):
     # Rank 1 is killed, then rank 0 raises; both are stopped with the other and started again.
     plan = {
-        "0": ["meet wait interrupted", "meet raise", "meet done"],
+        "0": ["meet store wait interrupted", "meet store raise", "meet store done"],
         "1": ["meet kill", "meet wait interrupted", "meet done"],
     }
     worker = Worker(tmp_path, plan, agent=TORCHRUN, processes=2, restarts=2)
@@ -25,6 +25,8 @@ def test_torchrun_starts_killed_ranks_again_and_its_end_is_told(tmp_path):
     # Ranks write to the worker's own standard output, untouched.
     assert sorted(map(json.loads, worker.out.splitlines()), key=str) == [{"rank": 0}, {"rank": 1}]
     assert "what nobody foresaw" in worker.err
+    # In one that torchrun keeps, ranks would find the addresses of those that were killed.
+    assert worker.lines("stores") == ["False"] * 3
     assert worker.living() == []
 
 

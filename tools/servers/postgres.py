@@ -15,6 +15,7 @@ from tools.servers.process import HOST, ServerError, ServerProcess, new_password
 
 USER = "esper"
 NOBODY = 65534
+_FORGETFUL = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 _SETTINGS = {
     "listen_addresses": HOST,
     "unix_socket_directories": "",
@@ -42,8 +43,10 @@ class PostgresServer(ServerProcess):
 
     name = "postgres"
 
-    def __init__(self, folder: Path, *, port: int = 0) -> None:
+    def __init__(self, folder: Path, *, port: int = 0, durable: bool = True) -> None:
+        """One that is not `durable` waits for no disk: its data end with the machine."""
         super().__init__(folder, port=port)
+        self._settings = _SETTINGS if durable else _SETTINGS | _FORGETFUL
         self._secret = self.folder / "password"
 
     @property
@@ -60,9 +63,10 @@ class PostgresServer(ServerProcess):
         """For `database.url`, of one database."""
         return f"postgresql+asyncpg://{USER}:{self.password}@{HOST}:{self.port}/{database}"
 
-    def create_database(self, name: str) -> str:
-        """Make an empty database; returns its URL."""
-        self.execute(f'CREATE DATABASE "{name}"')
+    def create_database(self, name: str, *, template: str | None = None) -> str:
+        """Make a database, empty or a copy of one that nobody is connected to; returns its URL."""
+        copied = f' TEMPLATE "{template}"' if template else ""
+        self.execute(f'CREATE DATABASE "{name}"{copied}')
         return self.database_url(name)
 
     def drop_database(self, name: str) -> None:
@@ -115,7 +119,9 @@ class PostgresServer(ServerProcess):
             raise ServerError(f"initdb failed in {data}: {done.stderr.strip()}")
 
     def _command(self) -> Sequence[str]:
-        options = [part for name, value in _SETTINGS.items() for part in ("-c", f"{name}={value}")]
+        options = [
+            part for name, value in self._settings.items() for part in ("-c", f"{name}={value}")
+        ]
         program = str(postgres_programs() / "postgres")
         data = str(self.folder / "data")
         return [*_as_nobody(), program, "-D", data, "-p", str(self.port), *options]

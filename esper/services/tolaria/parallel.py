@@ -177,10 +177,10 @@ class Sharded(Whole):
     def shards(self, indices: Tensor) -> list[Shard]:
         """This rank's shards of the batch [B]."""
         first = self.ranks.rank * self.own
-        pieces = indices.tensor_split(self.count)[first : first + self.own]
         return [
-            Shard(number=first + place, indices=piece, share=len(piece) / len(indices))
-            for place, piece in enumerate(pieces)
+            Shard(number=number, indices=piece, share=len(piece) / len(indices))
+            for number in range(first, first + self.own)
+            for piece in (indices[piece_of(len(indices), self.count, number)],)
         ]
 
     def summed_losses(self, totals: Tensor) -> float:
@@ -189,6 +189,16 @@ class Sharded(Whole):
         for loss in self.ranks.gathered(totals).flatten().tolist():
             total += loss
         return total
+
+
+def piece_of(size: int, count: int, number: int) -> slice:
+    """Where piece `number` of `count` lies in `size` samples, as torch's tensor_split has it.
+
+    Found without the other pieces, which would be work for each rank, in each step.
+    """
+    least, more = divmod(size, count)
+    start = number * least + min(number, more)
+    return slice(start, start + least + (number < more))
 
 
 class OwnStatistics(Sharded):
@@ -394,9 +404,13 @@ def _replica(trained: Trained, passing: Passing) -> DistributedDataParallel:
     ignored += passing.reshaped
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     try:
-        # Ranks are alike already: nothing has to be sent first.
+        # Ranks are alike already: nothing has to be sent first. Gradients stay where they were
+        # averaged, which saves a copy of all of them each step; a step drops them afterwards.
         return DistributedDataParallel(
-            model, find_unused_parameters=passing.unused, init_sync=False
+            model,
+            find_unused_parameters=passing.unused,
+            init_sync=False,
+            gradient_as_bucket_view=True,
         )
     finally:
         del model._ddp_params_and_buffers_to_ignore

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import redis
 
+from tests.alive import alive
 from tools.servers import redis_server, versitygw
 from tools.servers.postgres import PostgresServer
 from tools.servers.process import ServerError, ServerProcess, answers_tcp
@@ -188,12 +189,12 @@ time.sleep(600)
 """
     owner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     pid = int(owner.stdout.readline())
-    assert psutil.pid_exists(pid)
+    assert alive(pid)
     os.kill(owner.pid, signal.SIGKILL)
     owner.wait()
     owner.stdout.close()
-    deadline = time.monotonic() + 10
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+    deadline = time.monotonic() + 60
+    while alive(pid):
         assert time.monotonic() < deadline, "the server outlived its owner"
         time.sleep(0.01)
 

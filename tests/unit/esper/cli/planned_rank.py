@@ -92,6 +92,11 @@ def do_meet(place, _asked):
         time.sleep(0.01)
 
 
+def do_store(place, _asked):
+    """Note whether the store of the ranks is kept by torchrun, from start to start."""
+    note(place, "stores", os.environ["TORCHELASTIC_USE_AGENT_STORE"])
+
+
 def do_wait(_place, asked):
     """Train until asked to stop, and then for a moment more."""
     while not asked:

@@ -101,3 +101,11 @@ def test_whose_end_counts():
     assert deciding([Note(0, CRASH), Note(1, DONE)], {0, 1}) == CRASH
     assert deciding([Note(1, DONE)], {0, 1}) is None
     assert deciding([Note(2, CRASH), Note(3, DONE)], {2, 3}) == DONE
+
+
+def test_a_note_that_is_taken_back_while_notes_are_read_is_none(tmp_path):
+    outcomes = Outcomes(tmp_path)
+    outcomes.tell(0, DONE)
+    # As one that was listed, and that its rank, started again, has removed before it was read.
+    (tmp_path / "rank-1.json").symlink_to(tmp_path / "removed")
+    assert outcomes.notes() == [Note(0, DONE)]

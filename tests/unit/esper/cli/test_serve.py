@@ -103,7 +103,7 @@ def test_a_signal_ends_a_service_in_order(empty_directory, redis_server, number)
             assert time.monotonic() < deadline
             time.sleep(0.05)
         os.kill(service.pid, number)
-        assert service.wait(timeout=30) == 0
+        assert service.wait(timeout=120) == 0
         assert service.stderr.read() == ""
 
 

@@ -123,7 +123,7 @@ def test_a_client_that_says_nothing_keeps_nobody_waiting():
         with socket.create_connection(("127.0.0.1", port)):
             started = time.monotonic()
             assert ask(server, "/healthz")[0] == 200
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 4  # after 5 s it is hung up on
 
 
 def test_a_port_that_is_taken_names_the_setting():
@@ -185,14 +185,16 @@ def test_nothing_is_ready_before_everything_was_asked_once(monkeypatch):
     async def answering() -> bool:
         return True
 
+    begun = []
+
     async def hanging() -> bool:
+        begun.append(" ".join(health.problems().values()))
         await asyncio.sleep(60)
         return True
 
     async def life() -> None:
         names = ("hub.url", "redis.url", "storage.uri")
         checks = {"urza.url": answering} | dict.fromkeys(names, hanging)
-        began = time.monotonic()
         watching = asyncio.create_task(watch(health, checks))
         health.started()
         assert len(health.problems()) == 4
@@ -200,7 +202,9 @@ def test_nothing_is_ready_before_everything_was_asked_once(monkeypatch):
         assert set(health.problems()) == set(names)
         assert all("was not asked yet" in line for line in health.problems().values())
         await until(lambda: all("no answer" in line for line in health.problems().values()))
-        assert time.monotonic() - began < 0.8  # one limit, not three of them
+        # One limit, not three of them: all were asked before any was given up.
+        assert len(begun) >= 3
+        assert "no answer" not in " ".join(begun[:3])
         watching.cancel()
 
     asyncio.run(life())

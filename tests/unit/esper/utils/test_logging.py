@@ -157,15 +157,15 @@ def test_losses_are_told_while_the_log_runs_and_not_too_often(tmp_path, stuck):
 
     logger = AsyncEsperLogger("c", file=path, queue_records=2)
     with logger:
-        for _ in range(2):
+        for turn in ("first", "second"):
             stuck.writing.clear()
             stuck.go_on.clear()
             log.warning("being written")
             assert stuck.writing.wait(30)
             for number in range(5):
-                log.warning("%d", number)
+                log.warning("%s %d", turn, number)
             stuck.go_on.set()
-            wait_for("being written")
+            wait_for(f"{turn} 1")  # the last that had room: now there is some again
             wait_for("log records lost")
             log.warning("between")
             wait_for("between")
@@ -654,4 +654,4 @@ def test_a_hostile_line_costs_little():
         'key": ',
     ):
         redacted(part * 20_000)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30

@@ -97,7 +97,7 @@ def test_a_service_that_is_away_is_unavailable_and_then_back(server, opened, fau
         began = time.monotonic()
         with pytest.raises(StoreUnavailable, match=r"see storage\.endpoint_url") as caught:
             asyncio.run(call())
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30
         assert server.url in str(caught.value)
         assert "\n" not in str(caught.value)
         assert caught.value.__cause__ is not None

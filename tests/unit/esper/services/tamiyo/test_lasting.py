@@ -70,7 +70,7 @@ async def conversation(bus, analyzer, messages):
     answers = []
     for message in messages:
         await bus.publish(message)
-        answer = await asyncio.wait_for(decisions.receive(), timeout=30)
+        answer = await asyncio.wait_for(decisions.receive(), timeout=120)
         await decisions.acknowledge(answer)
         answers.append(answer)
     await service.stop()
@@ -137,7 +137,7 @@ def test_a_bus_that_is_away_is_come_back_to(build, caplog):
         await asyncio.sleep(0.3)
         assert service.running
         await bus.publish(carrying(packets(build, 1)[0]))
-        assert await asyncio.wait_for(decisions.receive(), timeout=30)
+        assert await asyncio.wait_for(decisions.receive(), timeout=120)
         await service.stop()
 
     asyncio.run(life())
@@ -163,7 +163,7 @@ async def shared(bus, analyzers, messages, turns):
     for message, turn in zip(messages, turns, strict=True):
         bus.kept.append(message)
         await services[turn]._handle(message)
-        answers.append(await asyncio.wait_for(decisions.receive(), timeout=30))
+        answers.append(await asyncio.wait_for(decisions.receive(), timeout=120))
     await decisions.close()
     return answers, services
 

@@ -44,7 +44,7 @@ class Trainer:
 
     async def ask(self, message):
         await self.bus.publish(message)
-        answer = await asyncio.wait_for(self.decisions.receive(), timeout=30)
+        answer = await asyncio.wait_for(self.decisions.receive(), timeout=120)
         await self.decisions.acknowledge(answer)
         return answer
 
@@ -182,7 +182,7 @@ def test_starting_and_stopping_may_be_repeated(build):
         assert not service.running
         await bus.publish(carrying(build.packet()))
         await service.start()
-        answer = await asyncio.wait_for(decisions.receive(), timeout=30)
+        answer = await asyncio.wait_for(decisions.receive(), timeout=120)
         await service.stop()
         return answer.open().epoch
 

@@ -12,6 +12,9 @@ import torch
 
 from esper.services.tezzeret.compiler import compile_kernel
 
+LONG_SECONDS = 120.0
+"""What sleeps so long is ended from outside."""
+
 
 def hang(document, target):
     while True:
@@ -69,7 +72,7 @@ def compile_slowly(document, target):
 
 def die_but_leave_a_child(document, target):
     if os.fork() == 0:
-        time.sleep(60)
+        time.sleep(LONG_SECONDS)
     os._exit(3)
 
 
@@ -78,10 +81,12 @@ def begin_to_answer_and_freeze(document, target):
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def fork_and_compile(document, target):
+def fork_and_compile(told, document, target):
+    """Says on the pipe `told` that it has forked; that process holds it open while it lives."""
     if os.fork() == 0:
-        time.sleep(60)
+        time.sleep(LONG_SECONDS)
         os._exit(0)
+    told.send_bytes(b"forked")
     return compile_kernel(document, target)
 
 

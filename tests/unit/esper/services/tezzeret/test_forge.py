@@ -319,7 +319,7 @@ def test_the_service_finds_work_by_itself_and_answers_requests(tmp_path):
             await compiled(hub, unasked)
             asked = carrying(request()).model_copy(update={"scope": "uid-1"})
             await bus.publish(asked)
-            came = await asyncio.wait_for(answers.receive(), timeout=60)
+            came = await asyncio.wait_for(answers.receive(), timeout=120)
             assert (came.trace_id, came.scope) == (asked.trace_id, "uid-1")
             assert KernelReady.model_validate(came.payload).error is None
             await service.stop()

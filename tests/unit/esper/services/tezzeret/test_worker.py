@@ -90,7 +90,7 @@ async def forge_in(folder: Path) -> AsyncIterator[tuple[InProcessOona, UrzaClien
 
 
 async def answer(answers: Subscription) -> KernelReady:
-    message = await asyncio.wait_for(answers.receive(), timeout=60)
+    message = await asyncio.wait_for(answers.receive(), timeout=120)
     await answers.acknowledge(message)
     return KernelReady.model_validate(message.payload)
 
@@ -100,7 +100,7 @@ def test_a_request_is_compiled_stored_and_answered(tmp_path):
         async with forge_in(tmp_path) as (bus, hub, answers):
             asked = carrying(request())
             await bus.publish(asked)
-            came = await asyncio.wait_for(answers.receive(), timeout=60)
+            came = await asyncio.wait_for(answers.receive(), timeout=120)
             assert (came.trace_id, came.sender) == (asked.trace_id, ComponentType.TEZZERET)
             ready = KernelReady.model_validate(came.payload)
             assert (ready.kernel, ready.blueprint) == (request().kernel, "low-rank")

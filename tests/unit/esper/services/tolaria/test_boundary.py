@@ -113,7 +113,7 @@ def test_a_packet_is_sent_again_under_one_id_until_its_decision_comes():
         controller = await BusController.over(bus, scope=UID, patience=lasting())
         tamiyo = asyncio.create_task(answering(bus, after=3))
         await asyncio.sleep(0)
-        decision = await asyncio.wait_for(controller.decide(packet()), timeout=10)
+        decision = await asyncio.wait_for(controller.decide(packet()), timeout=60)
         assert decision.reason == "answered"
         assert len({message.id for message in await tamiyo}) == 1
         await controller.finish()
@@ -148,7 +148,7 @@ def test_a_decision_outside_the_contract_is_passed_over(caplog):
             bus.published[0].trace_id,
         ).model_copy(update={"payload": {"no": "decision"}})
         await bus.publish(broken)
-        assert (await asyncio.wait_for(asked, timeout=10)).reason == "answered"
+        assert (await asyncio.wait_for(asked, timeout=60)).reason == "answered"
         await tamiyo
         await controller.close()
 
@@ -165,7 +165,7 @@ def test_a_stop_is_heard_while_a_decision_is_waited_for():
         await asyncio.sleep(0.05)
         asked.append(True)
         with pytest.raises(Interrupted):
-            await asyncio.wait_for(deciding, timeout=5)
+            await asyncio.wait_for(deciding, timeout=60)
         await controller.close()
 
     asyncio.run(life())
@@ -179,7 +179,7 @@ def test_a_closed_bus_in_this_process_ends_the_waiting():
         await asyncio.sleep(0.01)
         await bus.close()
         with pytest.raises(BusUnavailable):
-            await asyncio.wait_for(deciding, timeout=5)
+            await asyncio.wait_for(deciding, timeout=60)
         with pytest.raises(BusUnavailable):
             await BusController.over(bus)
 

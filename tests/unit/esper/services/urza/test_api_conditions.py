@@ -6,16 +6,16 @@ import asyncio
 
 import pytest
 
-from tests.unit.esper.services.urza.hubs import DOCUMENT, Place, target
+from tests.unit.esper.services.urza.hubs import DOCUMENT, target
 from tests.unit.esper.services.urza.serving import serving, settings
 
 PATH = f"/api/v1/blueprints/{DOCUMENT.digest}"
 
 
 @pytest.fixture
-def place(tmp_path):
+def place(sqlite_place):
     """The database's kind makes no difference here."""
-    return Place(f"sqlite+aiosqlite:///{tmp_path}/urza.sqlite", tmp_path)
+    return sqlite_place
 
 
 @pytest.mark.parametrize(

@@ -72,9 +72,9 @@ EACH = pytest.mark.parametrize(("method", "path", "permission"), ROUTES)
 
 
 @pytest.fixture
-def place(tmp_path):
+def place(sqlite_place):
     """Guards stand before any database."""
-    return Place(f"sqlite+aiosqlite:///{tmp_path}/urza.sqlite", tmp_path)
+    return sqlite_place
 
 
 def forged() -> str:
@@ -377,12 +377,11 @@ def test_a_method_that_nobody_knows_is_counted_with_all_such(place):
     asyncio.run(life())
 
 
-def test_a_word_that_the_tables_refuse_is_a_problem(postgres_url, tmp_path):
-    place = Place(postgres_url, tmp_path)
+def test_a_word_that_the_tables_refuse_is_a_problem(postgres_place):
     change = "ALTER TABLE training_sessions {} CONSTRAINT sessionoutcome"
 
     async def life() -> None:
-        async with serving(settings(place)) as client:
+        async with serving(settings(postgres_place)) as client:
             # The tables of a version that did not know the word yet.
             async with client.app.state.urza.database.transaction() as session:
                 await session.execute(text(change.format("DROP")))

@@ -18,7 +18,7 @@ import pytest
 from esper.contracts.kernels import KernelMetadata
 from esper.services.tezzeret.compiler import compile_kernel
 from esper.services.urza.wire import LEASE_HEADER
-from tests.unit.esper.services.urza.hubs import DOCUMENT, OTHER, Place, target
+from tests.unit.esper.services.urza.hubs import DOCUMENT, OTHER, target
 from tests.unit.esper.services.urza.serving import Client, serving, settings, stored_files
 
 MADE = compile_kernel(DOCUMENT, target())
@@ -30,9 +30,9 @@ BINARY = {"Content-Type": "application/octet-stream"}
 
 
 @pytest.fixture
-def place(tmp_path):
+def place(sqlite_place):
     """What is checked here never reaches the database's kind."""
-    return Place(f"sqlite+aiosqlite:///{tmp_path}/urza.sqlite", tmp_path)
+    return sqlite_place
 
 
 async def leased(client: Client) -> str:

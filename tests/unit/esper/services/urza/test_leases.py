@@ -26,7 +26,6 @@ from tests.unit.esper.services.urza.hubs import (
     OTHER,
     UNKNOWN,
     Clock,
-    Place,
     described,
     opened,
     requested,
@@ -263,10 +262,9 @@ def test_an_uploaded_artifact_is_taken_up(place):
         lambda hub, seconds: hub.heartbeat_blueprint(DIGEST, TOKEN, seconds),
     ],
 )
-def test_a_lease_has_bounds(tmp_path, seconds, call):
+def test_a_lease_has_bounds(sqlite_place, seconds, call):
     async def life() -> None:
-        place = Place(f"sqlite+aiosqlite:///{tmp_path}/urza.sqlite", tmp_path)
-        async with opened(place) as hub:
+        async with opened(sqlite_place) as hub:
             with pytest.raises(BadInput, match=r"lease seconds: got .* allowed: more than 0"):
                 await call(hub, seconds)
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -32,7 +32,6 @@ from tests.unit.esper.services.urza.hubs import (
     OTHER,
     UNKNOWN,
     Clock,
-    Place,
     described,
     opened,
     requested,
@@ -140,29 +139,36 @@ def encoded(text: str) -> str:
         encoded(f"2026-13-01 {'0' * 32}"),
     ],
 )
-def test_a_cursor_that_no_page_gave_is_refused(tmp_path, cursor):
+def test_a_cursor_that_no_page_gave_is_refused(sqlite_place, cursor):
     async def life() -> None:
-        async with opened(Place(f"sqlite+aiosqlite:///{tmp_path}/u.sqlite", tmp_path)) as hub:
+        async with opened(sqlite_place) as hub:
             with pytest.raises(BadInput, match="cursor: got"):
                 await hub.list_kernels(cursor=cursor)
 
     asyncio.run(life())
 
 
-@given(cursor=st.text(max_size=80))
-@settings(
-    max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
-)
-def test_no_cursor_is_anything_but_refused_or_a_page(tmp_path, cursor):
-    async def life() -> None:
-        async with opened(Place("sqlite+aiosqlite:///:memory:", tmp_path)) as hub:
-            try:
-                page = await hub.list_blueprints(cursor=cursor)
-            except BadInput:
-                return
-            assert page.items == ()
+def test_no_cursor_is_anything_but_refused_or_a_page(sqlite_place):
+    async def asked(hub: UrzaHub, cursor: str) -> None:
+        try:
+            page = await hub.list_blueprints(cursor=cursor)
+        except BadInput:
+            return
+        assert page.items == ()
 
-    asyncio.run(life())
+    with asyncio.Runner() as runner:
+        opening = opened(sqlite_place)
+        hub = runner.run(opening.__aenter__())
+
+        @given(cursor=st.text(max_size=80))
+        @settings(deadline=None)
+        def answered(cursor: str) -> None:
+            runner.run(asked(hub, cursor))
+
+        try:
+            answered()
+        finally:
+            runner.run(opening.__aexit__(None, None, None))
 
 
 # Filters

@@ -15,7 +15,6 @@ from esper.errors import BusUnavailable, ConfigError
 from esper.services.oona_client import OonaClient
 from esper.services.urza.redis_users import RedisUser, RedisUsers
 from tests.unit.esper.services.oona.messages import config_of, ready
-from tests.unit.esper.services.urza.hubs import Place
 from tests.unit.esper.services.urza.issuing import made, redis_of, until
 from tests.unit.esper.services.urza.serving import KEY, serving, settings
 from tools.servers.redis_server import RedisServer
@@ -31,9 +30,9 @@ RECEIVED = (TopicNames.DECISIONS, TopicNames.KERNEL_READY)
 
 
 @pytest.fixture
-def place(tmp_path):
+def place(sqlite_place):
     """The database's kind makes no difference here."""
-    return Place(f"sqlite+aiosqlite:///{tmp_path}/urza.sqlite", tmp_path)
+    return sqlite_place
 
 
 async def refused(*commands: Any) -> None:

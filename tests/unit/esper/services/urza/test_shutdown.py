@@ -10,15 +10,15 @@ import pytest
 
 from esper.services.urza.main import serve
 from esper.services.urza.wire import LEASE_HEADER
-from tests.unit.esper.services.urza.hubs import DOCUMENT, Place, target
+from tests.unit.esper.services.urza.hubs import DOCUMENT, target
 from tests.unit.esper.services.urza.issuing import until
 from tests.unit.esper.services.urza.serving import bearer, listening, settings, stored_files
 
 
 @pytest.fixture
-def place(tmp_path):
+def place(sqlite_place):
     """The database's kind makes no difference here."""
-    return Place(f"sqlite+aiosqlite:///{tmp_path}/urza.sqlite", tmp_path)
+    return sqlite_place
 
 
 async def leased(url: str) -> tuple[str, str]:
