@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from esper.cli.embedded import Shown, carry_out, show_end
+from esper.cli.finished import tell_again
 from esper.cli.preparing import SOURCE_ANNOTATION, Prepared, own_manifest, prepare, uid_of
 from esper.cli.run_checkpoints import newest_checkpoint, run_checkpoints
 from esper.cli.trainers import following_trainer, share_progress
@@ -41,6 +42,7 @@ def run_rank(
     begun = ranks.led(lambda: _begun(path, directory))
     if begun["result"] is not None:
         if ranks.rank == 0:
+            _tell_again(directory, begun["result"], ranks, config)
             show_end(begun["result"], directory, shown)
         return
     prepared = replace(_together(ranks, lambda: _prepared(begun)), uid=begun["uid"])
@@ -75,6 +77,15 @@ def _begun(path: Path, directory: Path) -> dict[str, Any]:
         "result": None,
         "new": True,
     }
+
+
+def _tell_again(directory: Path, result: dict[str, Any], ranks: Ranks, config: EsperConfig) -> None:
+    """On rank 0: bus and hub hear once more that the run succeeded; it may have ended before."""
+    with closing(RunDirectory.open(directory)) as run:
+        manifest = parse_manifest(run.manifest, str(directory / MANIFEST))
+        places = config.inside(directory)
+        telling = tell_again(run, manifest, result, places, lasting=True, stopping=ranks.stopping)
+        asyncio.run(telling)
 
 
 def _prepared(begun: dict[str, Any]) -> Prepared:

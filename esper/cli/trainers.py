@@ -208,7 +208,7 @@ async def _trainer(
             last_words.append(_try_to_tell(hub, broken))
             raise
         succeeded = session.changed(outcome=SessionOutcome.SUCCEEDED, epoch=trainer.epoch)
-        await tell_success(succeeded, hub, controller, patience)
+        await ranks.awaited(partial(tell_success, succeeded, hub, controller, patience))
     finally:
         await closing.do(*last_words, controller.close(), kernels.close(), most=FAREWELL_SECONDS)
 
@@ -219,10 +219,10 @@ async def following_trainer(
 ) -> AsyncIterator[TolariaTrainer]:
     """The trainer of a rank that is not the first: it hears of bus and hub from that one."""
 
-    async def registered() -> None:
-        raise AssertionError("rank 0 alone talks to the hub")
+    async def done_elsewhere() -> None:
+        raise AssertionError("rank 0 alone talks to bus and hub")
 
-    await ranks.awaited(registered)
+    await ranks.awaited(done_elsewhere)  # the session is registered
     yield _made(
         prepared,
         SharedController(ranks, None),
@@ -230,6 +230,7 @@ async def following_trainer(
         progress,
         Attention(ranks=ranks),
     )
+    await ranks.awaited(done_elsewhere)  # its success is told
 
 
 def _shared(

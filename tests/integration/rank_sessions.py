@@ -17,9 +17,12 @@ from esper.services.tolaria.flat import module_digest
 from tests.integration.sessions import Watching, trained_rank
 
 MODULE = """
+import random
+
+import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from esper.zoo.data import digits
 
@@ -41,6 +44,49 @@ class Net(nn.Module):
 
 def build(norm=True, dtype="float32"):
     return Net(norm, dtype)
+
+
+class Remembering(Net):
+    # Buffers of every kind: made by a forward, of the batch's size, empty, changed in eval.
+    def __init__(self):
+        super().__init__(True, "float32")
+        self.register_buffer("seen", torch.zeros(1, 12))
+        self.register_buffer("made", None)
+        self.register_buffer("empty", torch.zeros(0))
+        self.register_buffer("mean", torch.zeros(64))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        self.calls += 1
+        hidden = self.body(x - self.mean)
+        self.made = hidden.detach().mean(0)
+        self.seen = hidden.detach()
+        return self.head(hidden)
+
+
+class Noisy(Dataset):
+    # Draws noise for each sample, from every stream.
+    def __init__(self, kept):
+        self.kept = kept
+
+    def __len__(self):
+        return len(self.kept)
+
+    def __getitem__(self, index):
+        x, y = self.kept[index]
+        noise = torch.randn(64) + random.random() + float(np.random.rand())
+        return x + 0.1 * noise, y.to(torch.int16)
+
+
+class Objective:
+    # Over targets of a type that gloo does not know.
+    def loss(self, outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets.long())
+
+
+def noisy():
+    return {name: Noisy(part) for name, part in data().items()}
 
 
 def data(dtype="float32"):
@@ -85,6 +131,14 @@ def session(**training: Any) -> dict[str, Any]:
     """The session with changes to its training."""
     made = copy.deepcopy(SESSION)
     made["spec"]["training"] |= training
+    return made
+
+
+def awkward(**training: Any) -> dict[str, Any]:
+    """A shorter session whose model, data and targets are none that ranks find easy."""
+    made = session(epochs=7, objective="of_ranks:Objective", **training)
+    made["spec"]["model"] = {"entrypoint": "of_ranks:Remembering"}
+    made["spec"]["data"] = {"entrypoint": "of_ranks:noisy"}
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from esper.execution import kernel_cache
 from esper.execution.kernel_cache import KernelCache
 from esper.services.tolaria import sharing
 from esper.services.tolaria.distribution import Alone, Ranks
-from tests.integration.rank_sessions import lives, of_type, session, train
+from tests.integration.rank_sessions import awkward, lives, of_type, session, train
 from tests.ranks import run_ranks
 
 
@@ -44,6 +45,15 @@ def test_without_logical_shards_ranks_are_equal_and_runs_repeat() -> None:
     assert first[0] == again[0]
     states = {life[4] for life in lives(first[0])}
     assert {"grafting", "fossilized", "culled"} <= states
+
+
+def test_whatever_a_model_keeps_and_a_dataset_draws() -> None:
+    made = awkward(logicalShards=4)
+    whole = train(Alone(), made)
+    assert "training" in {life[4] for life in lives(whole)}
+    assert run_ranks(2, train, made)[0] == whole
+    replicas = run_ranks(3, train, awkward())
+    assert len({one["digest"] for one in replicas}) == 1
 
 
 def test_a_sharded_model_decides_as_a_whole_one_does() -> None:
@@ -79,6 +89,24 @@ def differences(one: Any, other: Any, at: str = "") -> Iterator[str]:
 
 
 # -- faults of one rank ---------------------------------------------------------------------------
+
+
+def slow_to_tell(ranks: Ranks) -> None:
+    """The bus takes the last news later than a collective may take."""
+    from esper.cli import trainers
+
+    own = trainers.tell_success
+
+    async def telling(*arguments: Any) -> None:
+        await asyncio.sleep(4.5)
+        await own(*arguments)
+
+    trainers.tell_success = telling
+
+
+def test_the_others_wait_while_rank_0_tells_how_it_ended() -> None:
+    found = run_ranks(2, train, session(epochs=1), slow_to_tell, timeout_seconds=4.0)
+    assert found[0]["digest"] == found[1]["digest"]
 
 
 class Breaking:

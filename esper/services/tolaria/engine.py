@@ -44,11 +44,13 @@ from esper.services.tolaria.data import (
 from esper.services.tolaria.distribution import Alone, Ranks
 from esper.services.tolaria.learning import Site
 from esper.services.tolaria.objective import Objective
-from esper.services.tolaria.parallel import Shard, Trained
+from esper.services.tolaria.parallel import Passing, Shard, Trained
 from esper.services.tolaria.randomness import stable_seed
 from esper.services.tolaria.seeds import SeedBook, SeedRecord
+from esper.services.tolaria.shard_buffers import Buffers, held_buffers
 from esper.services.tolaria.telemetry import health_signals
 from esper.services.tolaria.training_state import TrainingState
+from esper.services.tolaria.ways import refuse_unlike
 
 EVALUATION_BATCH = 512
 ACTIVE = (SeedState.GERMINATED, SeedState.TRAINING, SeedState.GRAFTING)
@@ -81,13 +83,16 @@ class Engine(TrainingState):
         Raises:
             BadInput: batches or data can't be cut into as many shards as the session asks for.
         """
-        super().__init__(config, model, ranks or Alone(), len(datasets.train))
+        ranks = ranks or Alone()
+        if ranks.size > 1:
+            refuse_unlike(ranks, model, datasets)
+        super().__init__(config, model, ranks, len(datasets.train))
         self.datasets = datasets
         self.objective = objective
         self.book = book
         self._excluded: Site | None = None
         self._subset = measured_subset(len(datasets.validation), config.training.seed)
-        self.parallel.learn_of(self._leaves_parameters_out)
+        self.parallel.learn_of(self._passing)
 
     # -- training ---------------------------------------------------------------------------
 
@@ -225,18 +230,21 @@ class Engine(TrainingState):
                 looked_at = asked and number == self.ranks.rank
                 if number >= len(pieces):
                     if self.parallel.joint:
-                        inputs, _ = self._moved(gathered(dataset, pieces[-1]))
-                        with self.telemetry.sampling(looked_at):
-                            self._forward(inputs)
+                        with (
+                            self.parallel.looking(self.model, number),
+                            self.telemetry.sampling(looked_at),
+                        ):
+                            self._forward(self._moved(gathered(dataset, pieces[-1]))[0])
                     found.append((0.0, 0.0))
                     continue
-                inputs, targets = self._moved(gathered(dataset, pieces[number]))
-                shape = shape_of(inputs)
-                with (
-                    self.meter.counting(key, structure, shape, trial=trial, monitoring=not trial),
-                    self.telemetry.sampling(looked_at),
-                ):
-                    outputs = self._forward(inputs)
+                with self.parallel.looking(self.model, number):
+                    inputs, targets = self._moved(gathered(dataset, pieces[number]))
+                    work = (key, structure, shape_of(inputs))
+                    with (
+                        self.meter.counting(*work, trial=trial, monitoring=not trial),
+                        self.telemetry.sampling(looked_at),
+                    ):
+                        outputs = self._forward(inputs)
                 loss = float(self.objective.loss(wide(outputs), targets)) * len(targets)
                 found.append((loss, self.objective.metric_sum(outputs, targets)))
         turns = self.ranks.gathered(torch.tensor(found, dtype=torch.float64))
@@ -263,8 +271,9 @@ class Engine(TrainingState):
                 turn = number % self.ranks.size
                 output = target = None
                 if turn == self.ranks.rank or self.parallel.joint:
-                    inputs, target = self._moved(gathered(self.datasets.validation, indices))
-                    output = self._measured_outputs(inputs, trying)
+                    with self.parallel.looking(self.model, number):
+                        inputs, target = self._moved(gathered(self.datasets.validation, indices))
+                        output = self._measured_outputs(inputs, trying)
                 outputs.append(self.ranks.relayed(output, turn))
                 targets.append(self.ranks.relayed(target, turn))
             output, target = torch.cat(outputs), torch.cat(targets)
@@ -315,12 +324,14 @@ class Engine(TrainingState):
 
     # -- parts ------------------------------------------------------------------------------
 
-    def _leaves_parameters_out(self) -> bool:
-        """Whether the loss does not depend on all of the model: seen on a piece of a batch."""
+    def _passing(self) -> Passing:
+        """What passes over a piece of the first batch do; every rank sees the same piece."""
         training = self.config.training
         order = epoch_order(len(self.datasets.train), training.batch_size, training.seed, 1)
         indices = order[0].tensor_split(self.parallel.count)[0]
         parameters = [p for p in self.learning.host_parameters() if p.requires_grad]
+        before = {name: buffer.shape for name, buffer in held_buffers(self.model).items()}
+        became: Buffers = {}
         self.model.train()
         with uncompiled(self.model), preserved_parameters(self.model):
             _, gradients = shadow_gradients(
@@ -328,9 +339,12 @@ class Engine(TrainingState):
                 parameters,
                 lambda: self.loss_of(indices),
                 random_seed=training.seed,
-                buffers={},
+                buffers=became,
             )
-        return any(gradient is None for gradient in gradients)
+        return Passing(
+            unused=any(gradient is None for gradient in gradients),
+            reshaped=[name for name, one in became.items() if one.shape != before.get(name)],
+        )
 
     def metered_once(self, *key: Hashable) -> AbstractContextManager[None]:
         """Counts a trial's work; where every rank does the same, it counts on rank 0."""

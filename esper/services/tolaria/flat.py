@@ -71,6 +71,9 @@ class Flat:
     def _views(self, row: Tensor) -> list[Tensor]:
         return [
             row[start : start + like.nbytes].view(like.dtype).view(like.shape)
+            # A row without bytes may begin where no number can.
+            if like.nbytes
+            else torch.empty_like(like)
             for start, like in zip(self.starts, self.likes, strict=True)
         ]
 

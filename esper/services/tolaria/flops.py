@@ -14,7 +14,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.execution.calls import unfused
@@ -30,14 +29,25 @@ class FlopMeter:
     then runs the same work eager as the run itself would have.
     """
 
-    def __init__(self, eager: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
-        """`eager` makes contexts in which nothing runs compiled."""
+    def __init__(
+        self,
+        eager: Callable[[], AbstractContextManager[None]] = nullcontext,
+        *,
+        shared: bool = False,
+    ) -> None:
+        """`eager` makes contexts in which nothing runs compiled.
+
+        `shared`: several ranks may do a kind of work, or one in turn. Then it runs eager until
+        `settle`, for who comes first differs with their number.
+        """
         self.total = 0
         self.trials = 0
         self.monitoring = 0
         self.known: dict[str, int] = {}
         self._own = [0, 0, 0]
+        self._new: set[str] = set()
         self._eager = eager
+        self._shared = shared
 
     @contextmanager
     def counting(
@@ -50,24 +60,28 @@ class FlopMeter:
             with self._eager(), unfused(), FlopCounterMode(display=False) as counter:
                 yield
             known = self.known[name] = int(counter.get_total_flops())
+            self._new.add(name)
         else:
-            with unfused():
+            eager = self._shared and name in self._new
+            with self._eager() if eager else nullcontext(), unfused():
                 yield
         self._add(known, known if trial else 0, known if monitoring else 0)
 
     def settle(self, ranks: Ranks) -> None:
-        """Add what the other ranks have worked since this was last called."""
+        """Add what the other ranks have worked since this was last called, and what it costs."""
         if ranks.size > 1:
-            own = torch.tensor(self._own)
-            others = ranks.summed(own.clone()) - own
-            self._add(*others.tolist())
-        self._own = [0, 0, 0]
+            own = self._own
+            told = ranks.exchanged([own, {name: self.known[name] for name in sorted(self._new)}])
+            self._add(*(sum(one[0][place] for one in told) - own[place] for place in range(3)))
+            for _, known in told:
+                self.known |= known
+        self._own, self._new = [0, 0, 0], set()
 
     def restart(self, total: int, trials: int, monitoring: int, known: Mapping[str, int]) -> None:
         """Go on from what a snapshot says was spent."""
         self.total, self.trials, self.monitoring = total, trials, monitoring
         self.known = dict(known)
-        self._own = [0, 0, 0]
+        self._own, self._new = [0, 0, 0], set()
 
     def _add(self, total: int, trials: int, monitoring: int) -> None:
         self.total += total

@@ -23,7 +23,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def empty_buffers(model: nn.Module) -> list[str]:
     """The places for buffers that hold none yet."""
-    return [name for name, buffer in _buffers(model).items() if buffer is None]
+    return [name for name, buffer in buffer_places(model).items() if buffer is None]
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def restore_model(
     """Give the model these tensors; a forward may have made, replaced or resized a buffer."""
     for name, parameter in model.named_parameters():
         parameter.copy_(placed_like(parameter, tensors[name]))
-    found = _buffers(model)
+    found = buffer_places(model)
     buffers = {name for name, _ in model.named_buffers()}
     parameters = {name for name, _ in model.named_parameters()}
     for name in (buffers | set(tensors)) - parameters:
@@ -87,7 +87,7 @@ def placed_like(like: Tensor, value: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), mesh, placements, src_data_rank=None)
 
 
-def _buffers(model: nn.Module) -> dict[str, Tensor | None]:
+def buffer_places(model: nn.Module) -> dict[str, Tensor | None]:
     """The buffers by name, with the places that hold none yet."""
     return {
         f"{path}.{key}" if path else key: buffer

@@ -17,7 +17,7 @@ Shapes: N shards, W ranks, B samples of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -26,12 +26,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from esper.core.model_wrapper import MorphableModel
-from esper.execution.isolation import borrowed_buffers, seed_everything, writable
+from esper.execution.isolation import (
+    borrowed_buffers,
+    preserved_buffers,
+    preserved_randomness,
+    seed_everything,
+)
 from esper.services.tolaria.distribution import Ranks
 from esper.services.tolaria.flat import Flat
+from esper.services.tolaria.model_state import buffer_places
 from esper.services.tolaria.randomness import stable_seed
-
-Buffers = dict[str, Tensor]
+from esper.services.tolaria.shard_buffers import Buffers, assign, held_buffers, merged, spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,19 @@ class Trained:
     shadows: Sequence[Buffers] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Passing:
+    """What a forward and a backward pass over a piece of a batch did.
+
+    `unused`: they left parameters out, so that DDP has to look for them in every pass. `reshaped`
+    are the buffers that they made, or left in another shape: those may differ from rank to rank,
+    and so can't be sent before each forward as others are.
+    """
+
+    unused: bool
+    reshaped: Sequence[str]
+
+
 class Whole:
     """A batch in one piece, in one process."""
 
@@ -75,9 +93,9 @@ class Whole:
         """The model as it is trained: rank 0's, on every rank."""
         return model
 
-    def learn_of(self, leaves_parameters_out: Callable[[], bool]) -> None:
-        """Ask what this way must know of the model: whether the loss leaves parameters out."""
-        del leaves_parameters_out
+    def learn_of(self, passing: Callable[[], Passing]) -> None:
+        """Ask for what this way must know of the model."""
+        del passing
 
     @contextmanager
     def epoch(self, epoch: int, trained: Trained) -> Iterator[None]:
@@ -88,6 +106,11 @@ class Whole:
     def weights_at_hand(self, model: nn.Module) -> AbstractContextManager[None]:
         """Inside, a layer of `model` can be run alone."""
         del model
+        return nullcontext()
+
+    def looking(self, model: nn.Module, number: int) -> AbstractContextManager[None]:
+        """Inside, one rank or all look at what `model` says to piece `number` of a dataset."""
+        del model, number
         return nullcontext()
 
     def shards(self, indices: Tensor) -> list[Shard]:
@@ -140,6 +163,16 @@ class Sharded(Whole):
             yield
         finally:
             seed_everything(stable_seed(self.seed, "after epoch", epoch))
+
+    @contextmanager
+    def looking(self, model: nn.Module, number: int) -> Iterator[None]:
+        """Inside, what is drawn depends on the piece alone; nothing of it stays.
+
+        So it is the same whichever rank looks, and leaves the ranks alike.
+        """
+        drawn = stable_seed(self.seed, "piece", number)
+        with preserved_randomness(drawn), preserved_buffers(model):
+            yield
 
     def shards(self, indices: Tensor) -> list[Shard]:
         """This rank's shards of the batch [B]."""
@@ -211,27 +244,11 @@ class OwnStatistics(Sharded):
         own = [became for _, became in sorted(self._became.items())]
         self._became = {}
         model = self.trained.model
-        before = [dict(model.named_buffers()), *self.trained.shadows]
-        for place, base in enumerate(before):
-            merged = self._merged(base, [became[place] for became in own])
-            if place:
-                base.update(merged)
-            else:
-                _assign_buffers(model, merged)
-
-    def _merged(self, base: Mapping[str, Tensor], own: Sequence[Buffers]) -> Buffers:
-        """Where the shards' statistics lead from `base`: on average, in the shards' order."""
-        names = sorted(own[0])
-        if not names:
-            return {}
-        flat = Flat.of([own[0][name] for name in names])
-        rows = torch.stack([flat.bytes_of([became[name] for name in names]) for became in own])
-        rows = self.ranks.gathered(rows).flatten(0, 1)
-        shards = [flat.tensors_in(row) for row in rows]
-        return {
-            name: _moved_on(base.get(name), [shard[place] for shard in shards])
-            for place, name in enumerate(names)
-        }
+        if not buffer_places(model):
+            return
+        assign(model, merged(self.ranks, held_buffers(model), [became[0] for became in own]))
+        for place, shadow in enumerate(self.trained.shadows, start=1):
+            shadow.update(merged(self.ranks, dict(shadow), [became[place] for became in own]))
 
 
 class LogicalShards(OwnStatistics):
@@ -299,11 +316,16 @@ class Replicas(Sharded):
         """One shard for each of `ranks`."""
         super().__init__(ranks, seed, ranks.size)
         self._trained: Trained | None = None
-        self._unused = False
+        self._passing = Passing(unused=False, reshaped=[])
 
-    def learn_of(self, leaves_parameters_out: Callable[[], bool]) -> None:
-        """Where a backward pass leaves host parameters out, DDP has to look for them in each."""
-        self._unused = any(self.ranks.exchanged(leaves_parameters_out()))
+    def learn_of(self, passing: Callable[[], Passing]) -> None:
+        """Ask for what DDP must know of the model."""
+        own = passing()
+        told = self.ranks.exchanged([own.unused, list(own.reshaped)])
+        self._passing = Passing(
+            unused=any(unused for unused, _ in told),
+            reshaped=sorted({name for _, reshaped in told for name in reshaped}),
+        )
 
     @contextmanager
     def epoch(self, epoch: int, trained: Trained) -> Iterator[None]:
@@ -315,7 +337,7 @@ class Replicas(Sharded):
         """
         self._trained = trained
         seed_everything(stable_seed(self.seed, "rank", epoch, self.ranks.rank))
-        replica = _replica(trained, unused=self._unused)
+        replica = _replica(trained, self._passing)
         self.module = replica
         try:
             with super().epoch(epoch, trained):
@@ -347,14 +369,11 @@ class Replicas(Sharded):
 
     def _spread_buffers(self, trained: Trained) -> None:
         """Rank 0's statistics on every rank; within the epoch DDP has spread them each forward."""
-        tables = [dict(trained.model.named_buffers()), *trained.shadows]
-        tensors = [table[name] for table in tables for name in sorted(table)]
-        if not tensors:
+        if not buffer_places(trained.model):
             return
-        flat = Flat.of(tensors)
-        held = flat.bytes_of(tensors)
-        self.ranks.spread(held)
-        flat.write(held, tensors)
+        assign(trained.model, spread(self.ranks, held_buffers(trained.model)))
+        for shadow in trained.shadows:
+            shadow.update(spread(self.ranks, shadow))
 
 
 def average_gradients(ranks: Ranks, parameters: Sequence[nn.Parameter]) -> None:
@@ -379,15 +398,19 @@ def average_gradients(ranks: Ranks, parameters: Sequence[nn.Parameter]) -> None:
             parameter.grad = gradient if there > 0 else None
 
 
-def _replica(trained: Trained, *, unused: bool) -> DistributedDataParallel:
+def _replica(trained: Trained, passing: Passing) -> DistributedDataParallel:
     model, own = trained.model, {id(parameter) for parameter in trained.host}
     ignored = [name for name, p in model.named_parameters() if id(p) not in own]
+    ignored += passing.reshaped
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     try:
         # Ranks are alike already: nothing has to be sent first. Gradients stay where they were
         # averaged, which saves a copy of all of them each step; a step drops them afterwards.
         return DistributedDataParallel(
-            model, find_unused_parameters=unused, init_sync=False, gradient_as_bucket_view=True
+            model,
+            find_unused_parameters=passing.unused,
+            init_sync=False,
+            gradient_as_bucket_view=True,
         )
     finally:
         del model._ddp_params_and_buffers_to_ignore
@@ -397,31 +420,3 @@ def dismiss(replica: DistributedDataParallel) -> None:
     """Take DDP's hooks off the parameters: they go with its reducer, which its logger holds too."""
     for name in ("logger", "reducer"):
         replica.__dict__.pop(name, None)
-
-
-def _moved_on(base: Tensor | None, values: Sequence[Tensor]) -> Tensor:
-    """The mean of `values`, summed in their order as steps away from `base`.
-
-    So what no shard has moved stays to the bit. What is no float, a counter say, is the first's.
-    """
-    first = values[0]
-    if not first.is_floating_point():
-        return first.clone()
-    if base is None or base.shape != first.shape:
-        base = torch.zeros_like(first)
-    total = torch.zeros_like(first)
-    for value in values:
-        total += value - base
-    return base + total / len(values)
-
-
-@torch.no_grad()
-def _assign_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        path, _, key = name.rpartition(".")
-        table = model.get_submodule(path)._buffers
-        buffer = table.get(key)
-        if buffer is not None and buffer.shape == value.shape and writable(buffer):
-            buffer.copy_(value)
-        else:
-            table[key] = value

@@ -96,8 +96,10 @@ class ProcessGroup:
             tensor = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
             if not device.startswith("cpu"):
                 tensor = tensor.to("cuda")
+        tensor = tensor.detach().contiguous()
         with _translating():
-            dist.broadcast(tensor := tensor.contiguous(), owner)
+            # As bytes: gloo does not know all types of numbers.
+            dist.broadcast(tensor.view(-1).view(torch.uint8), owner)
         return tensor
 
     def summed(self, tensor: Tensor) -> Tensor:

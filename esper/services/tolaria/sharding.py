@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from esper.core.compilation import block_names
 from esper.core.model_wrapper import MorphableModel
 from esper.core.morphology import ROOT
-from esper.errors import ManifestError
+from esper.errors import ManifestError, one_line
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.state_layout import ACTIVE_STATES
 from esper.services.tolaria.distribution import Ranks
@@ -54,7 +54,15 @@ class FullySharded(OwnStatistics):
         """
         _refuse_unfit(model)
         super().place(model)
-        self._skeleton = Skeleton(model)
+        try:
+            self._skeleton = Skeleton(model)
+        except Exception as error:
+            raise ManifestError(
+                "spec.training.sharding",
+                f"full with a model that can't be copied: {type(error).__name__}: "
+                f"{one_line(str(error))}",
+                "none or data, or a model that copy.deepcopy copies",
+            ) from error
         self._share_out(model)
         return model
 
@@ -128,8 +136,17 @@ class Skeleton:
 
 
 def _apply(model: nn.Module, change: Any) -> None:
+    """Change every parameter and buffer; those that lie at several places stay one."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                places.setdefault(id(tensor), []).append((module, key))
     # Past the model's own method, which would move its state layout as well.
     nn.Module._apply(model, change)
+    for (module, key), *others in places.values():
+        for other, name in others:
+            setattr(other, name, getattr(module, key))
 
 
 def _lone_blocks(model: nn.Module) -> list[nn.Module]:
@@ -174,4 +191,10 @@ def _refuse_unfit(model: MorphableModel) -> None:
                 "spec.training.sharding",
                 f"full with {name}, a scalar",
                 "none or data, or parameters of at least one dimension",
+            )
+        if not parameter.is_contiguous():
+            raise ManifestError(
+                "spec.training.sharding",
+                f"full with {name} in strides {list(parameter.stride())}, channels last say",
+                "none or data, or contiguous parameters",
             )

@@ -6,6 +6,7 @@ that seeds on trial gather, what was spent, and the random streams.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -50,7 +51,10 @@ class TrainingState:
         self.ranks = ranks
         self.parallel = parallel_for(config.training, ranks, samples)
         self.model = self.parallel.place(model)
-        self.meter = FlopMeter(lambda: uncompiled(self.model))
+        self.meter = FlopMeter(
+            (lambda: uncompiled(self.model)) if config.training.compile else nullcontext,
+            shared=self.parallel.count > 1,
+        )
         self.learning_rate_scale = 1.0
         self.telemetry = Telemetry(self.model, config.growth.controller.probe_interval_steps)
         self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))

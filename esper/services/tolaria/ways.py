@@ -1,11 +1,45 @@
-"""Which way a session computes its batches."""
+"""Which way a session computes its batches, and whether its ranks are alike."""
 
 from __future__ import annotations
 
-from esper.errors import DataError, ManifestError
+from torch import nn
+
+from esper.errors import DataError, EntryPointError, ManifestError
 from esper.services.tolaria.config import TrainingConfig
+from esper.services.tolaria.data import SPLITS, Datasets
 from esper.services.tolaria.distribution import Ranks
 from esper.services.tolaria.parallel import LogicalShards, Replicas, Whole
+from esper.services.tolaria.randomness import stable_seed
+
+
+def refuse_unlike(ranks: Ranks, model: nn.Module, datasets: Datasets) -> None:
+    """Refuse ranks that were given other data or another model than the first.
+
+    They would take other steps, and wait for each other in vain.
+
+    Raises:
+        DataError: a split has more samples on one rank than on another.
+        EntryPointError: the models' parameters or buffers differ by name, type or shape.
+    """
+    sizes = [len(getattr(datasets, split)) for split in SPLITS]
+    tensors = [
+        [name, str(tensor.dtype), list(tensor.shape)]
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    ]
+    told = ranks.exchanged([sizes, stable_seed(tensors)])
+    for split, of_ranks in zip(SPLITS, zip(*(one[0] for one in told), strict=True), strict=True):
+        if len(set(of_ranks)) > 1:
+            raise DataError(
+                f"data.{split}",
+                f"{', '.join(map(str, of_ranks))} samples on the ranks",
+                "as many on every rank",
+            )
+    if len({one[1] for one in told}) > 1:
+        raise EntryPointError(
+            "spec.model.entrypoint",
+            "a model with other parameters or buffers on one rank than on another",
+            "the same on every rank",
+        )
 
 
 def parallel_for(training: TrainingConfig, ranks: Ranks, samples: int) -> Whole:

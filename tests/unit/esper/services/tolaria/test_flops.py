@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from esper.services.tolaria.distribution import Alone, Ranks
 from esper.services.tolaria.flops import FlopMeter
+from tests.ranks import run_ranks
 
 
 def test_two_per_multiply_add_forward_and_backward() -> None:
@@ -88,6 +90,40 @@ def test_only_what_is_counted_anew_runs_eager() -> None:
             nn.Linear(2, 2)(torch.randn(1, 2))
     assert meter.total == 4 * 8
     assert len(entered) == 2
+
+
+def test_among_ranks_it_does_not_matter_who_does_a_kind_of_work_first() -> None:
+    entered: list[str] = []
+
+    @contextmanager
+    def eager() -> Iterator[None]:
+        entered.append("eager")
+        yield
+
+    meter = FlopMeter(eager, shared=True)
+    for _ in range(2):
+        for _ in range(3):
+            with meter.counting("a"):
+                nn.Linear(2, 2)(torch.randn(1, 2))
+        assert len(entered) == 3
+        meter.settle(Alone())
+
+
+def works_alone(ranks: Ranks) -> tuple[int, dict[str, int]]:
+    """Each rank does a kind of work of its own."""
+    meter = FlopMeter(shared=True)
+    with meter.counting("work", ranks.rank):
+        nn.Linear(2, 2 + ranks.rank)(torch.randn(1, 2))
+    meter.settle(ranks)
+    meter.settle(ranks)
+    return meter.total, meter.known
+
+
+def test_ranks_know_what_each_others_work_costs() -> None:
+    first, second = run_ranks(2, works_alone)
+    assert first == second
+    assert first[0] == 8 + 12
+    assert sorted(first[1].values()) == [8, 12]
 
 
 def test_work_that_fails_is_neither_counted_nor_remembered() -> None:

@@ -48,6 +48,9 @@ def what_ranks_tell(ranks: Ranks) -> dict[str, Any]:
     owner = ranks.size - 1
     relayed = ranks.relayed(torch.tensor([[1.5, rank]]) if rank == owner else None, owner)
     found["relayed"] = relayed.tolist()
+    for name, dtype in (("short", torch.int16), ("flag", torch.bool), ("pair", torch.complex64)):
+        value = torch.ones((), dtype=dtype) if rank == owner else None
+        found[name] = ranks.relayed(value, owner).item()
     return found
 
 
@@ -67,6 +70,9 @@ def test_every_rank_hears_the_same(size: int) -> None:
         "summed": [sum(1.0 + rank for rank in range(size)), 2.0 * size],
         "spread": [[5, 5], [5, 5]],
         "relayed": [[1.5, size - 1.0]],
+        "short": 1,
+        "flag": True,
+        "pair": 1 + 0j,
     }
     assert heard(size) == [expected] * size
 

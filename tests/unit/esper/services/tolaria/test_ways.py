@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from esper.errors import DataError, ManifestError
+from esper.errors import DataError, EntryPointError, ManifestError
 from esper.services.tolaria.config import TrainingConfig
+from esper.services.tolaria.data import Datasets
 from esper.services.tolaria.distribution import Alone
 from esper.services.tolaria.parallel import LogicalShards, Replicas, Whole
 from esper.services.tolaria.sharding import FullySharded
-from esper.services.tolaria.ways import parallel_for
+from esper.services.tolaria.ways import parallel_for, refuse_unlike
 from tests.unit.esper.services.tolaria.sessions import config
 
 
@@ -79,3 +81,34 @@ def test_ranks_share_a_batch_without_rest(samples: int) -> None:
     assert sum(shard.share for shard in shards) == pytest.approx(1.0)
     sizes = [len(shard.indices) for shard in shards]
     assert max(sizes) - min(sizes) <= 1
+
+
+class Unlike(Alone):
+    """The first of two ranks, the other of which says something else."""
+
+    size = 2
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self._place = place
+
+    def exchanged(self, value: Any) -> list[Any]:
+        other = list(value)
+        other[self._place] = [149, 40, 40] if self._place == 0 else 0
+        return [value, other]
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "message"),
+    [
+        (0, DataError, "data.train: got 150, 149 samples on the ranks; allowed: as many"),
+        (1, EntryPointError, "spec.model.entrypoint: got a model with other parameters"),
+    ],
+)
+def test_ranks_that_are_not_alike_are_refused(
+    place: int, error: type[Exception], message: str
+) -> None:
+    datasets = Datasets(train=range(150), validation=range(40), test=range(40))
+    with pytest.raises(error, match=message):
+        refuse_unlike(Unlike(place), nn.Linear(2, 2), datasets)
+    refuse_unlike(Alone(), nn.Linear(2, 2), datasets)
