@@ -144,6 +144,11 @@ def found(checkpoints: Checkpoints) -> Found:
     return result
 
 
+def test_one_that_is_found_tells_what_was_told_when_it_was_written(place: Place) -> None:
+    written = place.open().write(snapshot(4), LOG_BYTES)
+    assert found(place.open()).written == written
+
+
 def test_the_newest_complete_one_wins_and_a_number_is_kept(place: Place) -> None:
     assert place.open().newest() is None
     writing = place.open(keep=2)
