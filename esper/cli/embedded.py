@@ -174,6 +174,9 @@ def carry_out(
         parameters_base=sum(p.numel() for p in prepared.model.parameters()),
         seeds=SeedBook.from_state(found.snapshot.state["book"]).records if found else (),
     )
+    if found is not None:
+        # Else the status would name none until the next is written, and restarts are counted by it.
+        status.checkpointed(found.written)
     log = RunLog(run, checkpoints, status.checkpointed)
     try:
         result = asyncio.run(

@@ -97,11 +97,12 @@ class Written:
 class Found:
     """The checkpoint to go on from.
 
-    `logs` are the run's logs up to its boundary, where they are part of it. `passed` has a line
-    for each newer checkpoint that could not be used.
+    `written` is what was told when it was written. `logs` are the run's logs up to its boundary,
+    where they are part of it. `passed` has a line for each newer checkpoint that could not be used.
     """
 
     name: str
+    written: Written
     snapshot: Snapshot
     logs: Mapping[str, bytes] = field(default_factory=dict)
     passed: tuple[str, ...] = ()
@@ -202,7 +203,8 @@ class Checkpoints:
             )
             for line in passed:
                 _log.warning("%s", line)
-            return Found(name=name, snapshot=snapshot, logs=logs, passed=passed)
+            written = Written(where=place.shown(name), epoch=manifest.epoch, time=manifest.time)
+            return Found(name=name, written=written, snapshot=snapshot, logs=logs, passed=passed)
         for reason in reasons[1:]:
             _log.info("%s", reason)
         newest = reasons[0]
