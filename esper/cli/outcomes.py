@@ -17,7 +17,7 @@ from esper.errors import BadInput, EsperError, Interrupted, WorkFailed, one_line
 MOST_CHARACTERS = 1000
 """Of a message; Kubernetes keeps 4096 bytes of a termination log."""
 
-_STOPPING, _BEGUN = "stopping", "begun"
+_STOPPING, _BEGUN, _MET = "stopping", "begun", "met"
 
 
 class Outcome(StrEnum):
@@ -104,8 +104,13 @@ class Outcomes:
         if (self._folder / _STOPPING).exists() or any(_final(note) for note in self.notes()):
             return False
         (self._folder / f"{_BEGUN}-{rank}").touch()
+        (self._folder / f"{_MET}-{rank}").unlink(missing_ok=True)
         self._file(rank).unlink(missing_ok=True)
         return True
+
+    def meet(self, rank: int) -> None:
+        """This rank has met all others: from now on there is work that must not be lost."""
+        (self._folder / f"{_MET}-{rank}").touch()
 
     def tell(self, rank: int, ended: Ended) -> None:
         """Leave this rank's end; complete or not at all."""
@@ -120,9 +125,12 @@ class Outcomes:
         (self._folder / _STOPPING).touch()
 
     def begun(self) -> set[int]:
-        """The ranks that have begun to work here."""
-        found = self._folder.glob(f"{_BEGUN}-*")
-        return {int(path.name.removeprefix(f"{_BEGUN}-")) for path in found}
+        """The ranks that have begun here."""
+        return self._marked(_BEGUN)
+
+    def met(self) -> set[int]:
+        """Those of them that have met all others since."""
+        return self._marked(_MET)
 
     def notes(self) -> list[Note]:
         """What ranks told so far, in their order."""
@@ -137,6 +145,10 @@ class Outcomes:
             fields["outcome"] = Outcome(fields["outcome"])
             found.append(Note(rank, Ended(**fields)))
         return sorted(found, key=lambda note: note.rank)
+
+    def _marked(self, mark: str) -> set[int]:
+        found = self._folder.glob(f"{mark}-*")
+        return {int(path.name.removeprefix(f"{mark}-")) for path in found}
 
     def _file(self, rank: int) -> Path:
         return self._folder / f"rank-{rank}.json"

@@ -36,10 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from esper.configs import rank_of_process
 
         arguments = parser().parse_args(argv)
+        outcomes, rank = Outcomes(arguments.outcomes), rank_of_process()
         return told(
-            Outcomes(arguments.outcomes),
-            rank_of_process(),
-            lambda: _train(arguments, tolaria.stopping),
+            outcomes,
+            rank,
+            lambda: _train(arguments, tolaria.stopping, lambda: outcomes.meet(rank)),
             debug=arguments.debug,
         )
 
@@ -69,7 +70,9 @@ def told(outcomes: Outcomes, rank: int, work: Callable[[], object], *, debug: bo
     return CRASHED
 
 
-def _train(arguments: argparse.Namespace, stopping: Callable[[], bool]) -> None:
+def _train(
+    arguments: argparse.Namespace, stopping: Callable[[], bool], meet: Callable[[], None]
+) -> None:
     from esper.cli.main import logged, settings_of
 
     config = settings_of(arguments)
@@ -79,6 +82,7 @@ def _train(arguments: argparse.Namespace, stopping: Callable[[], bool]) -> None:
 
         seconds = config.tolaria.collective_timeout_seconds
         with process_group(stopping, timeout_seconds=seconds) as ranks:
+            meet()
             run_rank(
                 arguments.file,
                 arguments.output_dir,

@@ -108,10 +108,14 @@ def heeding_signals() -> Iterator[Requests]:
 
 @dataclass(frozen=True)
 class _Launch:
-    """A launch that has ended: torchrun's exit status, and whether a request has ended it."""
+    """A launch that has ended: torchrun's exit status, and whether a request has ended it.
+
+    `met`: the ranks here had met all others when the request came.
+    """
 
     status: int
     stopped: bool
+    met: bool = True
 
 
 class Supervisor:
@@ -160,7 +164,8 @@ class Supervisor:
                 outcomes = Outcomes(folder)
                 launch = self._launched(folder, outcomes, requests)
                 notes, begun = outcomes.notes(), outcomes.begun()
-                ended = judged(notes, begun, requests.number, stopped=launch.stopped)
+                at_work = begun if launch.met else set()
+                ended = judged(notes, at_work, requests.number, stopped=launch.stopped)
                 if ended is not None:
                     return ended
                 now = self._progress()
@@ -209,6 +214,11 @@ class Supervisor:
             if requests and not stopped:
                 stopped = True
                 outcomes.stop()
+                if len(outcomes.met()) < self._placement.processes:
+                    # There is nothing to save yet. One that waits for another, which was stopped
+                    # before it could come, hears no signal.
+                    agent.kill()
+                    return _Launch(agent.wait(), stopped, met=False)
                 agent.terminate()  # it passes the signal on, once, and waits for its ranks
                 end = time.monotonic() + self._stop_seconds
             # torchrun may start ranks again that have told an end: then it is none.

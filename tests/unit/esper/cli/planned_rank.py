@@ -30,12 +30,18 @@ def main():
     signal.signal(signal.SIGTERM, ask)
     die_with_parent()
     todo = json.loads(plan.read_text())[str(rank)]
-    return told(Outcomes(Path(sys.argv[3])), rank, lambda: act(place, rank, todo, asked))
+    outcomes = Outcomes(Path(sys.argv[3]))
+    return told(outcomes, rank, lambda: act(place, rank, todo, asked, outcomes))
 
 
-def act(place, rank, todo, asked):
-    starts = note(place, f"starts-{rank}", str(os.getpid()))
-    for word in todo[min(starts, len(todo)) - 1].split():
+def act(place, rank, todo, asked, outcomes):
+    before = place / f"starts-{rank}"
+    starts = 1 + (len(before.read_text().splitlines()) if before.exists() else 0)
+    words = todo[min(starts, len(todo)) - 1].split()
+    if "unmet" not in words:
+        outcomes.meet(rank)
+    note(place, f"starts-{rank}", str(os.getpid()))
+    for word in words:
         globals()[f"do_{word}"](place, asked)
 
 
@@ -48,7 +54,13 @@ def note(place, name, text):
 
 
 def do_done(_place, _asked):
-    print(json.dumps({"rank": rank_of_process()}), flush=True)  # noqa: T201
+    # In one piece: another rank writes to the same stream.
+    os.write(1, (json.dumps({"rank": rank_of_process()}) + "\n").encode())
+
+
+def do_unmet(_place, _asked):
+    """Wait for another rank, which does not come."""
+    time.sleep(600)
 
 
 def do_kill(_place, _asked):

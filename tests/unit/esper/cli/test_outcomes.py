@@ -103,6 +103,17 @@ def test_whose_end_counts():
     assert deciding([Note(2, CRASH), Note(3, DONE)], {2, 3}) == DONE
 
 
+def test_a_rank_that_begins_anew_has_met_nobody_yet(tmp_path):
+    outcomes = Outcomes(tmp_path)
+    for rank in (0, 1):
+        outcomes.begin(rank)
+        assert rank not in outcomes.met()
+        outcomes.meet(rank)
+    assert outcomes.met() == {0, 1}
+    outcomes.begin(0)
+    assert outcomes.met() == {1}
+
+
 def test_a_note_that_is_taken_back_while_notes_are_read_is_none(tmp_path):
     outcomes = Outcomes(tmp_path)
     outcomes.tell(0, DONE)

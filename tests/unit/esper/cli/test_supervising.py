@@ -150,6 +150,18 @@ def test_ranks_that_do_not_stop_in_time_are_killed_with_what_they_forked(tmp_pat
     assert worker.living() == []
 
 
+def test_ranks_that_wait_for_each_other_are_not_waited_for(tmp_path):
+    # Started again after a crash, rank 0 waits for one that was stopped before it could come.
+    plan = {"0": ["wait raise", "unmet"], "1": ["meet kill", "wait interrupted"]}
+    worker = Worker(tmp_path, plan, processes=2)
+    worker.until("starts-0", 2)
+    worker.until("starts-1", 2)
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 75, worker.err
+    assert worker.ended["message"] == "asked to stop while no rank was at work"
+    assert worker.living() == []
+
+
 def test_a_second_signal_ends_ranks_at_once(tmp_path):
     worker = Worker(tmp_path, {"0": ["hang"]})
     worker.until("starts-0")
