@@ -189,7 +189,12 @@ def graft_seeds(own: Engine) -> None:
         own.start_learning((layer, 0))
         own.model.morphology.transition(layer, 0, SeedLifecycleState.GRAFTING, alpha=ALPHA)
         record = SeedRecord(
-            layer=layer, slot=0, state=SeedState.GRAFTING, alpha=ALPHA, kernel="low-rank"
+            layer=layer,
+            slot=0,
+            state=SeedState.GRAFTING,
+            cycle=0,
+            alpha=ALPHA,
+            kernel="low-rank",
         )
         own.book.records[record.site] = record
 
