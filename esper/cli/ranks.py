@@ -45,7 +45,7 @@ def run_rank(
             _tell_again(directory, begun["result"], ranks, config)
             show_end(begun["result"], directory, shown)
         return
-    prepared = replace(_together(ranks, lambda: _prepared(begun)), uid=begun["uid"])
+    prepared = replace(_together(ranks, lambda: _prepared(begun, ranks.size)), uid=begun["uid"])
     if ranks.rank == 0:
         _lead(prepared, directory, ranks, shown, config, new=begun["new"])
     else:
@@ -88,9 +88,9 @@ def _tell_again(directory: Path, result: dict[str, Any], ranks: Ranks, config: E
         asyncio.run(telling)
 
 
-def _prepared(begun: dict[str, Any]) -> Prepared:
+def _prepared(begun: dict[str, Any], processes: int) -> Prepared:
     manifest = parse_manifest(begun["manifest"], MANIFEST)
-    return prepare(manifest, Path(begun["folder"]), own_device())
+    return prepare(manifest, Path(begun["folder"]), own_device(), processes=processes)
 
 
 def own_device() -> torch.device | None:

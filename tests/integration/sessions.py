@@ -108,7 +108,7 @@ def trained_rank(
     `source` is the folder of the session's own modules.
     """
     manifest = parse_manifest(yaml.safe_dump(dict(session)), "test")
-    prepared = prepare(manifest, source or folder)
+    prepared = prepare(manifest, source or folder, processes=ranks.size)
     watching = watching or Watching()
 
     async def train() -> TrainingResult:

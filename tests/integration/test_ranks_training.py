@@ -71,6 +71,16 @@ def test_a_sharded_model_decides_as_a_whole_one_does() -> None:
     assert sharded[0]["flops"] == whole["flops"]
 
 
+def test_a_rank_with_one_sample_is_refused_where_a_layer_normalises() -> None:
+    found = run_ranks(2, train, session(batchSize=3), failing=True)
+    for one in found:
+        said = str(one)
+        assert "ManifestError: spec.training.batchSize: got 3, a sample a shard, and Val" in said
+        assert "allowed: at least 4 with this model" in said
+    made = of_type(session(batchSize=3, epochs=1), "float32", norm=False)
+    assert len({one["digest"] for one in run_ranks(2, train, made)}) == 1
+
+
 def differences(one: Any, other: Any, at: str = "") -> Iterator[str]:
     """Where two rows are further apart than 1e-9, relative to their size."""
     if isinstance(one, dict) and isinstance(other, dict):
