@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def told(outcomes: Outcomes, rank: int, work: Callable[[], object], *, debug: bool = False) -> int:
     """Do a rank's work and tell how it ended; the exit code is 0 unless it crashed.
 
-    What may go away when all ranks start again, as one that is gone, counts as a crash.
+    What may go away when all ranks start again, as one that is gone, counts as a crash; so does an
+    exit that something in the work asked for.
     """
     from esper.cli.outcomes import DONE, Ended, Outcome
 
@@ -57,7 +58,7 @@ def told(outcomes: Outcomes, rank: int, work: Callable[[], object], *, debug: bo
     try:
         work()
         ended = DONE
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if debug:
             import traceback
 

@@ -52,18 +52,6 @@ def nothing():
     return None
 
 
-class Untrainable(Net):
-    def forward(self, x):
-        if self.training:
-            raise RuntimeError("no way to learn this")
-        return super().forward(x)
-
-
-def one_sample():
-    data = spirals()
-    return data | {"train": TensorDataset(*(part[:1] for part in data["train"].tensors))}
-
-
 def unsplit():
     return {"train": spirals()["train"]}
 
@@ -148,34 +136,6 @@ MANIFESTS = {
     "more shards than samples in a batch": (
         [changed(SESSION, spec__training__logicalShards=4096)],
         ("spec.training.batchSize", "30", "at least training.logicalShards, 4096"),
-    ),
-    "a batch of one sample for a normalisation layer": (
-        [changed(SESSION, spec__training__batchSize=1)],
-        (
-            "spec.training.batchSize",
-            "1, a sample a batch, and ValueError: Expected more than 1 value",
-            "at least 2 with this model",
-        ),
-    ),
-    "some shards of one sample for a normalisation layer": (
-        [changed(SESSION, spec__training__logicalShards=16)],
-        (
-            "spec.training.batchSize",
-            "30, a sample a shard, and ValueError: Expected more than 1 value",
-            "at least 32 with this model, two samples for each of 16 shards",
-        ),
-    ),
-    "one training sample for a normalisation layer": (
-        [changed(SESSION, spec__data__entrypoint="own:one_sample")],
-        ("data.train", "1 samples at once in training mode: ValueError", "what Net takes"),
-    ),
-    "a model that can't be trained": (
-        [changed(SESSION, spec__model__entrypoint="own:Untrainable")],
-        (
-            "data.train",
-            "2 samples at once in training mode: RuntimeError: no way to learn this",
-            "what Untrainable takes in training mode",
-        ),
     ),
     "model that doesn't import": (
         [changed(SESSION, spec__model__entrypoint="nowhere.at_all:Net")],

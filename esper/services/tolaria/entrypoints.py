@@ -23,6 +23,7 @@ from esper.execution.isolation import (
 )
 from esper.services.tolaria.config import EntryPointConfig, TolariaConfig, TrainingConfig
 from esper.services.tolaria.data import (
+    FAILURES,
     Batch,
     Datasets,
     checked_datasets,
@@ -67,7 +68,7 @@ def called(field: str, entry: EntryPointConfig) -> Any:
         return target(**entry.arguments)
     except BadInput:
         raise
-    except Exception as error:
+    except FAILURES as error:
         raise EntryPointError(
             f"{field}.arguments",
             f"{entry.entrypoint}({_shown(entry.arguments)}) -> {_told(error)}",
@@ -84,7 +85,7 @@ def imported(field: str, reference: str) -> Any:
     module_name, _, attribute = reference.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # a script without a __main__ guard may exit
+    except FAILURES as error:  # a script without a __main__ guard may exit
         raise EntryPointError(
             field,
             f"{reference} ({_told(error)})",
@@ -144,7 +145,7 @@ def build_objective(config: TolariaConfig, datasets: Datasets) -> Objective:
             target = target()
         except BadInput:
             raise
-        except Exception as error:
+        except FAILURES as error:
             raise EntryPointError(
                 field,
                 f"{name}() -> {_told(error)}",
@@ -167,6 +168,8 @@ def check_fit(model: nn.Module, datasets: Datasets, objective: Objective) -> Bat
     for split in ("train", "validation", "test"):
         try:
             batch = next(iter(ordered_batches(getattr(datasets, split), 2, limit=2)))
+        except BadInput:
+            raise
         except Exception as error:
             raise DataError(
                 f"data.{split}", _told(error), "samples of equal shapes, which stack to a batch"
@@ -182,6 +185,8 @@ def check_fit(model: nn.Module, datasets: Datasets, objective: Objective) -> Bat
                 torch.no_grad(),
             ):
                 output = forwarded(model, inputs)
+        except BadInput:
+            raise
         except Exception as error:
             raise DataError(
                 f"data.{split}",
@@ -201,6 +206,8 @@ def check_fit(model: nn.Module, datasets: Datasets, objective: Objective) -> Bat
             objective.metric_sum(output, targets)
             if len(targets) > 1:
                 objective.nats(output, targets, slice(0, 1), slice(1, None))
+        except BadInput:
+            raise
         except Exception as error:
             raise DataError(
                 f"data.{split}",
@@ -261,6 +268,8 @@ def _refusal_to_train(model: nn.Module, datasets: Datasets, samples: int) -> Exc
             batch = gathered(datasets.train, torch.arange(samples))
             inputs, _ = batch if device.type == "cpu" else moved_batch(batch, device)
             forwarded(model, inputs)
+    except BadInput:
+        raise
     except Exception as error:
         return error
     return None
