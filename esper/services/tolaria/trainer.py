@@ -288,6 +288,7 @@ class TolariaTrainer:
         signals = self.engine.probe(self.epoch)
         scores = [signal.health_score() for signal in signals]
         by_layer = dict(zip((signal.layer for signal in signals), scores, strict=True))
+        self.growth.agree_on_faults()  # measurements and probes are not every rank's
         self.growth.watch(by_layer, self.engine.telemetry.reading.seeds, self.epoch)
         health = SystemHealth.of(sum(scores) / len(scores) if scores else 0.0)
         rows[-1] |= self._costs() | {
