@@ -259,6 +259,9 @@ async def _session(
                 shown.health.started()
             with log.draining():
                 result = await trainer.run()
+                if ranks.size > 1:
+                    # The others hear meanwhile that it is written.
+                    await ranks.awaited(lambda: asyncio.to_thread(log.drain))
             return _finished(prepared, run, status, result)
 
 
