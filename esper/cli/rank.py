@@ -6,6 +6,7 @@ starting all ranks again.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -109,5 +110,12 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def leave(status: int) -> None:
+    """End the process at once: threads that wait for a store in vain would be waited for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
