@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from esper.services.tolaria.distribution import Alone, Ranks
+from esper.cli.preparing import SOURCE_ANNOTATION
+from esper.services.tolaria.distribution import Ranks
+from esper.services.tolaria.parallel import Shard
 from tests.integration.rank_sessions import MODULE, session, train
 from tests.ranks import run_ranks
 
@@ -36,7 +39,7 @@ def fail_on_some(ranks: Ranks) -> None:
 
 def test_a_seed_that_fails_on_some_samples_is_culled_alike_by_any_number_of_ranks() -> None:
     made = session(logicalShards=4, epochs=8)
-    whole = train(Alone(), made, fail_on_some)
+    (whole,) = run_ranks(1, train, made, fail_on_some)
     told = [message for _, reason, message in whole["events"] if reason == "CircuitOpened"]
     assert any("no way with" in message for message in told), whole["events"]
     for size in (2, 4):
@@ -46,7 +49,7 @@ def test_a_seed_that_fails_on_some_samples_is_culled_alike_by_any_number_of_rank
 
 
 def slow_store(ranks: Ranks) -> None:
-    """Where checkpoints lie, rank 0 is answered later than a collective may take, twice each way."""
+    """Where checkpoints lie, rank 0 is answered later than a collective may take."""
     if ranks.rank:
         return
     from esper.services.tolaria.checkpoint_folder import FolderCheckpoints
@@ -96,8 +99,53 @@ def test_no_rank_waits_on_where_the_newest_checkpoint_can_not_be_read(tmp_path: 
     write(tmp_path, session(epochs=1))
     checkpoint = tmp_path / "D" / "checkpoints" / "epoch-000001"
     checkpoint.mkdir(parents=True)
-    (tmp_path / "D" / "manifest.yaml").write_bytes((tmp_path / "session.yaml").read_bytes())
+    made = session(epochs=1)
+    made["metadata"]["annotations"] = {SOURCE_ANNOTATION: str(tmp_path)}
+    (tmp_path / "D" / "manifest.yaml").write_text(yaml.safe_dump(made))
     (checkpoint / "checkpoint.json").write_text("{}")
     found = run_ranks(2, run_in, tmp_path, nothing, failing=True)
     for one in found:
         assert "of which none can be used" in str(one), one
+
+
+def lose_finiteness(ranks: Ranks) -> None:
+    """Once, in the third epoch, the loss on one rank's last samples is not finite."""
+    from esper.services.tolaria.engine import Engine
+
+    own_epoch, own_share = Engine.train_epoch, Engine._share_of
+    tries: list[int] = []
+
+    def train_epoch(engine: Engine, epoch: int, *, trial: bool = False) -> float:
+        tries.append(epoch)
+        return own_epoch(engine, epoch, trial=trial)
+
+    def share_of(engine: Engine, value: Tensor, shard: Shard) -> Tensor:
+        last = shard.number == engine.parallel.count - 1
+        if last and tries.count(3) == 1 and tries[-1] == 3 and value.dim() == 0:
+            value.data.fill_(math.nan)
+        return own_share(engine, value, shard)
+
+    Engine.train_epoch = train_epoch  # type: ignore[method-assign]
+    Engine._share_of = share_of  # type: ignore[method-assign]
+
+
+def rolled_back(found: dict[str, Any]) -> list[tuple[int, str]]:
+    return [(epoch, told) for epoch, reason, told in found["events"] if reason == "RolledBack"]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_rolls_back_all() -> None:
+    made = session(logicalShards=4, epochs=4)
+    (whole,) = run_ranks(1, train, made, lose_finiteness)
+    ((epoch, told),) = rolled_back(whole)
+    assert epoch == 2
+    assert "the loss was not finite after epoch 2" in told
+    found = run_ranks(2, train, made, lose_finiteness)
+    assert {one["digest"] for one in found} == {whole["digest"]}
+    assert found[0] == whole
+    for sharding in ("data", "full"):
+        made = session(epochs=4, sharding=sharding)
+        made["spec"]["workers"] = {"processesPerWorker": 2}
+        made["spec"]["training"]["optimizer"]["name"] = "rmsprop"
+        replicas = run_ranks(2, train, made, lose_finiteness)
+        assert len({one["digest"] for one in replicas}) == 1
+        assert [epoch for epoch, _ in rolled_back(replicas[0])] == [2]
