@@ -10,6 +10,7 @@ EsperError                  every error that Esper raises on purpose
 │   ├── OutputError         an output directory that can't be used, or that is no run
 │   ├── CheckpointError     a checkpoint that is incomplete, foreign, or of another version
 │   ├── WrapError           a model or a layer that can't host seeds as asked
+│   ├── AcceleratorMissing  a session that asks for GPUs where there are too few
 │   ├── Unauthorized        a token that is missing, wrong, expired, or allows too little
 │   └── NotFound            what was asked for by its name is not in the hub
 │       ├── BlueprintNotFound   (a BlueprintError too)
@@ -17,6 +18,7 @@ EsperError                  every error that Esper raises on purpose
 ├── WorkFailed              permanent · exit 1 · the run is kept
 │   ├── LossNotFinite       the loss stayed non-finite after every configured retry
 │   ├── KernelError         a kernel that failed to compile, or whose bytes do not match its digest
+│   ├── Superseded          a newer attempt of the same session has taken over
 │   ├── Conflict            the hub's state refuses it: in use, changed meanwhile, a lease lost
 │   └── StorageFull         the disk or the store has no room left
 ├── Unavailable             temporary · exit 1 · a later try may succeed
@@ -89,6 +91,10 @@ class WrapError(BadInput):
     """A model, or a layer named by the user, can't host seeds."""
 
 
+class AcceleratorMissing(BadInput):
+    """A session asks for GPUs, and this machine has too few that work."""
+
+
 class Unauthorized(BadInput):
     """A bearer token is missing, wrong, expired, or does not allow what was asked."""
 
@@ -107,6 +113,10 @@ class WorkFailed(EsperError):
 
 class LossNotFinite(WorkFailed):
     """The training loss was not finite, also after rolling back as often as configured."""
+
+
+class Superseded(WorkFailed):
+    """A newer attempt of the same session has taken over; this one must change nothing more."""
 
 
 class KernelError(WorkFailed):

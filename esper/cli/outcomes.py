@@ -15,9 +15,10 @@ from pathlib import Path
 from esper.errors import BadInput, EsperError, Interrupted, WorkFailed, one_line
 
 MOST_CHARACTERS = 1000
-"""Of a message; Kubernetes keeps 4096 bytes of a termination log."""
+"""Of a message."""
+OUT_OF_MEMORY = "OutOfMemory"
 
-_STOPPING, _BEGUN, _MET = "stopping", "begun", "met"
+_STOPPING, _BEGUN, _MET, _REACHED = "stopping", "begun", "met", "reached"
 
 
 class Outcome(StrEnum):
@@ -55,6 +56,10 @@ class Ended:
     def by(cls, error: BaseException) -> Ended:
         """The end that `error` means for the work it ended."""
         message = str(error)
+        if _is_out_of_memory(error):
+            # Started again at once the same is too much again; whoever does so waits.
+            reason = "no memory is left: " + (message or type(error).__name__)
+            return cls(Outcome.FAILED, OUT_OF_MEMORY, one_line(reason, MOST_CHARACTERS))
         if not isinstance(error, EsperError):
             message = f"unexpected {type(error).__name__}: {message}"
         kinds = {
@@ -69,6 +74,13 @@ class Ended:
     def status(self) -> int:
         """The exit code."""
         return STATUSES[self.outcome]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or the GPU had no more to give; torch says so in words on a CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def is_crash(error: BaseException) -> bool:
@@ -112,6 +124,12 @@ class Outcomes:
         """This rank has met all others: from now on there is work that must not be lost."""
         (self._folder / f"{_MET}-{rank}").touch()
 
+    def reach(self, rank: int, epoch: int) -> None:
+        """This rank, which is not the first, has come to a checkpoint of that epoch."""
+        partial = self._folder / f".{_REACHED}-{rank}"
+        partial.write_text(str(epoch), encoding="utf-8")
+        partial.replace(self._folder / f"{_REACHED}-{rank}")
+
     def tell(self, rank: int, ended: Ended) -> None:
         """Leave this rank's end; complete or not at all."""
         partial = self._file(rank).with_suffix(".partial")
@@ -131,6 +149,11 @@ class Outcomes:
     def met(self) -> set[int]:
         """Those of them that have met all others since."""
         return self._marked(_MET)
+
+    def reached(self) -> int:
+        """The epoch of the last checkpoint that ranks here came to, -1 without one."""
+        found = self._folder.glob(f"{_REACHED}-*")
+        return max((int(path.read_text(encoding="utf-8")) for path in found), default=-1)
 
     def notes(self) -> list[Note]:
         """What ranks told so far, in their order."""

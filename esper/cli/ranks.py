@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +20,22 @@ import torch.distributed as dist
 from esper.cli.embedded import Shown, carry_out, show_end
 from esper.cli.finished import tell_again
 from esper.cli.preparing import SOURCE_ANNOTATION, Prepared, own_manifest, prepare, uid_of
-from esper.cli.run_checkpoints import newest_checkpoint, run_checkpoints
-from esper.cli.trainers import done_elsewhere, following_trainer, share_progress
+from esper.cli.run_checkpoints import keep_results, newest_checkpoint, run_checkpoints
+from esper.cli.trainers import Attention, done_elsewhere, following_trainer, share_progress
 from esper.configs import EsperConfig
 from esper.contracts.manifests import load_manifest, parse_manifest, session_document
-from esper.errors import Interrupted
+from esper.contracts.operational import AdaptationDecision, SeedTransition
+from esper.contracts.resources import TrainingSession
+from esper.contracts.resources.cluster import GPU
+from esper.errors import AcceleratorMissing, Interrupted
 from esper.services.tolaria.checkpoints import Checkpoints, Found
 from esper.services.tolaria.distribution import Ranks, as_wire, first_failure
-from esper.services.tolaria.run_directory import MANIFEST, RunDirectory, refuse_unusable
+from esper.services.tolaria.run_directory import (
+    MANIFEST,
+    RunDirectory,
+    refuse_unusable,
+)
+from esper.services.tolaria.snapshots import Snapshot
 
 LOOK_SECONDS = 0.1
 
@@ -35,9 +43,17 @@ _Result = TypeVar("_Result")
 
 
 def run_rank(
-    path: Path, directory: Path, ranks: Ranks, *, json_output: bool, config: EsperConfig
+    path: Path,
+    directory: Path,
+    ranks: Ranks,
+    *,
+    json_output: bool,
+    config: EsperConfig,
+    reached: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Train the session of the manifest at `path`, or go on with the run in `directory`.
+
+    A rank that is not the first tells `reached` the epoch of each checkpoint.
 
     Raises:
         BadInput: the manifest, the directory, a checkpoint or a setting can't be used.
@@ -56,7 +72,7 @@ def run_rank(
     if ranks.rank == 0:
         _lead(prepared, directory, ranks, shown, config, new=begun["new"])
     else:
-        asyncio.run(_follow(prepared, ranks, config))
+        asyncio.run(_follow(prepared, ranks, config, reached))
     # No rank counts as done before rank 0 has written what the session came to.
     ranks.led(lambda: None)
 
@@ -90,6 +106,8 @@ def _tell_again(directory: Path, result: dict[str, Any], ranks: Ranks, config: E
     """On rank 0: bus and hub hear once more that the run succeeded; it may have ended before."""
     with closing(RunDirectory.open(directory)) as run:
         manifest = parse_manifest(run.manifest, str(directory / MANIFEST))
+        with closing(run_checkpoints(manifest, directory, config)) as checkpoints:
+            keep_results(run, checkpoints)
         places = config.inside(directory)
         telling = tell_again(run, manifest, result, places, lasting=True, stopping=ranks.stopping)
         asyncio.run(telling)
@@ -97,7 +115,21 @@ def _tell_again(directory: Path, result: dict[str, Any], ranks: Ranks, config: E
 
 def _prepared(begun: dict[str, Any], processes: int) -> Prepared:
     manifest = parse_manifest(begun["manifest"], MANIFEST)
+    require_accelerators(manifest.session, torch.cuda.device_count())
     return prepare(manifest, Path(begun["folder"]), own_device(), processes=processes)
+
+
+def require_accelerators(session: TrainingSession, present: int) -> None:
+    """Refuse a session that asks for more GPUs a worker than are `present`.
+
+    Raises:
+        AcceleratorMissing: it does.
+    """
+    asked = session.spec.workers.resources.limits.get(GPU)
+    if asked is not None and int(asked) > present:
+        raise AcceleratorMissing(
+            f"spec.workers.resources.limits[{GPU}]", asked, f"at most {present}, as this worker has"
+        )
 
 
 def own_device() -> torch.device | None:
@@ -152,11 +184,16 @@ def _lead(
             carry_out(prepared, run, checkpoints, found, config, shown, ranks)
 
 
-async def _follow(prepared: Prepared, ranks: Ranks, config: EsperConfig) -> None:
+async def _follow(
+    prepared: Prepared, ranks: Ranks, config: EsperConfig, reached: Callable[[int], None]
+) -> None:
     """The other ranks' part."""
     await ranks.awaited(done_elsewhere)  # the newest checkpoint is read
     progress = share_progress(ranks)
-    async with following_trainer(prepared, config, progress=progress, ranks=ranks) as trainer:
+    attention = Attention(observers=[Reaching(reached)], ranks=ranks)
+    async with following_trainer(
+        prepared, config, progress=progress, attention=attention
+    ) as trainer:
         await trainer.run()
         await ranks.awaited(done_elsewhere)  # the last checkpoint is written
 
@@ -165,14 +202,19 @@ def _newest(checkpoints: Checkpoints, ranks: Ranks, config: EsperConfig) -> Foun
     """On rank 0: the checkpoint to go on from. The others hear meanwhile that it reads.
 
     Raises:
+        Superseded: a newer attempt has begun.
         BadInput, Unavailable: as `newest_checkpoint`, on every rank.
         Interrupted: a rank was asked to stop; there is nothing new to save yet.
     """
     found: Found | None = None
 
+    def taken_over() -> Found | None:
+        checkpoints.begin()
+        return newest_checkpoint(checkpoints, config)
+
     async def read() -> None:
         nonlocal found
-        found = await aside(lambda: newest_checkpoint(checkpoints, config), ranks.stopping)
+        found = await aside(taken_over, ranks.stopping)
 
     asyncio.run(ranks.awaited(read))
     return found
@@ -207,3 +249,29 @@ async def aside(work: Callable[[], _Result], stopping: Callable[[], bool]) -> _R
             done.cancel()
             raise Interrupted("asked to stop while the newest checkpoint was read; it stays")
     return done.result()
+
+
+class Reaching:
+    """An observer of a rank that is not the first: it tells the epoch of each checkpoint.
+
+    A worker counts restarts without a newer one, and sees the run's directory where rank 0 is.
+    """
+
+    def __init__(self, reached: Callable[[int], None]) -> None:
+        self._reached = reached
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """Epochs are rank 0's to tell."""
+
+    def transition(self, transition: SeedTransition) -> None:
+        """Transitions are rank 0's to tell."""
+
+    def decision(self, decision: AdaptationDecision, applied: bool, outcome: str) -> None:
+        """Decisions are rank 0's to tell."""
+
+    def event(self, epoch: int, reason: str, message: str) -> None:
+        """Events are rank 0's to tell."""
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        """Rank 0 writes it from now on."""
+        self._reached(snapshot.epoch)

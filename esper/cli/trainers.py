@@ -17,7 +17,7 @@ from esper.configs import EsperConfig
 from esper.contracts.assets import TrainingSession
 from esper.contracts.enums import SessionOutcome
 from esper.contracts.operational import AdaptationDecision, SeedTransition, SessionEvent
-from esper.errors import EsperError, Interrupted
+from esper.errors import EsperError, Interrupted, Superseded
 from esper.execution.kernel_cache import KernelCache, KernelSource
 from esper.services.oona_client import InProcessOona, Oona
 from esper.services.tamiyo.main import TamiyoService
@@ -200,7 +200,7 @@ async def _trainer(
         try:
             yield trainer
         except Exception as error:
-            if attention.lasting and is_crash(error):
+            if (attention.lasting and is_crash(error)) or isinstance(error, Superseded):
                 raise
             interrupted = isinstance(error, Interrupted)
             outcome = SessionOutcome.INTERRUPTED if interrupted else SessionOutcome.FAILED
@@ -215,16 +215,17 @@ async def _trainer(
 
 @asynccontextmanager
 async def following_trainer(
-    prepared: Prepared, config: EsperConfig, *, progress: Progress, ranks: Ranks
+    prepared: Prepared, config: EsperConfig, *, progress: Progress, attention: Attention
 ) -> AsyncIterator[TolariaTrainer]:
     """The trainer of a rank that is not the first: it hears of bus and hub from that one."""
+    ranks = attention.ranks
     await ranks.awaited(done_elsewhere)  # the session is registered
     yield _made(
         prepared,
         SharedController(ranks, None),
         _shared(prepared, config, ranks, None),
         progress,
-        Attention(ranks=ranks),
+        attention,
     )
     await ranks.awaited(done_elsewhere)  # its success is told
 

@@ -67,6 +67,8 @@ def test_nodes_find_each_other_at_the_first_one():
     third = Placement(processes=2, meeting="m", nodes=3, node=2, host="::1", port=1)
     assert "--rdzv-endpoint=[::1]:1" in third.options()
     assert "--rdzv-conf=is_host=false,join_timeout=600" in third.options()
+    there = Placement(processes=1, meeting="m", nodes=2, node=1, address="127.0.0.2").options()
+    assert "--local-addr=127.0.0.2" in there
     alone = Placement(processes=1, meeting="m").options()
     assert {"--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"} <= set(alone)
 
@@ -101,6 +103,22 @@ def test_how_ranks_end_and_how_often_they_start(tmp_path, plan, status, reason, 
     assert not list(tmp_path.glob("esper-worker-*"))
     if status == 1 and starts > 1:
         assert "given up after 1 restarts without a newer checkpoint" in worker.ended["message"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "status", "starts"),
+    [
+        (["agent", "reach agent", "done"], 0, 3),
+        (["agent", "reach agent", "agent", "done"], 1, 3),
+        (["progress agent", "progress agent", "done"], 1, 2),  # that folder is none of its own
+    ],
+)
+def test_a_node_without_rank_0_counts_the_checkpoints_that_its_ranks_come_to(
+    tmp_path, plan, status, starts
+):
+    worker = Worker(tmp_path, {"1": plan}, first=1)
+    assert worker.wait() == status, worker.err
+    assert len(worker.lines("starts-1")) == starts
 
 
 def test_what_one_rank_can_not_do_ends_all(tmp_path):

@@ -24,6 +24,7 @@ PUBLISHED = (
     TopicNames.PACKETS,
     TopicNames.TRANSITIONS,
     TopicNames.EVENTS,
+    TopicNames.STATUS,
     TopicNames.KERNEL_REQUESTED,
 )
 RECEIVED = (TopicNames.DECISIONS, TopicNames.KERNEL_READY)
@@ -142,6 +143,53 @@ def test_a_namespaces_user_reaches_its_sessions(place, any_redis, redis_namespac
     asyncio.run(life())
 
 
+def test_the_operators_user_hears_every_namespace_and_tells_what_is_ready(
+    place, any_redis, redis_namespace
+):
+    heard = (
+        TopicNames.STATUS,
+        TopicNames.TRANSITIONS,
+        TopicNames.EVENTS,
+        TopicNames.KERNEL_REQUESTED,
+    )
+    path = "/internal/operator/credentials"
+
+    async def life() -> None:
+        async with serving(settings(place, any_redis.url)) as client:
+            answer = await client.post(path)
+            assert answer.headers["Cache-Control"] == "no-store"
+            issued = answer.json()
+            assert (await client.post(path)).json() == issued
+            async with redis_of(any_redis, issued) as redis, any_redis.async_client() as admin:
+                for namespace in (redis_namespace, f"{redis_namespace}-b"):
+                    for topic in heard:
+                        at = f"esper:{namespace}:uid-1:{topic}"
+                        key = await admin.xadd(at, {"a": "b"})
+                        await redis.xgroup_create(at, "operator", id="0")
+                        (read,) = await redis.xreadgroup("operator", "me", {at: ">"})
+                        assert read[1][0][0] == key
+                        await redis.xadd(f"{at}:dead", {"a": "b"})
+                    await redis.xadd(
+                        f"esper:{namespace}:uid-1:{TopicNames.KERNEL_READY}", {"a": ""}
+                    )
+                found = [name async for name in redis.scan_iter(match=f"esper:{redis_namespace}*")]
+                assert len(found) == 2 * (2 * len(heard) + 1)
+                await refused(redis.xadd("other:a:b:sessions.status", {"a": "b"}), redis.acl_list())
+                if any_redis.release >= 7:
+                    decisions = f"esper:{redis_namespace}:uid-1:{TopicNames.DECISIONS}"
+                    await refused(
+                        redis.xadd(f"esper:{redis_namespace}:uid-1:{heard[0]}", {"a": "forged"}),
+                        redis.xadd(decisions, {"a": "forged"}),
+                        redis.xgroup_create(decisions, "g", mkstream=True),
+                    )
+            token = {"Authorization": f"Bearer {issued['workerToken']}"}
+            work = await client.get("/internal/requested-kernels", headers=token)
+            assert work.status_code == 200
+            assert (await client.post(path, headers=token)).status_code == 403
+
+    asyncio.run(life())
+
+
 def message(topic: TopicNames) -> OonaMessage:
     values = ready(1, "uid-1").model_dump()
     return OonaMessage.model_validate({**values, "id": uuid4().hex, "topic": topic})
@@ -175,7 +223,7 @@ def test_the_bus_works_with_the_credentials_alone(place, any_redis, redis_namesp
                 await sent(forge, own, TopicNames.KERNEL_READY)
                 for topic in PUBLISHED[1:]:
                     await mine.publish(message(topic))
-                told = {(await everything.receive()).topic for _ in range(6)}
+                told = {(await everything.receive()).topic for _ in range(7)}
                 assert told == {*PUBLISHED, *RECEIVED}
                 assert await mine.health()
                 assert await tamiyos.health()
@@ -186,6 +234,54 @@ def test_the_bus_works_with_the_credentials_alone(place, any_redis, redis_namesp
                 await mine.close()
                 await tamiyos.close()
                 await forge.close()
+
+    asyncio.run(life())
+
+
+def test_the_operator_hears_over_the_bus_with_its_credentials_alone(
+    place, any_redis, redis_namespace
+):
+    async def life() -> None:
+        async with serving(settings(place, any_redis.url)) as client:
+            issued = (await client.post("/internal/operator/credentials")).json()
+            url = (
+                f"redis://{issued['redisUsername']}:{issued['redisPassword']}"
+                f"@127.0.0.1:{any_redis.port}/0"
+            )
+            config = config_of(any_redis, "none", url=url, claim_idle_seconds=0.3)
+            session = await made(client, "uid-1", redis_namespace)
+            user = quote(session["redisUsername"], safe="")
+            own = f"redis://{user}:{session['redisPassword']}@127.0.0.1:{any_redis.port}/0"
+            mine = OonaClient(config_of(any_redis, redis_namespace, url=own), scope="uid-1")
+            buses = [OonaClient(config, scope=None, everywhere=True) for _ in range(2)]
+            try:
+                ready = await mine.subscribe({TopicNames.KERNEL_READY}, "tolaria")
+                group = f"operator-{redis_namespace}"
+                topics = {TopicNames.STATUS, TopicNames.KERNEL_REQUESTED}
+                left = await buses[0].subscribe(topics, group)
+                told = message(TopicNames.STATUS)
+                await mine.publish(told)
+
+                async def mine_of(heard: Any) -> OonaMessage:
+                    while True:  # this Redis has other tests' namespaces, too
+                        came = await asyncio.wait_for(heard.receive(), 30)
+                        if came.id == told.id:
+                            return came
+                        await heard.acknowledge(came)
+
+                came = await mine_of(left)
+                assert came.scope == "uid-1"
+                await left.close()  # a leader that ends; the next one takes over
+                taken = await buses[1].subscribe(topics, group)
+                again = await mine_of(taken)
+                await taken.acknowledge(again)
+                answer = message(TopicNames.KERNEL_READY)
+                await buses[1].publish(answer, namespace=redis_namespace)
+                assert (await asyncio.wait_for(ready.receive(), 30)).id == answer.id
+                await buses[1].check()
+            finally:
+                for bus in (mine, *buses):
+                    await bus.close()
 
     asyncio.run(life())
 
