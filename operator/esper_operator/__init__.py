@@ -1,0 +1,1 @@
+"""The operator: what was applied with kubectl trains as Jobs, and its state shows in status."""
