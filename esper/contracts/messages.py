@@ -16,6 +16,7 @@ from esper.contracts.operational import (
     AdaptationDecision,
     SeedTransition,
     SessionEvent,
+    SessionSnapshot,
     SystemStatePacket,
 )
 
@@ -58,6 +59,7 @@ class TopicNames(StrEnum):
     DECISIONS = "control.decisions"
     TRANSITIONS = "seeds.transitions"
     EVENTS = "sessions.events"
+    STATUS = "sessions.status"
     BLUEPRINT_SUBMITTED = "blueprints.submitted"
     KERNEL_REQUESTED = "kernels.requested"
     KERNEL_READY = "kernels.ready"
@@ -68,6 +70,7 @@ PAYLOADS: dict[TopicNames, type[Contract]] = {
     TopicNames.DECISIONS: AdaptationDecision,
     TopicNames.TRANSITIONS: SeedTransition,
     TopicNames.EVENTS: SessionEvent,
+    TopicNames.STATUS: SessionSnapshot,
     TopicNames.BLUEPRINT_SUBMITTED: BlueprintSubmitted,
     TopicNames.KERNEL_REQUESTED: KernelRequested,
     TopicNames.KERNEL_READY: KernelReady,

@@ -8,7 +8,28 @@ from typing import Annotated
 from pydantic import Field
 
 from esper.contracts.base import Contract, digest_of
-from esper.contracts.enums import ControllerPolicy, DecisionAction, SeedState, SystemHealth
+from esper.contracts.enums import (
+    ControllerPolicy,
+    DecisionAction,
+    SeedState,
+    SessionOutcome,
+    SystemHealth,
+)
+from esper.contracts.resources.common import Count as WholeNumber
+from esper.contracts.resources.common import DecimalText, Percent, ResourceModel, Text, Time
+from esper.contracts.resources.seed import SeedStatus, SeedTransitionStatus
+from esper.contracts.resources.session import (
+    MAX_SUMMARIES,
+    CheckpointStatus,
+    LayerSummary,
+    RefusedLayer,
+    SeedCounts,
+)
+
+MAX_SNAPSHOT_SEEDS = 64
+MAX_SNAPSHOT_TRANSITIONS = 32
+MAX_SNAPSHOT_BYTES = 256 * 2**10
+"""Of a snapshot as JSON; `esper.services.tolaria.reporting` cuts one down to it."""
 
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -275,3 +296,92 @@ class SessionEvent(Contract):
     epoch: Count
     reason: str
     message: str
+
+
+class SeedSnapshot(ResourceModel):
+    """One slot that has left dormancy, with all that its Seed object shows."""
+
+    layer: LayerName
+    slot: Annotated[int, Field(ge=0, le=63)]
+    state: Annotated[SeedState, Field(strict=False)]
+    blueprint: Annotated[str, Field(max_length=253)] | None = None
+    kernel: Annotated[str, Field(max_length=253)] | None = None
+    alpha_percent: Percent = 0
+    health_percent: Percent | None = None
+    """The layer's health, as last observed."""
+    contribution: DecimalText | None = None
+    """Gain in nats a sample, as last measured."""
+    cycle: WholeNumber = 0
+    transitions: Annotated[
+        tuple[SeedTransitionStatus, ...], Field(strict=False, max_length=MAX_SNAPSHOT_TRANSITIONS)
+    ] = ()
+    """The newest, oldest first."""
+
+    def status(self) -> SeedStatus:
+        """What this says of the status of its Seed object."""
+        return SeedStatus(
+            state=self.state,
+            blueprint=self.blueprint,
+            kernel=self.kernel,
+            alpha_percent=self.alpha_percent,
+            health_percent=self.health_percent,
+            contribution=self.contribution,
+            cycle=self.cycle,
+            transitions=self.transitions,
+        )
+
+
+class SessionSnapshot(ResourceModel):
+    """How a session stands: all that the status of it and of its seeds says of its training.
+
+    Every message is whole, so one that is lost costs nothing. One of a later attempt is newer, and
+    within an attempt the one with the greater `sequence`. It is sent while the session goes on: at
+    its start, at every boundary, with each checkpoint, at its end, and now and then between while
+    steps are done; a session that stands still sends nothing.
+    """
+
+    session: Annotated[str, Field(min_length=1, max_length=253)]
+    attempt: WholeNumber = 0
+    """Which attempt of the operator's this is; 0: none of its."""
+    sequence: WholeNumber
+    """Grows with each message, over restarts too: the time in ms, or the last one's plus 1."""
+    time: Time
+    outcome: Annotated[SessionOutcome, Field(strict=False)] = SessionOutcome.RUNNING
+    message: Text = ""
+    """The last event of the whole session, or how it ended."""
+    epoch: WholeNumber = 0
+    epochs: WholeNumber
+    metrics: Annotated[dict[str, DecimalText], Field(max_length=32)] = Field(default_factory=dict)
+    parameters_base: WholeNumber = 0
+    parameters: WholeNumber = 0
+    flops: WholeNumber = 0
+    seed_counts: SeedCounts = Field(default_factory=SeedCounts)
+    seeds: Annotated[
+        tuple[SeedSnapshot, ...], Field(strict=False, max_length=MAX_SNAPSHOT_SEEDS)
+    ] = ()
+    """Those that live first, then the newest."""
+    seeds_left_out: WholeNumber = 0
+    layers: Annotated[tuple[LayerSummary, ...], Field(strict=False, max_length=MAX_SUMMARIES)] = ()
+    refused_layers: Annotated[
+        tuple[RefusedLayer, ...], Field(strict=False, max_length=MAX_SUMMARIES)
+    ] = ()
+    checkpoint: CheckpointStatus | None = None
+    threads: WholeNumber = 0
+    processes: WholeNumber = 0
+
+    def observed(self) -> dict[str, object]:
+        """What this says of the fields of a `TrainingSessionStatus`, by their names."""
+        return {
+            "epoch": self.epoch,
+            "epochs": self.epochs,
+            "metrics": self.metrics,
+            "parameters_base": self.parameters_base,
+            "parameters": self.parameters,
+            "flops": self.flops,
+            "seeds": self.seed_counts,
+            "layers": self.layers,
+            "refused_layers": self.refused_layers,
+            "checkpoint": self.checkpoint,
+            "threads": self.threads,
+            "last_heartbeat_time": self.time,
+        }

@@ -28,6 +28,7 @@ __all__ = [
     "KernelFilter",
     "KernelMetadata",
     "NamespaceCredentials",
+    "OperatorCredentials",
     "Page",
     "SessionCredentials",
     "SessionFilter",
@@ -219,6 +220,21 @@ class IssuedCredentials(Contract):
     redis_username: str | None = None
     redis_password: Annotated[str | None, Field(repr=False)] = None
     expires_at: AwareTime
+
+
+class OperatorCredentials(Contract):
+    """What opens the streams that the operator needs, and what its compile Jobs ask the hub with.
+
+    The Redis user hears how the sessions of all namespaces stand and which kernels they ask for,
+    and tells them which are ready. `worker_token` is of role worker. Without a Redis behind the hub
+    there is no user.
+    """
+
+    worker_token: Annotated[str, Field(repr=False)]
+    redis_username: str | None = None
+    redis_password: Annotated[str | None, Field(repr=False)] = None
+    expires_at: AwareTime
+    """Of the token; the user stays."""
 
 
 class SweepResult(Contract):

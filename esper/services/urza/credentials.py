@@ -14,18 +14,26 @@ from datetime import datetime, timedelta
 from pydantic import SecretStr
 
 from esper.contracts.messages import TopicNames
-from esper.services.contracts import IssuedCredentials, SessionCredentials
+from esper.services.contracts import IssuedCredentials, OperatorCredentials, SessionCredentials
 from esper.services.urza.auth import Role, Tokens
-from esper.services.urza.redis_users import RedisUser, namespace_user, session_user
+from esper.services.urza.redis_users import OPERATOR_USER, RedisUser, namespace_user, session_user
 
 TAMIYO = "tamiyo"
+COMPILE_JOBS = "compile-jobs"
 _TOLARIA_PUBLISHES = (
     TopicNames.PACKETS,
     TopicNames.TRANSITIONS,
     TopicNames.EVENTS,
+    TopicNames.STATUS,
     TopicNames.KERNEL_REQUESTED,
 )
 _TOLARIA_RECEIVES = (TopicNames.DECISIONS, TopicNames.KERNEL_READY)
+_OPERATOR_RECEIVES = (
+    TopicNames.STATUS,
+    TopicNames.TRANSITIONS,
+    TopicNames.EVENTS,
+    TopicNames.KERNEL_REQUESTED,
+)
 
 
 class Secrets:
@@ -64,6 +72,17 @@ class Secrets:
             scans=True,
         )
 
+    def operator_user(self) -> RedisUser:
+        """The Redis user of the operator; it reaches the streams of all namespaces."""
+        return RedisUser(
+            name=OPERATOR_USER,
+            password=self._derived("operator"),
+            streams="esper:*:*",
+            publishes=(TopicNames.KERNEL_READY,),
+            receives=_OPERATOR_RECEIVES,
+            scans=True,
+        )
+
     def of_session(self, row: SessionCredentials) -> IssuedCredentials:
         """What the session with that row is given."""
         token = self._tokens.mint(
@@ -77,12 +96,24 @@ class Secrets:
 
     def of_namespace(self, namespace: str, now: datetime, days: int) -> IssuedCredentials:
         """What the namespace's Tamiyo is given; its token is the same for all of a UTC day."""
-        since = now.replace(hour=0, minute=0, second=0, microsecond=0)
-        until = since + timedelta(days=days + 1)
+        since, until = _day(now, days)
         token = self._tokens.mint(
             Role.READER, TAMIYO, namespace=namespace, issued_at=since, expires_at=until
         )
         return self._issued(namespace, token, until, self.namespace_user(namespace), None)
+
+    def of_operator(self, now: datetime, days: int) -> OperatorCredentials:
+        """What the operator is given; the token is the same for all of a UTC day."""
+        since, until = _day(now, days)
+        user = self.operator_user()
+        return OperatorCredentials(
+            worker_token=self._tokens.mint(
+                Role.WORKER, COMPILE_JOBS, issued_at=since, expires_at=until
+            ),
+            redis_username=user.name if self._has_redis else None,
+            redis_password=user.password if self._has_redis else None,
+            expires_at=until,
+        )
 
     def _issued(
         self, namespace: str, token: str, until: datetime, user: RedisUser, uid: str | None
@@ -100,3 +131,9 @@ class Secrets:
         # Parts are names and times: none holds the separator.
         text = "\n".join(("redis", *parts)).encode()
         return hmac.new(self._key, text, hashlib.sha256).hexdigest()
+
+
+def _day(now: datetime, days: int) -> tuple[datetime, datetime]:
+    """The beginning of the UTC day of `now`, and the end of the day so many days later."""
+    since = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    return since, since + timedelta(days=days + 1)

@@ -39,6 +39,7 @@ from esper.services.contracts import (
     BlueprintClaim,
     IssuedCredentials,
     KernelClaim,
+    OperatorCredentials,
     Page,
     SweepResult,
 )
@@ -287,6 +288,10 @@ class HttpUrza(HttpKernelSource):
         return await self._asked(
             IssuedCredentials, "POST", f"/internal/namespaces/{checked}/credentials"
         )
+
+    async def operator_credentials(self) -> OperatorCredentials:
+        """What opens the operator's streams of all namespaces, and its compile Jobs' token."""
+        return await self._asked(OperatorCredentials, "POST", "/internal/operator/credentials")
 
     async def sweep(
         self, namespace: str, live: Sequence[str], gathered_at: datetime

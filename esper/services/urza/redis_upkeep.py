@@ -13,14 +13,20 @@ from datetime import datetime
 from esper.contracts.base import utc_now
 from esper.errors import BusUnavailable, ConfigError
 from esper.services.urza.credentials import Secrets
-from esper.services.urza.redis_users import RedisUser, RedisUsers, namespace_user, session_user
+from esper.services.urza.redis_users import (
+    OPERATOR_USER,
+    RedisUser,
+    RedisUsers,
+    namespace_user,
+    session_user,
+)
 from esper.services.urza.store import UrzaHub
 
 _Makers = dict[str, Callable[[], RedisUser]]
 
 
 class RedisUpkeep:
-    """Sets and removes the Redis users of sessions and namespaces.
+    """Sets and removes the Redis users of sessions and namespaces, and sets the operator's.
 
     Every method raises BusUnavailable where Redis does not answer, ConfigError where it refuses
     the user or the password of `redis.url`, and HubUnavailable where the database does not answer.
@@ -92,7 +98,8 @@ class RedisUpkeep:
     async def _rows(self) -> tuple[_Makers, Collection[str]]:
         """What makes each user that is to be there, by its name; and the names of those that go."""
         now = self._clock()
-        live: _Makers = {}
+        # The operator's has no row: it is there for as long as the hub is.
+        live: _Makers = {OPERATOR_USER: self._secrets.operator_user}
         gone = []
         for row in await self._hub.list_credentials():
             name = session_user(row.namespace, row.uid)

@@ -1,8 +1,9 @@
 """Redis users for sessions and namespaces: what each may do, and nothing else.
 
 A session's user reaches the streams of its own session, `esper:<namespace>:<uid>:*`; the user of a
-namespace, its Tamiyo's, those of all sessions in it. Neither may list keys of others by pattern,
-run scripts or change settings; a namespace's user may scan, because it has to find new sessions.
+namespace, its Tamiyo's, those of all sessions in it; the operator's, some of all namespaces. None
+may list keys of others by pattern, run scripts or change settings; those of more than one session
+may scan, because they have to find new ones.
 From Redis 7 on reading and writing are told apart too: each user adds to the streams of the topics
 that it publishes, and reads, as a group does, those that it receives.
 Redis keeps users in memory: they are set again whenever it has been started anew.
@@ -50,6 +51,7 @@ _STREAM_COMMANDS = tuple(sorted({*_ADDING, *_RECEIVING, "xgroup", "xinfo"}))
 _CHECK = ("check",)
 _CONNECTION_COMMANDS = ("ping", "client|setname", "client|id", "multi", "exec", "discard")
 _SELECTORS_SINCE = 7
+OPERATOR_USER = "esper-operator"
 _NOBODY = "esper-nobody"  # no session's name, nor a namespace's
 _SCANNED = 1000
 

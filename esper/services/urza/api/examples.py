@@ -16,6 +16,7 @@ from esper.services.contracts import (
     BlueprintClaim,
     IssuedCredentials,
     KernelClaim,
+    OperatorCredentials,
     SweepResult,
 )
 from esper.services.urza.problems import Problem
@@ -96,6 +97,12 @@ _MADE: tuple[Contract, ...] = (
         namespace="team-a",
         hub_token="eyJhbGciOiJIUzI1NiIs….….…",
         redis_username=f"esper-session:team-a:{_UID}",
+        redis_password="64 hex digits",
+        expires_at=_NOON + timedelta(days=90),
+    ),
+    OperatorCredentials(
+        worker_token="eyJhbGciOiJIUzI1NiIs….….…",
+        redis_username="esper-operator",
         redis_password="64 hex digits",
         expires_at=_NOON + timedelta(days=90),
     ),

@@ -21,6 +21,7 @@ from esper.services.contracts import (
     KernelClaim,
     KernelFilter,
     LeaseToken,
+    OperatorCredentials,
     Page,
     SimpleBlueprintContract,
     SimpleCompiledKernelContract,
@@ -334,6 +335,18 @@ async def make_namespace_credentials(request: Request, namespace: NamespaceName)
     issued = urza.secrets.of_namespace(namespace, utc_now(), urza.config.credential_days)
     await urza.hub.put_namespace(namespace, issued.expires_at)
     await urza.give_user(urza.secrets.namespace_user(namespace))
+    return answer(issued, headers={"Cache-Control": "no-store"})
+
+
+@internal.post(
+    "/operator/credentials",
+    **allowed(Permission.ADMINISTER, documented({200: OperatorCredentials})),
+)
+async def make_operator_credentials(request: Request) -> Response:
+    """What the operator hears sessions of all namespaces with, and its compile Jobs' token."""
+    urza = urza_of(request)
+    issued = urza.secrets.of_operator(utc_now(), urza.config.credential_days)
+    await urza.give_user(urza.secrets.operator_user())
     return answer(issued, headers={"Cache-Control": "no-store"})
 
 

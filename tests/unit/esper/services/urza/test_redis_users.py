@@ -24,6 +24,7 @@ PUBLISHED = (
     TopicNames.PACKETS,
     TopicNames.TRANSITIONS,
     TopicNames.EVENTS,
+    TopicNames.STATUS,
     TopicNames.KERNEL_REQUESTED,
 )
 RECEIVED = (TopicNames.DECISIONS, TopicNames.KERNEL_READY)
@@ -142,6 +143,53 @@ def test_a_namespaces_user_reaches_its_sessions(place, any_redis, redis_namespac
     asyncio.run(life())
 
 
+def test_the_operators_user_hears_every_namespace_and_tells_what_is_ready(
+    place, any_redis, redis_namespace
+):
+    heard = (
+        TopicNames.STATUS,
+        TopicNames.TRANSITIONS,
+        TopicNames.EVENTS,
+        TopicNames.KERNEL_REQUESTED,
+    )
+    path = "/internal/operator/credentials"
+
+    async def life() -> None:
+        async with serving(settings(place, any_redis.url)) as client:
+            answer = await client.post(path)
+            assert answer.headers["Cache-Control"] == "no-store"
+            issued = answer.json()
+            assert (await client.post(path)).json() == issued
+            async with redis_of(any_redis, issued) as redis, any_redis.async_client() as admin:
+                for namespace in (redis_namespace, f"{redis_namespace}-b"):
+                    for topic in heard:
+                        at = f"esper:{namespace}:uid-1:{topic}"
+                        key = await admin.xadd(at, {"a": "b"})
+                        await redis.xgroup_create(at, "operator", id="0")
+                        (read,) = await redis.xreadgroup("operator", "me", {at: ">"})
+                        assert read[1][0][0] == key
+                        await redis.xadd(f"{at}:dead", {"a": "b"})
+                    await redis.xadd(
+                        f"esper:{namespace}:uid-1:{TopicNames.KERNEL_READY}", {"a": ""}
+                    )
+                found = [name async for name in redis.scan_iter(match=f"esper:{redis_namespace}*")]
+                assert len(found) == 2 * (2 * len(heard) + 1)
+                await refused(redis.xadd("other:a:b:sessions.status", {"a": "b"}), redis.acl_list())
+                if any_redis.release >= 7:
+                    decisions = f"esper:{redis_namespace}:uid-1:{TopicNames.DECISIONS}"
+                    await refused(
+                        redis.xadd(f"esper:{redis_namespace}:uid-1:{heard[0]}", {"a": "forged"}),
+                        redis.xadd(decisions, {"a": "forged"}),
+                        redis.xgroup_create(decisions, "g", mkstream=True),
+                    )
+            token = {"Authorization": f"Bearer {issued['workerToken']}"}
+            work = await client.get("/internal/requested-kernels", headers=token)
+            assert work.status_code == 200
+            assert (await client.post(path, headers=token)).status_code == 403
+
+    asyncio.run(life())
+
+
 def message(topic: TopicNames) -> OonaMessage:
     values = ready(1, "uid-1").model_dump()
     return OonaMessage.model_validate({**values, "id": uuid4().hex, "topic": topic})
@@ -175,7 +223,7 @@ def test_the_bus_works_with_the_credentials_alone(place, any_redis, redis_namesp
                 await sent(forge, own, TopicNames.KERNEL_READY)
                 for topic in PUBLISHED[1:]:
                     await mine.publish(message(topic))
-                told = {(await everything.receive()).topic for _ in range(6)}
+                told = {(await everything.receive()).topic for _ in range(7)}
                 assert told == {*PUBLISHED, *RECEIVED}
                 assert await mine.health()
                 assert await tamiyos.health()
