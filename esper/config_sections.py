@@ -77,7 +77,7 @@ def _levels(text: str) -> str:
     return text
 
 
-_DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
+_DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
 _HOST_NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
 
@@ -328,7 +328,7 @@ class OperatorConfig(Section):
     namespaces: Annotated[
         str,
         Field(
-            pattern=r"^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(,(?=.)|$))*$",
+            pattern=rf"^({_DNS_LABEL}(,{_DNS_LABEL})*)?$",
             description="names of namespaces, separated by commas; empty: the whole cluster",
         ),
     ] = ""
@@ -340,11 +340,11 @@ class OperatorConfig(Section):
         ),
     ] = None
     lease_namespace: Annotated[
-        str, Field(pattern=_DNS_LABEL, description="the namespace of the operator's lease")
+        str, Field(pattern=f"^{_DNS_LABEL}$", description="the namespace of the operator's lease")
     ] = "esper-system"
-    lease_name: Annotated[str, Field(pattern=_DNS_LABEL, description="the name of its lease")] = (
-        "esper-operator"
-    )
+    lease_name: Annotated[
+        str, Field(pattern=f"^{_DNS_LABEL}$", description="the name of its lease")
+    ] = "esper-operator"
     lease_seconds: Whole = _whole(8, "seconds that a lease lasts", least=2, most=600)
     renew_seconds: Real = _seconds(5.0, "without a renewal, after which it ends", most=600)
     retry_seconds: Real = _seconds(1.0, "between two renewals, or looks at the lease", most=60)
@@ -360,6 +360,20 @@ class OperatorConfig(Section):
         str,
         Field(min_length=1, max_length=1024, description="the image of pods that name no other"),
     ] = "esper:latest"
+    image_pull_policy: Annotated[
+        Literal["Always", "IfNotPresent", "Never"],
+        Field(description="one of Always, IfNotPresent, Never"),
+    ] = "IfNotPresent"
+    image_pull_secrets: Annotated[
+        str,
+        Field(
+            pattern=rf"^({_DNS_LABEL}(,{_DNS_LABEL})*)?$",
+            description="names of Secrets with which images are pulled, separated by commas",
+        ),
+    ] = ""
+    stop_seconds: Whole = _whole(60, "seconds for a worker to write a checkpoint", least=1, most=3600)
+    kernels_per_session: Whole = _whole(64, "kernels that a session may ask for", least=0, most=1000)
+    compile_seconds: Whole = _whole(900, "seconds for a compile Job", least=1, most=86_400)
 
 
 class ComponentConfig(Section):

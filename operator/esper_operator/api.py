@@ -82,6 +82,7 @@ class ClusterApi:
         configuration.trace_configs = [tracing]
         configuration.client_session_kwargs = {"trust_env": False}
         configuration.connection_pool_maxsize = 64
+        self.configuration = configuration
         self._client = ApiClient(configuration)
         self._client.user_agent = "esper-operator"
 

@@ -188,7 +188,7 @@ class Election:
     async def acquire(self) -> None:
         """Wait until the lease is free or has run out, and take it."""
         seen: LeaseRecord | None = None
-        seen_at = self._clock()
+        seen_at, said = self._clock(), ""
         while self._held is None:
             try:
                 found = await self._leases.read()
@@ -200,7 +200,9 @@ class Election:
             except ApiConflict:
                 _log.debug("another operator was faster")
             except EsperError as error:
-                _log.warning("the lease can't be had at the moment: %s", error)
+                if str(error) != said:
+                    _log.warning("the lease can't be had at the moment: %s", error)
+                said = str(error)
             await asyncio.sleep(self._config.retry_seconds)
 
     def _free(self, found: LeaseRecord, seen_at: float) -> bool:

@@ -79,7 +79,7 @@ class Store:
         held = self._versions[kind.name].get(name)
         if uid in self._deleted or (held and held[0] == uid and held[1] >= version):
             return ()
-        view = _VIEWS[kind.name](found if "kind" in found else {**found, "kind": kind.name})
+        view = _VIEWS[kind.name]({**found, "kind": kind.name})  # lists and metadata say another
         before = self._views[kind.name].get(name)
         if before is not None:
             self._unlink(kind, name, before)
@@ -163,6 +163,10 @@ class Store:
         if namespace is None:
             return dict(versions)
         return {name: held for name, held in versions.items() if name[0] == namespace}
+
+    def deleted(self, uid: str) -> bool:
+        """Whether an object of that uid was heard to be gone, not long ago."""
+        return uid in self._deleted
 
     def keys(self) -> Iterator[Key]:
         """Everything that can be reconciled."""

@@ -6,12 +6,11 @@ could still be under way when another operator may work is not sent at all.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 from esper_operator.api import APPLY, ClusterApi, Fence
 from esper_operator.errors import ApiConflict, ApiNotFound, LeaseLost
@@ -53,13 +52,12 @@ class Writer:
         """Make the object, or bring the fields that `manifest` names to its values."""
         return await self._applied(manifest, "", "apply")
 
-    async def apply_status(self, manifest: Object, *, background: bool = False) -> Object:
-        """Bring the status of an object to that of `manifest`, which names its uid.
+    def background_wait(self) -> float:
+        """Seconds until one more write may be made in the background; 0: now, and it is counted."""
+        return self._pace.wait()
 
-        `background` says that it may wait its turn.
-        """
-        if background:
-            await self._pace.wait()
+    async def apply_status(self, manifest: Object) -> Object:
+        """Bring the status of an object to that of `manifest`, which names its uid."""
         return await self._applied(manifest, "status", "status")
 
     async def delete(
@@ -88,13 +86,13 @@ class Writer:
     async def tell(
         self,
         about: Object,
-        severity: Literal["Normal", "Warning"],
+        severity: str,
         reason: str,
         message: str,
     ) -> None:
         """A Kubernetes Event about an object; the same one is told once.
 
-        `about` has apiVersion, kind, namespace, name and uid.
+        `severity` is Normal or Warning; `about` has apiVersion, kind, namespace, name and uid.
         """
         told = message[:MAX_EVENT_MESSAGE]
         content = f"{about['uid']}/{severity}/{reason}/{told}"
@@ -162,16 +160,22 @@ class Writer:
 
 
 class Pace:
-    """So many turns a second; a few may come at once."""
+    """So many turns a second, as many of them at once."""
 
-    def __init__(self, rate: float) -> None:
-        """`rate` is in turns a second."""
-        self._gap = 1.0 / rate
-        self._next = 0.0
+    def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """`rate` is in turns a second, `clock` in seconds."""
+        self._rate = rate
+        self._most = max(1.0, rate)
+        self._clock = clock
+        self._left = self._most
+        self._at = clock()
 
-    async def wait(self) -> None:
-        """Return when it is the caller's turn."""
-        loop = asyncio.get_running_loop()
-        turn = max(self._next, loop.time())
-        self._next = turn + self._gap
-        await asyncio.sleep(turn - loop.time())
+    def wait(self) -> float:
+        """Seconds until there is a turn; 0: there is one, and it is taken."""
+        now = self._clock()
+        self._left = min(self._most, self._left + (now - self._at) * self._rate)
+        self._at = now
+        if self._left < 1.0:
+            return (1.0 - self._left) / self._rate
+        self._left -= 1.0
+        return 0.0
