@@ -45,6 +45,11 @@ Fence = Callable[[], None]
 _fence: ContextVar[Fence | None] = ContextVar("_fence", default=None)
 
 
+def in_pod() -> bool:
+    """Whether this process has a service account of its own."""
+    return _SERVICE_ACCOUNT.is_file()
+
+
 async def connection(kubeconfig: Path | None) -> Configuration:
     """How the API server is reached: by that file, else as this pod, else by kubectl's own file.
 
@@ -53,7 +58,7 @@ async def connection(kubeconfig: Path | None) -> Configuration:
     """
     configuration = Configuration()
     try:
-        if kubeconfig is None and _SERVICE_ACCOUNT.is_file():
+        if kubeconfig is None and in_pod():
             load_incluster_config(configuration)
         else:
             file = None if kubeconfig is None else str(kubeconfig)
@@ -136,14 +141,16 @@ class ClusterApi:
         limit = aiohttp.ClientTimeout(total=seconds, sock_connect=min(CONNECT_SECONDS, seconds))
         token = _fence.set(fence)
         try:
-            answer = await self._request(what, method, path, query, body, content_type, accept, limit)
+            answer = await self._request(
+                what, method, path, query, body, content_type, accept, limit
+            )
             status, data = answer.status, await answer.read()
         except (aiohttp.ClientError, TimeoutError, OSError, ApiException) as error:
             reason = one_line(str(error)) if str(error) else type(error).__name__
             raise ApiUnavailable(f"{what}: the API server gives no answer ({reason})") from error
         finally:
             _fence.reset(token)
-        if status >= 400:  # noqa: PLR2004
+        if status >= 400:
             raise refusal(what, status, data)
         found: dict[str, Any] = json.loads(data)
         return found
@@ -171,7 +178,7 @@ class ClusterApi:
                 what, "GET", path, query, None, "application/json", METADATA, limit
             )
             try:
-                if answer.status >= 400:  # noqa: PLR2004
+                if answer.status >= 400:
                     raise refusal(what, answer.status, await answer.read())
                 yield _lines(answer.response)
             finally:
@@ -235,5 +242,3 @@ def refusal(what: str, status: int, data: bytes) -> ApiRefused | ApiUnavailable:
         return ApiUnavailable(f"{what}: the API server asks to come again ({status} {said})")
     kinds = {_NOT_FOUND: ApiNotFound, _CONFLICT: ApiConflict}
     return kinds.get(status, ApiRefused)(what, status, reason or str(status), said)
-
-

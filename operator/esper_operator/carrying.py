@@ -70,8 +70,8 @@ class Carrier:
         outcome.wrote = True
         return True
 
-    async def rest(self, about: About, memory: Memory, plan: Plan, outcome: Outcome) -> None:
-        """All but the status: what is to be gone, to be made, and to be told."""
+    async def rest(self, about: About | None, memory: Memory, plan: Plan, outcome: Outcome) -> None:
+        """All but the status: what is to be gone, to be made, and to be told about the object."""
         for deletion in plan.delete:
             kind = BY_NAME[deletion.kind]
             await self._writer.delete(kind, deletion.namespace, deletion.name, deletion.uid)
@@ -80,7 +80,7 @@ class Carrier:
             await self.child(memory, manifest, outcome)
         for manifest in plan.child_statuses:
             await self._child_status(memory, manifest, outcome)
-        for notice in plan.notices:
+        for notice in plan.notices if about is not None else ():
             described = {
                 "apiVersion": about.kind.api_version,
                 "kind": about.kind.name,

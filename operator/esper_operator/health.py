@@ -16,6 +16,7 @@ STUCK_SECONDS = 180.0
 """No reconcile takes so long: each of its requests has a limit of a few seconds."""
 _log = logging.getLogger(__name__)
 
+
 class OperatorHealth(ServiceHealth):
     """The three answers of `esper.services.health`, with work and watches in them."""
 

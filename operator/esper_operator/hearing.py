@@ -80,7 +80,12 @@ class Reports:
         try:
             payload = message.open()
         except ValidationError as error:
-            _log.warning("%s of session %s says nothing: %s", message.topic, message.scope, one_line(str(error)))
+            _log.warning(
+                "%s of session %s says nothing: %s",
+                message.topic,
+                message.scope,
+                one_line(str(error)),
+            )
             return
         uid = message.scope
         if isinstance(payload, SessionSnapshot):

@@ -46,13 +46,12 @@ class MetadataWatch:
 
     async def _watch(self) -> None:
         if self._version is None:
-            version = ""
             async for chunk, version in self._api.chunks(
                 self._kind, self._namespace, selector=MANAGED_BY, metadata_only=True
             ):
                 for found in chunk:
                     self._hear(self._kind, None, found)
-            self._version = version
+                self._version = version
         async with self._api.watching(
             self._kind, self._namespace, self._version, selector=MANAGED_BY, seconds=SERVER_SECONDS
         ) as events:

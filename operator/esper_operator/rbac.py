@@ -66,7 +66,9 @@ GRANTS = (
     Grant(SEED, _SEEN, "which Seeds there are, their metadata alone"),
     Grant(SEED, _MADE, "a slot has left dormancy"),
     Grant(SEED, ("patch",), "how a seed stands", "status"),
-    Grant(SEED, ("delete",), "the slot of a session of that name that was deleted", faults_only=True),
+    Grant(
+        SEED, ("delete",), "the slot of a session of that name that was deleted", faults_only=True
+    ),
     Grant(JOB, _SEEN, "how workers and compilations stand"),
     Grant(JOB, _MADE, "the workers of an attempt, or a compilation"),
     Grant(JOB, ("delete",), "a session was suspended, resized, or begins a new attempt"),

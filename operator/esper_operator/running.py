@@ -60,9 +60,7 @@ async def run(config: EsperConfig) -> int:
                 watching.cancel()
 
 
-async def _lives(
-    election: Election, leader: Leader, metrics: OperatorMetrics, stop: Stop
-) -> int:
+async def _lives(election: Election, leader: Leader, metrics: OperatorMetrics, stop: Stop) -> int:
     acquiring = await _first(election.acquire(), stop.wait())
     if acquiring is None:
         return 0

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from esper_operator.children import names
 from esper_operator.kinds import (
     BLUEPRINT,
     DEPLOYMENT,
@@ -67,6 +68,7 @@ class Store:
         self._versions: dict[str, dict[Name, tuple[str, int]]] = {kind: {} for kind in _VIEWS}
         self._children: dict[str, dict[tuple[str, Name], View]] = {}
         self._kernel_of_job: dict[str, Key] = {}
+        self._name_of_session: dict[str, Name] = {}
         self._deleted: OrderedDict[str, None] = OrderedDict()
 
     # What is heard
@@ -113,6 +115,11 @@ class Store:
         """The session of that name."""
         return self._views[SESSION.name].get((namespace, name))  # type: ignore[return-value]
 
+    def session_of_uid(self, uid: str) -> SessionView | None:
+        """The session of that uid."""
+        name = self._name_of_session.get(uid)
+        return None if name is None else self.session(*name)
+
     def blueprint(self, namespace: str, name: str) -> BlueprintView | None:
         """The blueprint of that name."""
         return self._views[BLUEPRINT.name].get((namespace, name))  # type: ignore[return-value]
@@ -124,6 +131,10 @@ class Store:
     def job(self, namespace: str, name: str) -> JobView | None:
         """The Job of that name."""
         return self._views[JOB.name].get((namespace, name))  # type: ignore[return-value]
+
+    def job_of_kernel(self, namespace: str, kernel: str) -> JobView | None:
+        """The Job that compiles a kernel."""
+        return self.job(namespace, names.compile_job(kernel))
 
     def deployment(self, namespace: str, name: str) -> DeploymentView | None:
         """The Deployment of that name."""
@@ -168,7 +179,7 @@ class Store:
         """Whether an object of that uid was heard to be gone, not long ago."""
         return uid in self._deleted
 
-    def keys(self) -> Iterator[Key]:
+    def everything(self) -> Iterator[Key]:
         """Everything that can be reconciled."""
         for kind in (SESSION, BLUEPRINT, KERNEL):
             for namespace, name in self._views[kind.name]:
@@ -191,6 +202,8 @@ class Store:
         owner = self._owner(view)
         if owner:
             self._children.setdefault(owner, {})[kind.name, name] = view
+        if isinstance(view, SessionView):
+            self._name_of_session[view.uid] = name
         if isinstance(view, JobView) and view.kernel:
             self._kernel_of_job[view.uid] = Key(KERNEL.name, view.namespace, view.kernel)
 
@@ -201,6 +214,8 @@ class Store:
             siblings.pop((kind.name, name), None)
             if not siblings:
                 del self._children[owner]
+        if isinstance(view, SessionView):
+            self._name_of_session.pop(view.uid, None)
         if isinstance(view, JobView):
             self._kernel_of_job.pop(view.uid, None)
 

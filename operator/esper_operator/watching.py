@@ -66,7 +66,9 @@ def settings_of(kinds: Collection[Kind] = WATCHED) -> kopf.OperatorSettings:
 
 
 def registry_of(
-    hear: Hear, login: Callable[[], Awaitable[kopf.ConnectionInfo]], kinds: Collection[Kind] = WATCHED
+    hear: Hear,
+    login: Callable[[], Awaitable[kopf.ConnectionInfo]],
+    kinds: Collection[Kind] = WATCHED,
 ) -> kopf.OperatorRegistry:
     """Handlers that hand every event of `kinds` to `hear`."""
     registry = kopf.OperatorRegistry()

@@ -39,8 +39,9 @@ class Writer:
         seconds: float,
         background_rate: float,
     ) -> None:
-        """`remaining` gives the lease's seconds, `seconds` limit a write, `background_rate` a
-        second's writes in the background.
+        """`remaining` gives the lease's seconds; `seconds` limit a write.
+
+        `background_rate` is how many writes a second may be made in the background.
         """
         self._api = api
         self._remaining = remaining

@@ -1,4 +1,4 @@
-"""Election: one at a time, by what each can know; over a lease in memory with a clock of the test's.
+"""Election: one at a time, by what each can know; over a lease in memory, with the test's clock.
 
 The same is shown against the real API server in tests/integration.
 """
@@ -146,11 +146,13 @@ class LosesAnAnswer(MemoryLeases):
     def __init__(self) -> None:
         super().__init__()
         self.lose = False
+        self.lost = asyncio.Event()
 
     async def write(self, record: LeaseRecord) -> LeaseRecord:
         written = await super().write(record)
         if self.lose:
             self.lose = False
+            self.lost.set()
             raise ApiUnavailable("the lease: the answer was lost")
         return written
 
@@ -163,8 +165,7 @@ def test_a_renewal_whose_answer_was_lost_costs_nothing_and_extends_nothing() -> 
         leases.lose = True
         clock.now += 2.0
         keeping = asyncio.create_task(first.keep())
-        while leases.lose:
-            await asyncio.sleep(0)
+        await asyncio.wait_for(leases.lost.wait(), 2.0)
         assert first.remaining() == 6.0
         await asyncio.sleep(0.1)
         assert not keeping.done()
@@ -228,7 +229,7 @@ def test_settings_with_which_the_holder_would_outlive_its_lease_are_refused(
     wrong: dict[str, float],
 ) -> None:
     config = OperatorConfig(**wrong)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="operator.renew_seconds"):
+    with pytest.raises(ConfigError, match=r"operator\.renew_seconds"):
         Election(MemoryLeases(), config, "one")
 
 

@@ -193,7 +193,7 @@ def test_a_write_that_could_outlast_the_lease_is_not_sent(left: float) -> None:
             scene.writer.delete(JOB, "team", "first", "j1"),
             scene.writer.tell(ABOUT, "Normal", "Started", "it began"),
         ):
-            with pytest.raises(LeaseLost, match="operator.write_seconds"):
+            with pytest.raises(LeaseLost, match=r"operator\.write_seconds"):
                 await write
         assert scene.server.asked == []
 
