@@ -6,14 +6,10 @@ comes to the same status, so that a write that was lost is only written again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from pydantic import ValidationError
 
 from esper.contracts.base import canonical_json
 from esper.contracts.resources import (
-    API_VERSION,
     GROUP,
     Condition,
     Failure,
@@ -71,18 +67,8 @@ def is_finished(record: TrainingSessionStatus) -> bool:
 
 
 def to_apply(
-    kind: str, view: SessionView | BlueprintView | KernelView, status: ResourceModel
+    view: SessionView | BlueprintView | KernelView, status: ResourceModel
 ) -> Manifest | None:
-    """The body that applies `status`; None where it is what the object has already.
-
-    With the uid, so that no other object of that name is written to.
-    """
-    content: Mapping[str, Any] = status.to_wire()
-    if canonical_json(content) == view.status_text:
-        return None
-    return {
-        "apiVersion": API_VERSION,
-        "kind": kind,
-        "metadata": {"name": view.name, "namespace": view.namespace, "uid": view.uid},
-        "status": content,
-    }
+    """The whole `status` as it is applied; None where it is what the object has already."""
+    content = status.to_wire()
+    return None if canonical_json(content) == view.status_text else content

@@ -8,10 +8,10 @@ from esper_operator.children.objects import Json, child, labels_of, owner_of
 from esper_operator.options import Options
 from esper_operator.views import CONTAINER, KERNEL_LABEL, KernelView
 
-_BAD_INPUT = 2
+_BAD_INPUT = (2, 78)
 _INTERRUPTED = 130
-"""Exit codes of `esper compile`. 1 is both a kernel's own fault, which a second try finds in the
-hub at once, and a service that is away, for which a later try helps."""
+"""Exit codes of `esper compile`: settings that can't be used, or a kernel that can't be compiled;
+and a signal. For what else ends it, as a service that is away, a later try may help."""
 RETRIES = 3
 
 
@@ -48,7 +48,7 @@ def manifest(kernel: KernelView, options: Options) -> Json:
                     "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
                 },
                 {"action": "Ignore", "onExitCodes": _codes(_INTERRUPTED)},
-                {"action": "FailJob", "onExitCodes": _codes(_BAD_INPUT)},
+                {"action": "FailJob", "onExitCodes": _codes(*_BAD_INPUT)},
             ]
         },
         "template": {
@@ -67,5 +67,5 @@ def manifest(kernel: KernelView, options: Options) -> Json:
     )
 
 
-def _codes(value: int) -> Json:
-    return {"containerName": CONTAINER, "operator": "In", "values": [value]}
+def _codes(*values: int) -> Json:
+    return {"containerName": CONTAINER, "operator": "In", "values": list(values)}

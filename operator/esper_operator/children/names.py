@@ -1,6 +1,7 @@
 """What each child is called: always the same for the same parent.
 
-A session's name has at most 48 characters, so that a Job's pods, the longest names, stay DNS labels.
+A session's name has at most 48 characters, so that the host names of a Job's pods, the longest, stay
+DNS labels.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import base64
 import hashlib
 
 TAMIYO = "esper-tamiyo"
-"""The Deployment and the Secret of a namespace's controller; controllers of their own use the Secret too."""
+"""The Deployment of a namespace's controller, and the Secret of all its controllers."""
 COMPILE = "esper-compile"
 """The Secret with which the compile Jobs of a namespace ask the hub."""
 RENDEZVOUS_PORT = 29400

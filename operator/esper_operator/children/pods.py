@@ -15,7 +15,7 @@ from esper_operator.options import Options
 from esper_operator.views import CONTAINER
 
 SETTINGS_FOLDER = "/etc/esper"
-TEMPORARY_FOLDER = "/tmp"  # noqa: S108 - of the pod
+TEMPORARY_FOLDER = "/tmp"
 NOT_READY_SECONDS = 60
 """How long a pod stays on a node that does not answer."""
 
@@ -199,7 +199,7 @@ def _tolerated(toleration: Json, own: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _with_extra(spec: Json, extra: Mapping[str, Any]) -> Json:
-    """`extra` beside what is there: it adds to lists and to who the pod is, and replaces nothing."""
+    """`extra` beside what is there: it adds to lists and to who the pod is."""
     added = {k: v for k, v in extra.items() if k not in _OWNED and k not in spec}
     merged = {**added, **spec}
     for name in ("tolerations", "imagePullSecrets", "hostAliases"):

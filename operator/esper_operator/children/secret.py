@@ -1,4 +1,4 @@
-"""Secrets: the settings with which pods reach hub and bus, and the session's manifest beside them."""
+"""Secrets: the settings with which pods reach hub and bus, and the manifest of their session."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from functools import lru_cache
 from esper.contracts.blueprints import CATALOGUE
 from esper.contracts.manifests import NAME_LABEL, session_document
 from esper.contracts.resources import (
-    API_VERSION,
     Blueprint,
     PodTemplate,
     RunPolicySpec,
     TrainingSession,
-    TrainingSessionSpec,
 )
 from esper.contracts.resources.common import LabelledMeta, SessionMeta
 from esper.services.contracts import IssuedCredentials, OperatorCredentials
@@ -129,7 +127,7 @@ def offered(
             continue
         found.append(
             Blueprint(
-                api_version=API_VERSION,
+                api_version="esper.dev/v1alpha1",
                 kind="Blueprint",
                 metadata=LabelledMeta(name=view.name, labels=labels),
                 spec=view.spec(),
@@ -147,7 +145,7 @@ def _resource(session: SessionView) -> TrainingSession:
     spec = session.spec()
     workers = spec.workers.model_copy(update={"pod_template": PodTemplate()})
     return TrainingSession(
-        api_version=API_VERSION,
+        api_version="esper.dev/v1alpha1",
         kind="TrainingSession",
         metadata=SessionMeta(name=session.name, namespace=session.namespace, uid=session.uid),
         spec=spec.model_copy(update={"workers": workers, "run_policy": RunPolicySpec()}),

@@ -35,7 +35,7 @@ _MAX_TEXT = 1024
 
 
 def advance(scene: Scene) -> Step:
-    """Take note of what has become of the attempt; at most one end or one new attempt comes of it."""
+    """Take note of what has become of the attempt: at most one end, or one new attempt."""
     if scene.record.attempt == 0:
         return Step(_next(scene))
     scene = _caught_up(scene)
@@ -170,7 +170,7 @@ def _concluded(scene: Scene, message: str, end: End) -> Step:
 
 
 def _summed_up(scene: Scene, reason: Reason, message: str) -> Scene:
-    """The scene with a summary that says how the last attempt ended; it stays till workers are ready."""
+    """The scene with how the last attempt ended as its summary, until workers are ready."""
     summary = condition(
         Kind.SUCCEEDED,
         "Unknown",
@@ -236,7 +236,7 @@ def _text(pod: PodView) -> str:
 
 
 def _with_disruptions(scene: Scene, job: JobView) -> Scene:
-    """Each pod of the attempt that was ended from outside counts once, also when it is gone later."""
+    """Each pod of the attempt that was ended from outside counts once, also once it is gone."""
     counted = scene.record.interrupted_pods
     lost = [pod.name for pod in scene.pods_of(job) if _was_interrupted(pod, job)]
     new = [name for name in lost if name not in counted][: MAX_INTERRUPTED_PODS - len(counted)]

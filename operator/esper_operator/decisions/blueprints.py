@@ -8,11 +8,12 @@ from esper.contracts.assets import Blueprint as StoredBlueprint
 from esper.contracts.blueprints import BlueprintDocument
 from esper.contracts.enums import BlueprintState
 from esper.contracts.refusals import first_refusal
-from esper.contracts.resources import API_VERSION, Blueprint, BlueprintStatus, Condition
+from esper.contracts.resources import Blueprint, BlueprintStatus, Condition
 from esper.contracts.resources.common import LabelledMeta
 from esper.errors import BlueprintError, one_line
 from esper_operator.conditions import Kind, Reason, Truth, condition, merged
 from esper_operator.observed import BlueprintObserved
+from esper_operator.options import Options
 from esper_operator.plans import Plan, Submission
 from esper_operator.status import to_apply
 from esper_operator.views import BlueprintView
@@ -30,8 +31,9 @@ _SETTLED = frozenset(
 )
 
 
-def decide(observed: BlueprintObserved) -> Plan:
+def decide(observed: BlueprintObserved, options: Options) -> Plan:
     """What is to be done about a Blueprint now."""
+    del options  # as of every decision; none of them is about Blueprints
     view = observed.blueprint
     if view.deleting:
         return Plan()
@@ -39,17 +41,17 @@ def decide(observed: BlueprintObserved) -> Plan:
         document = document_of(view)
     except BlueprintError as error:
         status = _status(observed, BlueprintState.FAILED, "False", Reason.REFUSED, str(error))
-        return Plan(status=to_apply("Blueprint", view, status))
+        return Plan(status=to_apply(view, status))
     submission = Submission(document.to_wire(), document.digest)
     if observed.refused is not None:
         said = f"{observed.refused.reason}: {observed.refused.message}"
         status = _status(observed, BlueprintState.PROPOSED, "False", Reason.REFUSED, said)
-        return Plan(to_apply("Blueprint", view, status), submit=submission, again_in=REFUSED_SECONDS)
+        return Plan(to_apply(view, status), submit=submission, again_in=REFUSED_SECONDS)
     if observed.stored is None:
         return _unasked(observed, submission)
     settled = observed.stored.state in _SETTLED
     return Plan(
-        to_apply("Blueprint", view, _as_stored(observed, observed.stored)),
+        to_apply(view, _as_stored(observed, observed.stored)),
         submit=None if settled else submission,
         again_in=None if settled else ASK_SECONDS,
     )
@@ -63,7 +65,7 @@ def document_of(view: BlueprintView) -> BlueprintDocument:
     """
     try:
         resource = Blueprint(
-            api_version=API_VERSION,
+            api_version="esper.dev/v1alpha1",
             kind="Blueprint",
             metadata=LabelledMeta(name=view.name),
             spec=view.spec(),
@@ -81,10 +83,10 @@ def _unasked(observed: BlueprintObserved, submission: Submission) -> Plan:
         ready = next((item for item in before.conditions if item.type == Kind.READY), None)
         if ready is not None:
             status = _with_kernels(observed, before, (ready,), before.state)
-            return Plan(to_apply("Blueprint", view, status))
+            return Plan(to_apply(view, status))
     message = "the hub has not answered yet"
     status = _status(observed, BlueprintState.PROPOSED, "Unknown", Reason.SUBMITTING, message)
-    return Plan(to_apply("Blueprint", view, status), submit=submission)
+    return Plan(to_apply(view, status), submit=submission)
 
 
 def _as_stored(observed: BlueprintObserved, stored: StoredBlueprint) -> BlueprintStatus:

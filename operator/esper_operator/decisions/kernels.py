@@ -166,7 +166,7 @@ def _said(
             **(changes or {}),
         }
     )
-    return Plan(to_apply("CompiledKernel", view, status))
+    return Plan(to_apply(view, status))
 
 
 def _is_settled(view: KernelView) -> bool:

@@ -49,7 +49,7 @@ def decide(observed: RequestsObserved, options: Options) -> Plan:
 
 
 def _is_true(request: KernelRequested) -> bool:
-    """Whether it names the kernel of its blueprint and target, and a name that an object can have."""
+    """Whether its kernel is that of its blueprint and target, and objects can be named so."""
     if len(request.blueprint) > _MOST_CHARACTERS or not _NAME.match(request.blueprint):
         return False
     return kernel_id(request.blueprint_digest, request.target) == request.kernel

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from esper.contracts.refusals import first_refusal
 from esper.contracts.resources import TrainingSession, TrainingSessionSpec, TrainingSessionStatus
 from esper.errors import one_line
-from esper_operator.children import pods, service
 from esper_operator.children import job as jobs
+from esper_operator.children import pods, service
 from esper_operator.children.objects import digest_in
 from esper_operator.conditions import MAX_MESSAGE, Kind, Reason, condition, merged
 from esper_operator.decisions import (
@@ -248,7 +248,7 @@ def _unreadable(observed: Observed, record: TrainingSessionStatus, error: Valida
     )
     own = (job for job in observed.jobs if job.session_uid == session.uid)
     return Plan(
-        status=to_apply("TrainingSession", session, ended),
+        status=to_apply(session, ended),
         delete=_deleted(own),
         notices=(Notice("Warning", Reason.INVALID_SPEC, message),),
     )
@@ -259,7 +259,7 @@ def _unreadable(observed: Observed, record: TrainingSessionStatus, error: Valida
 
 def _status(scene: Scene, record: TrainingSessionStatus) -> Manifest | None:
     written = changed(record, observed_generation=scene.session.generation)
-    return to_apply("TrainingSession", scene.session, written)
+    return to_apply(scene.session, written)
 
 
 def _makes_job(scene: Scene) -> bool:

@@ -46,7 +46,9 @@ def readiness(scene: Scene) -> Readiness:
     job = scene.job
     refused = refusal(scene)
     if refused is not None and job is None:
-        return Readiness("False", Reason.CHILD_REFUSED, _refused_text(*refused))
+        asked = refused[0].startswith("Secret/")
+        reason = Reason.CREDENTIALS_MISSING if asked else Reason.CHILD_REFUSED
+        return Readiness("False", reason, _refused_text(*refused))
     if job is None:
         return _without_job(scene)
     if suspension.is_queued(scene):
