@@ -33,14 +33,20 @@ RENEWED_SECONDS = 30 * 86_400.0
 _CATALOGUE = frozenset(entry.name for entry in CATALOGUE)
 
 
-@lru_cache(maxsize=2048)
 def digest(session: SessionView, options: Options) -> str:
     """The mark of the Secret that a session is to have; credentials do not enter it.
 
     Raises:
         pydantic.ValidationError: the session's spec is none.
     """
-    return digest_of_object(_known_by(session, options))
+    return _digest(session.namespace, session.name, session.uid, session.spec_text, options)
+
+
+@lru_cache(maxsize=2048)
+def _digest(namespace: str, name: str, uid: str, spec_text: bytes, options: Options) -> str:
+    # Without the status, of which there are many in a session's life.
+    bare = SessionView(namespace, name, uid, 0, 0.0, deleting=False, spec_text=spec_text)
+    return digest_of_object(_known_by(bare, options))
 
 
 def manifest(

@@ -39,6 +39,8 @@ def advance(scene: Scene) -> Step:
     scene = _caught_up(scene)
     if scene.record.attempt == 0:
         return Step(_next(scene))
+    if scene.record.attempt_time is None:
+        scene = scene.recorded(attempt_time=datetime_of(scene.now))
     job = scene.job
     if job is None:
         return _without_job(scene)

@@ -316,5 +316,3 @@ def applied(plan: Plan) -> list[str]:
 def deleted(plan: Plan) -> list[str]:
     """Kind and name of what a plan deletes, in order."""
     return [f"{item.kind}/{item.name}" for item in plan.delete]
-
-

@@ -138,9 +138,7 @@ def test_pods_may_be_seen_later_than_the_jobs_failure() -> None:
 def test_the_backoff_limit_bounds_the_attempts(limit: int, before: int, ends: bool) -> None:
     view = session()
     plan = decided(
-        session(
-            status=running(view, failed_attempts=before), runPolicy={"backoffLimit": limit}
-        ),
+        session(status=running(view, failed_attempts=before), runPolicy={"backoffLimit": limit}),
         jobs=(job(view, conditions=FAILED),),
         pods=(pod(view, exit_code=1),),
     )

@@ -8,6 +8,8 @@ import pytest
 
 from esper.contracts.resources import TrainingSessionStatus
 from esper_operator.conditions import Kind, Reason
+from esper_operator.decisions import sessions
+from esper_operator.observed import Observed
 from esper_operator.plans import Plan
 from tests.unit.esper_operator.objects import (
     COMPLETE,
@@ -28,8 +30,6 @@ from tests.unit.esper_operator.objects import (
     summary,
     written,
 )
-from esper_operator.decisions import sessions
-from esper_operator.observed import Observed
 
 
 def test_the_first_visit_says_created_for_this_generation_with_every_condition() -> None:
