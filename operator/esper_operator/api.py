@@ -202,7 +202,8 @@ class ClusterApi:
         url = self._client.configuration.host + path
         if query:
             url = f"{url}?{urlencode(query)}"
-        return await self._client.rest_client.request(
+        rest: Any = self._client.rest_client  # whose methods have no types
+        return await rest.request(
             method, url, headers=headers, body=body, _request_timeout=limit
         )
 
