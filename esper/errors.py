@@ -10,6 +10,7 @@ EsperError                  every error that Esper raises on purpose
 │   ├── OutputError         an output directory that can't be used, or that is no run
 │   ├── CheckpointError     a checkpoint that is incomplete, foreign, or of another version
 │   ├── WrapError           a model or a layer that can't host seeds as asked
+│   ├── AcceleratorMissing  a session that asks for GPUs where there are too few
 │   ├── Unauthorized        a token that is missing, wrong, expired, or allows too little
 │   └── NotFound            what was asked for by its name is not in the hub
 │       ├── BlueprintNotFound   (a BlueprintError too)
@@ -87,6 +88,10 @@ class CheckpointError(BadInput):
 
 class WrapError(BadInput):
     """A model, or a layer named by the user, can't host seeds."""
+
+
+class AcceleratorMissing(BadInput):
+    """A session asks for GPUs, and this machine has too few that work."""
 
 
 class Unauthorized(BadInput):

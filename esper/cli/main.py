@@ -1,7 +1,8 @@
 """The `esper` command: options that all commands share, and how every command ends.
 
 Exit codes: 0 done, 1 the work failed, 2 bad input, 130 interrupted; `esper worker` has its own. An
-error is one line on standard error; a trace is shown with `--debug` only.
+error is one line on standard error; a trace is shown with `--debug` only. What pods run leaves it
+in the termination log, too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from esper.cli import compile, crds, doctor, report, run, serve, token, validate, worker
+from esper.cli.termination import leave
 from esper.errors import EsperError, one_line
 
 if TYPE_CHECKING:
@@ -106,9 +108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except EsperError as error:
-        return _ended(one_line(str(error), 2000), error.exit_code, debug=arguments.debug)
+        message = one_line(str(error), 2000)
+        leave(arguments, type(error).__name__, message)
+        return _ended(message, error.exit_code, debug=arguments.debug)
     except Exception as error:
-        return _ended(_unexpected(error, debug=arguments.debug), FAILED, debug=arguments.debug)
+        message = _unexpected(error, debug=arguments.debug)
+        leave(arguments, type(error).__name__, message)
+        return _ended(message, FAILED, debug=arguments.debug)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -15,7 +15,8 @@ from pathlib import Path
 from esper.errors import BadInput, EsperError, Interrupted, WorkFailed, one_line
 
 MOST_CHARACTERS = 1000
-"""Of a message; Kubernetes keeps 4096 bytes of a termination log."""
+"""Of a message."""
+OUT_OF_MEMORY = "OutOfMemory"
 
 _STOPPING, _BEGUN, _MET = "stopping", "begun", "met"
 
@@ -55,6 +56,10 @@ class Ended:
     def by(cls, error: BaseException) -> Ended:
         """The end that `error` means for the work it ended."""
         message = str(error)
+        if _is_out_of_memory(error):
+            # Started again at once the same is too much again; whoever does so waits.
+            reason = "no memory is left: " + (message or type(error).__name__)
+            return cls(Outcome.FAILED, OUT_OF_MEMORY, one_line(reason, MOST_CHARACTERS))
         if not isinstance(error, EsperError):
             message = f"unexpected {type(error).__name__}: {message}"
         kinds = {
@@ -69,6 +74,13 @@ class Ended:
     def status(self) -> int:
         """The exit code."""
         return STATUSES[self.outcome]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or the GPU had no more to give; torch says so in words on a CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def is_crash(error: BaseException) -> bool:

@@ -23,6 +23,9 @@ from esper.cli.run_checkpoints import newest_checkpoint, run_checkpoints
 from esper.cli.trainers import following_trainer, share_progress
 from esper.configs import EsperConfig
 from esper.contracts.manifests import load_manifest, parse_manifest, session_document
+from esper.contracts.resources import TrainingSession
+from esper.contracts.resources.cluster import GPU
+from esper.errors import AcceleratorMissing
 from esper.services.tolaria.distribution import Ranks, as_wire, first_failure
 from esper.services.tolaria.run_directory import MANIFEST, RunDirectory, refuse_unusable
 
@@ -90,7 +93,21 @@ def _tell_again(directory: Path, result: dict[str, Any], ranks: Ranks, config: E
 
 def _prepared(begun: dict[str, Any]) -> Prepared:
     manifest = parse_manifest(begun["manifest"], MANIFEST)
+    require_accelerators(manifest.session, torch.cuda.device_count())
     return prepare(manifest, Path(begun["folder"]), own_device())
+
+
+def require_accelerators(session: TrainingSession, present: int) -> None:
+    """Refuse a session that asks for more GPUs a worker than are `present`.
+
+    Raises:
+        AcceleratorMissing: it does.
+    """
+    asked = session.spec.workers.resources.limits.get(GPU)
+    if asked is not None and int(asked) > present:
+        raise AcceleratorMissing(
+            f"spec.workers.resources.limits[{GPU}]", asked, f"at most {present}, as this worker has"
+        )
 
 
 def own_device() -> torch.device | None:

@@ -7,11 +7,12 @@ command line or the settings can't be used. Where a pod looks for it, the reason
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from esper.cli.termination import add_termination_log, leave
 
 if TYPE_CHECKING:
     from esper.cli.outcomes import Ended
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 HELP = "train with many processes: supervises torchrun on one node"
 
-TERMINATION_LOG = Path("/dev/termination-log")
-"""Where Kubernetes makes a file for what a container says last."""
 RESTARTS = 3
 MOST = {"processes": 64, "nodes": 4096, "node_rank": 4095, "restarts": 1000}
 LEAST = {"processes": 1, "nodes": 1, "node_rank": 0, "restarts": 0}
@@ -56,12 +55,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="R",
         help=f"restarts of the ranks without a newer checkpoint between (default: {RESTARTS})",
     )
-    command.add_argument(
-        "--termination-log",
-        type=Path,
-        metavar="P",
-        help=f"file for reason and message as JSON (default: {TERMINATION_LOG}, if it exists)",
-    )
+    add_termination_log(command)
     command.add_argument(
         "--json", action="store_true", help="print the result as JSON, last line of standard output"
     )
@@ -72,9 +66,6 @@ def execute(arguments: argparse.Namespace, config: EsperConfig) -> int:
     from esper.cli.outcomes import Ended
     from esper.cli.supervising import heeding_signals
 
-    log = arguments.termination_log
-    if log is None and TERMINATION_LOG.exists():
-        log = TERMINATION_LOG
     with heeding_signals() as requests:
         try:
             ended = _supervised(arguments, config, requests)
@@ -84,8 +75,7 @@ def execute(arguments: argparse.Namespace, config: EsperConfig) -> int:
 
                 traceback.print_exc()
             ended = Ended.by(error)
-        if log is not None:
-            _leave(log, ended)
+        leave(arguments, ended.reason, ended.message)
     if ended.status:
         mark = "error: " if ended.status != 75 else ""
         sys.stderr.write(f"esper: {mark}{ended.message}\n")
@@ -189,12 +179,3 @@ def _number(given: dict[str, tuple[str, str]], name: str, default: int) -> int:
 
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _leave(log: Path, ended: Ended) -> None:
-    """Leave the end where the cluster looks; it may be a file that can't be replaced."""
-    text = json.dumps({"reason": ended.reason, "message": ended.message}, ensure_ascii=False)
-    try:
-        log.write_text(text, encoding="utf-8")
-    except OSError as error:
-        sys.stderr.write(f"esper worker: nothing is left in {log}: {error.strerror}\n")

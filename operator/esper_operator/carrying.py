@@ -127,7 +127,6 @@ class Carrier:
             memory.refuse(child, {}, said, self._clock(), lasting=error.permanent)
             outcome.wrote = True
             return
-        memory.asked_hub = True
         await self.child(memory, manifest, outcome)
 
     async def _child_status(self, memory: Memory, manifest: Manifest, outcome: Outcome) -> None:

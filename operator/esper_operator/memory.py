@@ -38,8 +38,6 @@ class Memory:
     """Statuses of its Seeds as they were last written, by name."""
     child_times: dict[str, float] = field(default_factory=dict)
     """When each was written."""
-    asked_hub: bool = False
-    """Whether the hub has given its credentials."""
     stored: Any = None
     """What the hub said of it last."""
     hub_refusal: Said | None = None

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from esper.contracts.assets import Blueprint, CompiledKernel
+from esper.contracts.kernels import KernelFigures
 from esper.contracts.messages import KernelRequested
 from esper.contracts.operational import SessionSnapshot
-from esper.services.contracts import SimpleCompiledKernelContract
 from esper_operator.views import (
     BlueprintView,
     DeploymentView,
@@ -49,8 +49,6 @@ class Observed:
     hearing_since: float | None = None
     """Since when the bus has answered without a break; None: it does not answer now. While nobody
     can hear a session, nobody can say that it stands still."""
-    stored: bool = True
-    """Whether the hub has given this session's credentials since this process has begun."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,12 @@ class KernelObserved:
     blueprint: BlueprintView | None = None
     job: JobView | None = None
     pods: tuple[PodView, ...] = ()
-    stored: CompiledKernel | SimpleCompiledKernelContract | None = None
+    """Of that Job."""
+    secret: MetaView | None = None
+    """The one of the namespace's compile Jobs."""
+    stored: CompiledKernel | None = None
+    figures: KernelFigures | None = None
+    """What was measured of it, once it is compiled."""
     refusals: Refusals = field(default_factory=dict)
     refused: Said | None = None
     """Why the hub did not take the order."""

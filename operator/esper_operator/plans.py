@@ -38,7 +38,7 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A blueprint that the hub is to be given: a document, JSON-ready; giving it again is no change."""
+    """A blueprint that the hub is to be given, JSON-ready; to give it again changes nothing."""
 
     document: Manifest
     digest: str
@@ -58,7 +58,7 @@ class Plan:
     """What is to be done about one object; an empty one does nothing."""
 
     status: Manifest | None = None
-    """The whole status to be applied; None where it is written already."""
+    """The whole status to be applied, without the object around it; None where it is written."""
     delete: tuple[Deletion, ...] = ()
     apply: tuple[Manifest, ...] = ()
     child_statuses: tuple[Manifest, ...] = ()

@@ -161,7 +161,6 @@ class Reconciler:
             seed_times=memory.child_times,
             refusals=memory.refusals(),
             hearing_since=self._reports.hearing_since,
-            stored=memory.asked_hub,
         )
 
     def _of_session(self, session: SessionView) -> Callable[[], Awaitable[Manifest]]:
@@ -211,6 +210,7 @@ class Reconciler:
             blueprint=self._store.blueprint(key.namespace, kernel.blueprint),
             job=job,
             pods=() if job is None else self._store.pods_of(job.uid),
+            secret=self._store.meta(SECRET, key.namespace, names.COMPILE),
             stored=memory.stored,
             refusals=memory.refusals(),
             refused=memory.hub_refusal,
@@ -228,7 +228,7 @@ class Reconciler:
                 )
             if plan.credentials:
                 await self._carrier.secret(
-                    memory, names.compile_secret(), self._of_compilations(key.namespace), outcome
+                    memory, names.COMPILE, self._of_compilations(key.namespace), outcome
                 )
             await self._carrier.rest(about, memory, plan, outcome)
         return self._settled(memory, plan, outcome)
@@ -236,7 +236,7 @@ class Reconciler:
     def _of_compilations(self, namespace: str) -> Callable[[], Awaitable[Manifest]]:
         async def ask() -> Manifest:
             issued = await self._hub.operator_credentials()
-            return secret.compile_manifest(namespace, issued, self._options)
+            return secret.compile_manifest(namespace, issued, self._options, self._clock())
 
         return ask
 
@@ -262,7 +262,7 @@ class Reconciler:
     def _of_namespace(self, namespace: str) -> Callable[[], Awaitable[Manifest]]:
         async def ask() -> Manifest:
             issued = await self._hub.namespace_credentials(namespace)
-            return secret.controller_manifest(namespace, issued, self._options)
+            return secret.controller_manifest(namespace, issued, self._options, self._clock())
 
         return ask
 

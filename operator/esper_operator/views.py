@@ -275,7 +275,9 @@ class PodView:
             exit_code=None if exit_code is None else int(exit_code),
             ended=_ended(status, ended),
             told=None if ended is None else _told(str(ended.get("message") or "")),
-            disrupted=Said.of(holding["DisruptionTarget"]) if "DisruptionTarget" in holding else None,
+            disrupted=Said.of(holding["DisruptionTarget"])
+            if "DisruptionTarget" in holding
+            else None,
             finished=None if ended is None else seconds_of(ended.get("finishedAt")),
         )
 

@@ -12,7 +12,7 @@ from fastapi import Header, Path, Query, Request, Response
 from esper.contracts.assets import Blueprint, CompiledKernel, Namespace
 from esper.contracts.base import utc_now
 from esper.contracts.enums import BlueprintState
-from esper.contracts.kernels import Digest, KernelMetadata
+from esper.contracts.kernels import Digest, KernelMetadata, artifact_key
 from esper.errors import BadInput, KernelError
 from esper.services.contracts import (
     BlueprintClaim,
@@ -43,7 +43,6 @@ from esper.services.urza.api.routes import (
 from esper.services.urza.api.sessions import Uid
 from esper.services.urza.artifact_check import checked, read_manifest
 from esper.services.urza.auth import Permission
-from esper.services.urza.store_rows import artifact_key
 from esper.services.urza.store_sessions import revocation
 from esper.services.urza.wire import (
     LEASE_HEADER,

@@ -6,6 +6,7 @@ import pytest
 
 from esper.cli.outcomes import DONE, Ended, Note, Outcome, Outcomes, deciding
 from esper.errors import (
+    AcceleratorMissing,
     BusUnavailable,
     Conflict,
     ConflictReason,
@@ -34,6 +35,11 @@ CRASH = Ended(Outcome.CRASHED, "RankCrashed", "rank was killed by SIGKILL")
         # A later try may succeed.
         (BusUnavailable("no answer"), "crashed", "BusUnavailable", 1),
         (ZeroDivisionError("by zero"), "crashed", "ZeroDivisionError", 1),
+        # Started again at once it would come again.
+        (MemoryError(), "failed", "OutOfMemory", 1),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "failed", "OutOfMemory", 1),
+        (RuntimeError("shapes differ"), "crashed", "RuntimeError", 1),
+        (AcceleratorMissing("limits", "2", "at most 0"), "bad-input", "AcceleratorMissing", 78),
     ],
 )
 def test_what_an_error_means_for_the_work(error, outcome, reason, status):

@@ -7,7 +7,16 @@ import pytest
 
 from esper.cli.outcomes import DONE, Outcome, Outcomes
 from esper.cli.rank import told
-from esper.errors import BusUnavailable, Interrupted, LossNotFinite, ManifestError
+from esper.cli.ranks import require_accelerators
+from esper.contracts.manifests import validate_resource
+from esper.contracts.resources import TrainingSession
+from esper.errors import (
+    AcceleratorMissing,
+    BusUnavailable,
+    Interrupted,
+    LossNotFinite,
+    ManifestError,
+)
 
 
 def ends_with(error):
@@ -55,3 +64,23 @@ def test_a_rank_heeds_signals_before_anything_is_imported():
     code = f"import sys, esper.cli.rank; sys.exit(bool({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("asked", "present"), [(None, 0), ("2", 2), ("2", 8)])
+def test_a_worker_with_enough_gpus_is_taken(asked, present):
+    require_accelerators(session_with(asked), present)
+
+
+@pytest.mark.parametrize("present", [0, 1])
+def test_a_session_that_asks_for_more_gpus_than_there_are_ends(present):
+    with pytest.raises(AcceleratorMissing, match=f"got 2; allowed: at most {present}, as this"):
+        require_accelerators(session_with("2"), present)
+
+
+def session_with(gpus):
+    limits = {} if gpus is None else {"nvidia.com/gpu": gpus}
+    workers = {"processesPerWorker": int(gpus or 1), "resources": {"limits": limits}}
+    spec = {"model": {"entrypoint": "a:b"}, "data": {"entrypoint": "a:c"}, "workers": workers}
+    head = {"apiVersion": "esper.dev/v1alpha1", "kind": "TrainingSession"}
+    data = head | {"metadata": {"name": "digits"}, "spec": spec}
+    return validate_resource(data, TrainingSession)
