@@ -135,8 +135,8 @@ class OperatorWorld:
     def session(self, name: str, *, spec: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The manifest of a session of two workers."""
         given: dict[str, Any] = {
-            "model": {"entrypoint": "esper.zoo.mlp:build"},
-            "data": {"entrypoint": "esper.zoo.spirals:build"},
+            "model": {"entrypoint": "esper.zoo.models:MLP"},
+            "data": {"entrypoint": "esper.zoo.data:spirals"},
             "workers": {"replicas": 2},
             **(spec or {}),
         }

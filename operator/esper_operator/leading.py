@@ -128,7 +128,6 @@ class Leader:
             ),
             self._resync.run(),
             self._reports.run(self._bus),
-            self._sweep.run(),
             self._show(),
             self._end_when_lost(),
             self._watch(keep_signals),
@@ -196,7 +195,7 @@ class Leader:
         """
         issued = await self._hub.operator_credentials()
         config = with_user(self._config.redis, issued.redis_username, issued.redis_password)
-        return OonaClient(config, scope=None, everywhere=True)
+        return OonaClient(config, scope=None)
 
     async def _work(self) -> None:
         await work(self._queue, self._reconciler.reconcile, self._metrics, self._lost.set)
