@@ -194,7 +194,7 @@ class ControlPlane:
         """
         lines = self.api.audit_log.read_text().splitlines()
         events = [json.loads(line) for line in lines if line.endswith("}")]
-        return [e for e in events if user is None or e["user"]["username"] == user]
+        return [e for e in events if user is None or e["user"].get("username") == user]
 
     def _write(
         self, path: Path, token: str, *, namespace: str = "default", port: int | None = None

@@ -162,6 +162,18 @@ def test_a_refusal_has_the_api_servers_reason_and_words() -> None:
     run(body)
 
 
+def test_a_field_that_the_api_server_does_not_know_is_a_refusal_though_it_says_500() -> None:
+    async def body(scene: Scene) -> None:
+        scene.server.status = 500
+        said = "failed to create typed patch object (…): .spec.colour: field not declared in schema"
+        scene.server.answer = {"message": said}
+        with pytest.raises(ApiRefused, match="colour") as caught:
+            await scene.writer.apply(JOB_MANIFEST)
+        assert caught.value.reason == "Invalid"
+
+    run(body)
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_what_passes_is_told_from_what_stays(status: int) -> None:
     async def body(scene: Scene) -> None:
