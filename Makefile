@@ -53,8 +53,13 @@ PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/pytest -n 2 -
 MEASURED := contracts services/tamiyo services/tolaria
 MEASURED_TESTS := $(MEASURED:%=tests/unit/esper/%)
 
+# Built before the tests run: within one, its time would be up.
+.PHONY: programs
+programs: setup ## Build the programs of a Kubernetes control plane (once on a machine, minutes)
+	@$(BIN)/python -m tools.cluster.programs >/dev/null
+
 .PHONY: test
-test: setup ## Run every test; unit coverage of contracts, decisions and gates must reach 90 %
+test: programs ## Run every test; unit coverage of contracts, decisions and gates must reach 90 %
 	@rm -f .coverage .coverage.*
 	@$(PYTEST) --cov-report= $(MEASURED:%=--cov=esper/%) $(MEASURED_TESTS)
 	@$(BIN)/coverage report

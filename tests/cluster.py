@@ -6,11 +6,14 @@ asks for a `private_…` one.
 """
 
 import uuid
+from pathlib import Path
 
 import pytest
 
 from tools.cluster.control_plane import ControlPlane
 from tools.cluster.kubelet import ProcessKubelet
+
+CRDS = Path(__file__).parents[1] / "crds"
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +64,11 @@ def namespace(control_plane):
 @pytest.fixture
 def private_namespace(private_control_plane):
     yield from _namespace(private_control_plane)
+
+
+@pytest.fixture(scope="session")
+def esper_control_plane(control_plane):
+    """`control_plane` with the definitions of Esper's resources."""
+    control_plane.kubectl("apply", "--server-side", "-f", str(CRDS))
+    control_plane.kubectl("wait", "-f", str(CRDS), "--for=condition=Established", "--timeout=30s")
+    return control_plane

@@ -7,6 +7,7 @@ from hypothesis import settings
 
 from tests.cluster import (  # noqa: F401
     control_plane,
+    esper_control_plane,
     kubelet,
     namespace,
     private_control_plane,

@@ -1,6 +1,6 @@
 """What each child is called: always the same for the same parent.
 
-A session's name has at most 48 characters, so that the host names of a Job's pods, the longest, stay
+A session has a name of at most 48 characters, so that the host names of its pods, the longest, stay
 DNS labels.
 """
 

@@ -36,9 +36,9 @@ _MAX_TEXT = 1024
 
 def advance(scene: Scene) -> Step:
     """Take note of what has become of the attempt: at most one end, or one new attempt."""
+    scene = _caught_up(scene)
     if scene.record.attempt == 0:
         return Step(_next(scene))
-    scene = _caught_up(scene)
     job = scene.job
     if job is None:
         return _without_job(scene)
