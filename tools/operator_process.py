@@ -31,6 +31,8 @@ class OperatorProcess(ServerProcess):
         super().__init__(folder)
         self.settings = settings
         self.started_as = 0
+        self.profile: Path | None = None
+        """Where cProfile writes what took time, once it has ended; None: it is not profiled."""
 
     @property
     def url(self) -> str:
@@ -89,7 +91,8 @@ class OperatorProcess(ServerProcess):
 
     def _command(self) -> Sequence[str]:
         settings = str(self.folder / "esper.yaml")
-        return [sys.executable, "-m", "esper_operator", "--config", settings]
+        profiled = ["-m", "cProfile", "-o", str(self.profile.resolve())] if self.profile else []
+        return [sys.executable, *profiled, "-m", "esper_operator", "--config", settings]
 
     def _environment(self) -> Mapping[str, str]:
         return {**ENVIRONMENT, "PYTHONPATH": f"{SOURCES}:{SOURCES / 'operator'}"}

@@ -153,7 +153,10 @@ class ClusterApi:
             _fence.reset(token)
         if status >= 400:
             raise refusal(what, status, data)
-        found: dict[str, Any] = json.loads(data)
+        try:
+            found: dict[str, Any] = json.loads(data)
+        except ValueError as error:
+            raise ApiUnavailable(f"{what}: the API server's answer is no JSON") from error
         return found
 
     @asynccontextmanager
@@ -204,9 +207,7 @@ class ClusterApi:
         if query:
             url = f"{url}?{urlencode(query)}"
         rest: Any = self._client.rest_client  # whose methods have no types
-        return await rest.request(
-            method, url, headers=headers, body=body, _request_timeout=limit
-        )
+        return await rest.request(method, url, headers=headers, body=body, _request_timeout=limit)
 
 
 WATCH_SILENCE_SECONDS = 70.0

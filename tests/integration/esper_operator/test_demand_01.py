@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from tests.integration.esper_operator.workers import (
+from tools.cluster.control_plane import wait_for
+from tools.operator_workers import (
     DEPLOYMENTS,
     JOBS,
     SECRETS,
@@ -12,7 +13,6 @@ from tests.integration.esper_operator.workers import (
     SESSIONS,
     Workers,
 )
-from tools.cluster.control_plane import wait_for
 
 pytestmark = pytest.mark.xdist_group("cluster")
 CONVERGE_SECONDS = 10.0

@@ -5,8 +5,8 @@ from datetime import datetime
 
 import pytest
 
-from tests.integration.esper_operator.workers import SESSIONS
 from tools.cluster.control_plane import wait_for
+from tools.operator_workers import SESSIONS
 
 pytestmark = pytest.mark.xdist_group("cluster")
 CREATIONS, RATE = 60, 20.0

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from tests.integration.esper_operator.workers import SERVICES, SESSIONS, Workers
 from tools.cluster.control_plane import wait_for
+from tools.operator_workers import SERVICES, SESSIONS, Workers
 
 pytestmark = pytest.mark.xdist_group("cluster")
 CUT_SECONDS = float(os.environ.get("ESPER_TEST_CUT_SECONDS", "20"))
@@ -16,15 +16,16 @@ SEEN_SECONDS = 75.0
 @pytest.fixture
 def cut_off(alone, objects):
     """An operator whose watches can be cut while its lease and its writes go on."""
-    with alone.plane.proxy() as proxy:
-        # A lease that outlasts the cut: what is tried here is watching, not who leads.
-        with alone.operator(
-            through=proxy, lease_seconds=600, renew_seconds=500.0, resync_seconds=3600.0
-        ) as running:
-            wait_for(lambda: running.leads, "the operator does not lead")
-            objects.create(SESSIONS, alone.session("before"))
-            Workers(objects, "before").run()
-            yield running, proxy
+    # A lease that outlasts the cut: what is tried here is watching, not who leads.
+    lease = {"lease_seconds": 600, "renew_seconds": 500.0}
+    with (
+        alone.plane.proxy() as proxy,
+        alone.operator(through=proxy, resync_seconds=3600.0, **lease) as running,
+    ):
+        wait_for(lambda: running.leads, "the operator does not lead")
+        objects.create(SESSIONS, alone.session("before"))
+        Workers(objects, "before").run()
+        yield running, proxy
 
 
 @pytest.mark.parametrize("way", ["refuse", "hang"])

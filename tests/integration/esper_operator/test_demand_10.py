@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from tests.integration.esper_operator.workers import SESSIONS, Workers
 from tools.cluster.control_plane import wait_for
+from tools.operator_workers import SESSIONS, Workers
 
 pytestmark = pytest.mark.xdist_group("cluster")
 SESSIONS_MADE, IDLE_SECONDS = 20, 15.0

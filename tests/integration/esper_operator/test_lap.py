@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from tests.integration.esper_operator.workers import (
+from tools.cluster.control_plane import wait_for
+from tools.operator_workers import (
     DEPLOYMENTS,
     JOBS,
     SECRETS,
@@ -11,7 +12,6 @@ from tests.integration.esper_operator.workers import (
     SESSIONS,
     Workers,
 )
-from tools.cluster.control_plane import wait_for
 
 pytestmark = pytest.mark.xdist_group("cluster")
 
