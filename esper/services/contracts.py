@@ -191,13 +191,17 @@ class SessionFilter(Contract):
 
 
 class SessionCredentials(Contract):
-    """What the hub knows of the credentials that it made for a session; they hold no secret."""
+    """What the hub knows of the credentials that it made for a session; they hold no secret.
+
+    `removes`: once they are revoked, what the session keeps at the hub is still to be removed.
+    """
 
     uid: SessionUid
     namespace: Namespace
     created_at: AwareTime
     expires_at: AwareTime
     revoked: bool = False
+    removes: bool = False
 
 
 class NamespaceCredentials(Contract):

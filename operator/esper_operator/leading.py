@@ -199,7 +199,7 @@ class Leader:
         """
         issued = await self._hub.operator_credentials()
         config = with_user(self._config.redis, issued.redis_username, issued.redis_password)
-        return OonaClient(config, scope=None)
+        return OonaClient(config, scope=None, everywhere=True)
 
     async def _work(self) -> None:
         await work(self._queue, self._reconciler.reconcile, self._metrics, self._lost.set)

@@ -165,7 +165,10 @@ class Reconciler:
 
     def _of_session(self, session: SessionView) -> Callable[[], Awaitable[Manifest]]:
         async def ask() -> Manifest:
-            issued = await self._hub.session_credentials(session.uid, session.namespace)
+            policy = session.spec().run_policy.deletion_policy
+            issued = await self._hub.session_credentials(
+                session.uid, session.namespace, deletion_policy=policy
+            )
             blueprints = self._store.blueprints(session.namespace)
             return secret.manifest(session, issued, self._options, blueprints)
 

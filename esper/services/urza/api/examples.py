@@ -30,6 +30,8 @@ from esper.services.urza.wire import (
     LeaseExtension,
     LeaseRequest,
     ReleaseRequest,
+    SessionObjects,
+    StoredObject,
     SweepRequest,
     UploadedArtifact,
 )
@@ -106,6 +108,8 @@ _MADE: tuple[Contract, ...] = (
         redis_password="64 hex digits",
         expires_at=_NOON + timedelta(days=90),
     ),
+    SessionObjects(objects=(StoredObject(name="checkpoints/epoch-000012/state.json", size=1504),)),
+    StoredObject(name="checkpoints/epoch-000012/state.json", size=1504),
     SweepRequest(namespace="team-a", live_uids=(_UID,), gathered_at=_NOON),
     SweepResult(ended=("9d1e",), revoked=("9d1e",)),
     Problem.of(KernelNotFound("kernel", _KERNEL, "a kernel that was requested")),
