@@ -26,6 +26,7 @@ from esper.services.contracts import (
     SimpleBlueprintContract,
     SimpleCompiledKernelContract,
     SweepResult,
+    SweptNamespaces,
 )
 from esper.services.urza.api.blueprints import BlueprintDigest
 from esper.services.urza.api.kernels import KernelPath
@@ -343,6 +344,15 @@ async def make_namespace_credentials(request: Request, namespace: NamespaceName)
     await urza.hub.put_namespace(namespace, issued.expires_at)
     await urza.give_user(urza.secrets.namespace_user(namespace))
     return answer(issued, headers={"Cache-Control": "no-store"})
+
+
+@internal.get(
+    "/namespaces",
+    **allowed(Permission.ADMINISTER, documented({200: SweptNamespaces})),
+)
+async def swept_namespaces(request: Request) -> Response:
+    """The namespaces in which a sweep may find something."""
+    return answer(SweptNamespaces(namespaces=await urza_of(request).hub.swept_namespaces()))
 
 
 @internal.post(
