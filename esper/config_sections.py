@@ -175,6 +175,12 @@ class UrzaConfig(Section):
     max_artifact_bytes: Whole = _whole(
         512 * 2**20, "bytes of one artifact", least=2**10, most=2**31 - 1
     )
+    max_object_bytes: Whole = _whole(
+        8 * 2**30, "bytes of one object of a session", least=2**10, most=2**50
+    )
+    max_session_bytes: Whole = _whole(
+        64 * 2**30, "bytes of all objects of a session", least=2**10, most=2**53
+    )
     lease_seconds: Real = _seconds(60.0, "that a claim lasts unheard", least=1, most=86_400)
     credential_days: Whole = _whole(90, "days that a session's credentials last", least=1, most=366)
     upkeep_seconds: Real = _seconds(5.0, "between looks at Redis and revocations", most=3600)
@@ -313,6 +319,17 @@ class TolariaConfig(Section):
     collective_timeout_seconds: Real = _seconds(
         300.0, "that ranks wait for one that does not take part", most=86_400
     )
+    attempt: Whole = _whole(
+        0, "which of the operator's attempts this is, 0 for none", least=0, most=999_999_999
+    )
+    storage: Annotated[
+        str | None,
+        Field(
+            pattern=r"^(hub|file:///.+)$",
+            description="where checkpoints and results lie if spec.storage.uri does not say: hub "
+            "(its object store), file:///PATH, or null: the run's directory",
+        ),
+    ] = None
     stop_seconds: Real = _seconds(
         25.0, "for the ranks to write a checkpoint and end, once asked to stop", most=3600
     )

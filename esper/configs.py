@@ -81,6 +81,7 @@ TORCHRUN = MappingProxyType(
         "node_rank": ("PET_NODE_RANK", "JOB_COMPLETION_INDEX"),
         "rendezvous": ("PET_RDZV_ENDPOINT",),
         "rendezvous_id": ("PET_RDZV_ID",),
+        "local_address": ("PET_LOCAL_ADDR",),
         "restarts": ("PET_MAX_RESTARTS",),
     }
 )

@@ -18,6 +18,7 @@ EsperError                  every error that Esper raises on purpose
 ├── WorkFailed              permanent · exit 1 · the run is kept
 │   ├── LossNotFinite       the loss stayed non-finite after every configured retry
 │   ├── KernelError         a kernel that failed to compile, or whose bytes do not match its digest
+│   ├── Superseded          a newer attempt of the same session has taken over
 │   ├── Conflict            the hub's state refuses it: in use, changed meanwhile, a lease lost
 │   └── StorageFull         the disk or the store has no room left
 ├── Unavailable             temporary · exit 1 · a later try may succeed
@@ -112,6 +113,10 @@ class WorkFailed(EsperError):
 
 class LossNotFinite(WorkFailed):
     """The training loss was not finite, also after rolling back as often as configured."""
+
+
+class Superseded(WorkFailed):
+    """A newer attempt of the same session has taken over; this one must change nothing more."""
 
 
 class KernelError(WorkFailed):

@@ -16,7 +16,14 @@ from pydantic import SecretStr
 
 from esper.configs import EsperConfig, UrzaConfig
 from esper.services.urza import auth, problems
-from esper.services.urza.api import blueprints, internal, kernels, operations, sessions
+from esper.services.urza.api import (
+    blueprints,
+    internal,
+    kernels,
+    objects,
+    operations,
+    sessions,
+)
 from esper.services.urza.main import create_app
 
 PATH = Path(__file__).parent.parent / "docs" / "api.md"
@@ -25,6 +32,7 @@ _SECTIONS = {
     "blueprints": blueprints,
     "kernels": kernels,
     "sessions": sessions,
+    "session objects": objects,
     "internal": internal,
     "operations": operations,
 }

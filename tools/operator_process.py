@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tools.servers.process import HOST, PROBE_SECONDS, ServerProcess
 from tools.stack import ENVIRONMENT, SOURCES, write_settings
@@ -30,6 +30,9 @@ class OperatorProcess(ServerProcess):
         """`settings` are its own, by section."""
         super().__init__(folder)
         self.settings = settings
+        self.started_as = 0
+        self.profile: Path | None = None
+        """Where cProfile writes what took time, once it has ended; None: it is not profiled."""
 
     @property
     def url(self) -> str:
@@ -65,9 +68,20 @@ class OperatorProcess(ServerProcess):
         )
 
     @property
+    def agent(self) -> str:
+        """What its user agent in the API server's audit log holds; it is started, or was."""
+        return f"-{self.started_as}-"
+
+    @property
     def leads(self) -> bool:
         """Whether it holds the lease."""
         return self.total("esper_operator_leading") == 1.0
+
+    def start(self) -> Self:
+        """Start, and remember as which process."""
+        started = super().start()
+        self.started_as = self.pid
+        return started
 
     def _prepare(self) -> None:
         component = {"health_port": self.port, "log_level": "info"}
@@ -77,7 +91,8 @@ class OperatorProcess(ServerProcess):
 
     def _command(self) -> Sequence[str]:
         settings = str(self.folder / "esper.yaml")
-        return [sys.executable, "-m", "esper_operator", "--config", settings]
+        profiled = ["-m", "cProfile", "-o", str(self.profile.resolve())] if self.profile else []
+        return [sys.executable, *profiled, "-m", "esper_operator", "--config", settings]
 
     def _environment(self) -> Mapping[str, str]:
         return {**ENVIRONMENT, "PYTHONPATH": f"{SOURCES}:{SOURCES / 'operator'}"}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
@@ -135,8 +138,8 @@ class OperatorWorld:
     def session(self, name: str, *, spec: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The manifest of a session of two workers."""
         given: dict[str, Any] = {
-            "model": {"entrypoint": "esper.zoo.mlp:build"},
-            "data": {"entrypoint": "esper.zoo.spirals:build"},
+            "model": {"entrypoint": "esper.zoo.models:MLP"},
+            "data": {"entrypoint": "esper.zoo.data:spirals"},
             "workers": {"replicas": 2},
             **(spec or {}),
         }
@@ -148,12 +151,42 @@ class OperatorWorld:
         }
 
 
+class Watching:
+    """A watch, read by a thread: each object as it came to be, and when that was heard."""
+
+    def __init__(self, plane: ControlPlane, path: str, version: str) -> None:
+        """`path` is that of a list, `version` the one from which on it is watched."""
+        self._heard: SimpleQueue[tuple[float, dict[str, Any]]] = SimpleQueue()
+        self._client = plane.client()
+        self._query = {"watch": "true", "resourceVersion": version}
+        self._path = path
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def take(self) -> list[tuple[float, dict[str, Any]]]:
+        """What was heard since the last call; times are by the monotonic clock."""
+        return [self._heard.get() for _ in range(self._heard.qsize())]
+
+    def close(self) -> None:
+        """Stop to watch."""
+        self._client.close()
+
+    def _read(self) -> None:
+        with (
+            suppress(httpx.HTTPError, RuntimeError, OSError),
+            self._client.stream("GET", self._path, params=self._query, timeout=None) as answer,
+        ):
+            for line in answer.iter_lines():
+                self._heard.put((time.monotonic(), json.loads(line)["object"]))
+
+
 class Objects:
     """Objects of one namespace, as one sees them who may do everything."""
 
     def __init__(self, plane: ControlPlane, namespace: str) -> None:
         """`namespace` is there."""
         self.namespace = namespace
+        self._plane = plane
         self._client = plane.client()
 
     def close(self) -> None:
@@ -195,6 +228,11 @@ class Objects:
         answer.raise_for_status()
         found: dict[str, Any] = answer.json()
         return found
+
+    def watch(self, path: str) -> Watching:
+        """What happens to the objects of a list from now on."""
+        found = self.get(path) or {}
+        return Watching(self._plane, self._at(path), found["metadata"]["resourceVersion"])
 
     def condition(self, session: str, kind: str = "Succeeded") -> dict[str, Any]:
         """A condition of a session; empty before it is there."""

@@ -11,8 +11,8 @@ import math
 import shlex
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from esper.cli.outcomes import is_crash
 from esper.cli.output import write_json
 from esper.cli.preparing import SOURCE_ANNOTATION, Prepared, own_manifest, prepare
 from esper.cli.report_page import write_report
-from esper.cli.run_checkpoints import newest_checkpoint, run_checkpoints
+from esper.cli.run_checkpoints import keep_results, newest_checkpoint, run_checkpoints
+from esper.cli.telling import telling
 from esper.cli.trainers import (
     Attention,
     Progress,
@@ -44,6 +45,7 @@ from esper.services.tolaria.distribution import Alone, Ranks
 from esper.services.tolaria.engine import layer_kind
 from esper.services.tolaria.health import HealthObserver
 from esper.services.tolaria.main import TolariaService
+from esper.services.tolaria.reporting import SessionReport
 from esper.services.tolaria.run_directory import RunDirectory, RunLog, refuse_unusable
 from esper.services.tolaria.seeds import SeedBook
 from esper.services.tolaria.status import StatusFile
@@ -107,6 +109,8 @@ def resume(
         result = run.result()
         if result is not None:
             write_report(directory)
+            with closing(run_checkpoints(manifest, directory, config)) as checkpoints:
+                keep_results(run, checkpoints)
             _tell_again(run, manifest, result, config, lasting=health is not None)
             show_end(result, directory, shown)
             return 0
@@ -166,21 +170,39 @@ def carry_out(
         WorkFailed: training failed; the run is kept.
         Interrupted: a checkpoint was written.
     """
-    status = StatusFile(
-        run.path / "status.yaml",
-        prepared.manifest.session,
+    report = SessionReport(
+        prepared.config.session,
         layers={n: layer_kind(m) for n, m in prepared.model.morphology.layers.items()},
         refused=prepared.model.morphology.refused,
         parameters_base=sum(p.numel() for p in prepared.model.parameters()),
-        seeds=SeedBook.from_state(found.snapshot.state["book"]).records if found else (),
+        epochs=prepared.config.training.epochs,
+        threads=prepared.config.training.threads,
+        processes=1 if ranks is None else ranks.size,
+        attempt=config.tolaria.attempt,
     )
-    if found is not None:
-        # Else the status would name none until the next is written, and restarts are counted by it.
-        status.checkpointed(found.written)
-    log = RunLog(run, checkpoints, status.checkpointed)
+    status = StatusFile(run.path / "status.yaml", prepared.manifest.session, report)
+    log = RunLog(run, checkpoints, report.checkpointed)
+    with telling(report, config, prepared.uid) if wired_to(config) else nullcontext():
+        ended = _carried_out(prepared, run, log, found, config, (report, status), shown, ranks)
+    keep_results(run, checkpoints)
+    return ended
+
+
+def _carried_out(
+    prepared: Prepared,
+    run: RunDirectory,
+    log: RunLog,
+    found: Found | None,
+    config: EsperConfig,
+    told: tuple[SessionReport, StatusFile],
+    shown: Shown,
+    ranks: Ranks | None,
+) -> int:
+    """As `carry_out`, which has opened what is written to."""
+    _, status = told
     try:
         result = asyncio.run(
-            _session(prepared, run, log, found, config.inside(run.path), status, shown, ranks)
+            _session(prepared, run, log, found, config.inside(run.path), told, shown, ranks)
         )
     except Interrupted as error:
         status.finish(SessionOutcome.INTERRUPTED, str(error))
@@ -214,15 +236,20 @@ async def _session(
     log: RunLog,
     found: Found | None,
     config: EsperConfig,
-    status: StatusFile,
+    told: tuple[SessionReport, StatusFile],
     shown: Shown,
     ranks: Ranks | None,
 ) -> dict[str, Any]:
     """Train the session in its directory, shown as it goes."""
-    training = prepared.config.training
+    training, (report, status) = prepared.config.training, told
     recorded = log.rewind(found)
-    told = run.told(prepared.config.session) if found else ()
-    progress = Progress(snapshot=found.snapshot if found else None, told=told, recorded=recorded)
+    progress = Progress(recorded=recorded)
+    if found is not None:
+        session = prepared.config.session
+        progress = replace(progress, snapshot=found.snapshot, told=run.told(session))
+        records = SeedBook.from_state(found.snapshot.state["book"]).records.values()
+        # With the checkpoint's name: restarts are counted by it.
+        report.resumed(records, run.transitions(session), found.written)
     tolaria = TolariaService()
     observers: list[Observer] = [log, status]
     if shown.health is not None:
@@ -254,6 +281,7 @@ async def _session(
         )
         trainer_of = wired_trainer if wired_to(config) else embedded_trainer
         async with trainer_of(prepared, config, progress=progress, attention=attention) as trainer:
+            report.begun(lambda: trainer.engine.steps)
             status.write()
             if shown.health is not None:
                 shown.health.started()
@@ -310,11 +338,9 @@ def _finished(
     status.finish(
         SessionOutcome.SUCCEEDED,
         f"{result.epochs} epochs; parts grown: {len(result.grown)}",
-        changes={
-            "metrics": status.test_metric(result.test.metric),
-            "parameters": result.parameters,
-            "flops": result.flops,
-        },
+        test=result.test.metric,
+        parameters=result.parameters,
+        flops=result.flops,
     )
     run.write_result(summary)
     write_report(run.path)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from esper.cli.embedded import Shown, carry_out, show_end
 from esper.cli.finished import tell_again
 from esper.cli.preparing import SOURCE_ANNOTATION, Prepared, own_manifest, prepare, uid_of
-from esper.cli.run_checkpoints import newest_checkpoint, run_checkpoints
+from esper.cli.run_checkpoints import keep_results, newest_checkpoint, run_checkpoints
 from esper.cli.trainers import following_trainer, share_progress
 from esper.configs import EsperConfig
 from esper.contracts.manifests import load_manifest, parse_manifest, session_document
@@ -86,6 +86,8 @@ def _tell_again(directory: Path, result: dict[str, Any], ranks: Ranks, config: E
     """On rank 0: bus and hub hear once more that the run succeeded; it may have ended before."""
     with closing(RunDirectory.open(directory)) as run:
         manifest = parse_manifest(run.manifest, str(directory / MANIFEST))
+        with closing(run_checkpoints(manifest, directory, config)) as checkpoints:
+            keep_results(run, checkpoints)
         places = config.inside(directory)
         telling = tell_again(run, manifest, result, places, lasting=True, stopping=ranks.stopping)
         asyncio.run(telling)
@@ -158,6 +160,7 @@ def _lead(
         )
         with closing(run):
             # Also of a new directory: the one before may have been lost with its pod.
+            checkpoints.begin()
             found = newest_checkpoint(checkpoints, config)
             carry_out(prepared, run, checkpoints, found, config, shown, ranks)
 

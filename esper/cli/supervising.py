@@ -51,7 +51,8 @@ class Placement:
     """How many processes run here, and which of the session's nodes this is.
 
     `host` and `port` are where node 0 keeps the store that the nodes meet at; a single node has
-    its own on a free port. `meeting` tells this session's nodes from others'.
+    its own on a free port. `meeting` tells this session's nodes from others', and `address` is what
+    the others reach this one at, its host's name where it is empty.
     """
 
     processes: int
@@ -60,12 +61,13 @@ class Placement:
     node: int = 0
     host: str = "127.0.0.1"
     port: int = 0
+    address: str = ""
 
     def options(self) -> list[str]:
         """The same as options of torchrun."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         first = str(self.node == 0).lower()
-        alone = ["--local-addr=127.0.0.1"] if self.nodes == 1 else []
+        address = "127.0.0.1" if self.nodes == 1 else self.address
         return [
             f"--nnodes={self.nodes}",
             f"--nproc-per-node={self.processes}",
@@ -73,7 +75,7 @@ class Placement:
             f"--rdzv-endpoint={host}:{self.port}",
             f"--rdzv-id={self.meeting}",
             f"--rdzv-conf=is_host={first},join_timeout={JOIN_SECONDS}",
-            *alone,
+            *([f"--local-addr={address}"] if address else []),
         ]
 
 

@@ -17,7 +17,7 @@ from esper.configs import EsperConfig
 from esper.contracts.assets import TrainingSession
 from esper.contracts.enums import SessionOutcome
 from esper.contracts.operational import AdaptationDecision, SeedTransition, SessionEvent
-from esper.errors import EsperError, Interrupted
+from esper.errors import EsperError, Interrupted, Superseded
 from esper.execution.kernel_cache import KernelCache, KernelSource
 from esper.services.oona_client import InProcessOona, Oona
 from esper.services.tamiyo.main import TamiyoService
@@ -200,7 +200,7 @@ async def _trainer(
         try:
             yield trainer
         except Exception as error:
-            if attention.lasting and is_crash(error):
+            if (attention.lasting and is_crash(error)) or isinstance(error, Superseded):
                 raise
             interrupted = isinstance(error, Interrupted)
             outcome = SessionOutcome.INTERRUPTED if interrupted else SessionOutcome.FAILED

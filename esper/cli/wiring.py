@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from esper.services.oona_client import OonaClient
     from esper.services.urza.client import UrzaClient
     from esper.services.urza.http_client import HttpUrza
+    from esper.services.urza.http_objects import HubObjects
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +51,18 @@ def hub_elsewhere(config: EsperConfig) -> HttpUrza:
     from esper.services.urza.http_client import HttpUrza
 
     return HttpUrza(config.hub)
+
+
+def hub_objects(config: EsperConfig, uid: str) -> HubObjects:
+    """What the session of that uid keeps at the hub at `hub.url`.
+
+    Raises:
+        ConfigError: `hub.url` is missing.
+        BadInput: the uid is none.
+    """
+    from esper.services.urza.http_objects import HubObjects
+
+    return HubObjects(config.hub, uid)
 
 
 async def hub_answers(hub: UrzaClient) -> bool:

@@ -51,6 +51,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--rendezvous-id", metavar="ID", help="the same on all nodes (default: the session's name)"
     )
     command.add_argument(
+        "--local-address",
+        metavar="ADDR",
+        help="where the other nodes find this one (default: its host's name)",
+    )
+    command.add_argument(
         "--restarts",
         metavar="R",
         help=f"restarts of the ranks without a newer checkpoint between (default: {RESTARTS})",
@@ -140,7 +145,13 @@ def placement_of(session: TrainingSession, given: dict[str, tuple[str, str]]) ->
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ConfigError(origin, address, "HOST:PORT, with a port from 1 to 65535")
     return Placement(
-        processes=processes, meeting=meeting, nodes=nodes, node=node, host=host, port=int(port)
+        processes=processes,
+        meeting=meeting,
+        nodes=nodes,
+        node=node,
+        host=host,
+        port=int(port),
+        address=given.get("local_address", ("", ""))[0],
     )
 
 

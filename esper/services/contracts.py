@@ -36,6 +36,7 @@ __all__ = [
     "SimpleCompiledKernelContract",
     "Stored",
     "SweepResult",
+    "SweptNamespaces",
 ]
 
 MAX_PAGE_ITEMS = 500
@@ -191,13 +192,17 @@ class SessionFilter(Contract):
 
 
 class SessionCredentials(Contract):
-    """What the hub knows of the credentials that it made for a session; they hold no secret."""
+    """What the hub knows of the credentials that it made for a session; they hold no secret.
+
+    `removes`: once they are revoked, what the session keeps at the hub is still to be removed.
+    """
 
     uid: SessionUid
     namespace: Namespace
     created_at: AwareTime
     expires_at: AwareTime
     revoked: bool = False
+    removes: bool = False
 
 
 class NamespaceCredentials(Contract):
@@ -235,6 +240,12 @@ class OperatorCredentials(Contract):
     redis_password: Annotated[str | None, Field(repr=False)] = None
     expires_at: AwareTime
     """Of the token; the user stays."""
+
+
+class SweptNamespaces(Contract):
+    """The namespaces in which a sweep may find something."""
+
+    namespaces: tuple[Namespace, ...]
 
 
 class SweepResult(Contract):

@@ -37,7 +37,8 @@ METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v
 MAX_EVENT_BYTES = 2**23
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 _PASSING = frozenset({408, 429, 500, 502, 503, 504})
-_CONFLICT, _NOT_FOUND, _GONE = 409, 404, 410
+_CONFLICT, _NOT_FOUND = 409, 404
+_NO_SUCH_FIELD = "failed to create typed patch object"
 
 Fence = Callable[[], None]
 """Raises where a request may not be sent any more."""
@@ -79,8 +80,8 @@ class ClusterApi:
     its kinds, where the API server refuses.
     """
 
-    def __init__(self, configuration: Configuration) -> None:
-        """`configuration` says where the API server is and who asks."""
+    def __init__(self, configuration: Configuration, agent: str = "esper-operator") -> None:
+        """`configuration` says where the API server is, `agent` who asks, for its audit log."""
         tracing = aiohttp.TraceConfig()
         tracing.on_connection_reuseconn.append(_check_fence)
         tracing.on_connection_create_end.append(_check_fence)
@@ -89,7 +90,7 @@ class ClusterApi:
         configuration.connection_pool_maxsize = 64
         self.configuration = configuration
         self._client = ApiClient(configuration)
-        self._client.user_agent = "esper-operator"
+        self._client.user_agent = agent
 
     async def __aenter__(self) -> ClusterApi:
         return self
@@ -152,7 +153,10 @@ class ClusterApi:
             _fence.reset(token)
         if status >= 400:
             raise refusal(what, status, data)
-        found: dict[str, Any] = json.loads(data)
+        try:
+            found: dict[str, Any] = json.loads(data)
+        except ValueError as error:
+            raise ApiUnavailable(f"{what}: the API server's answer is no JSON") from error
         return found
 
     @asynccontextmanager
@@ -202,9 +206,8 @@ class ClusterApi:
         url = self._client.configuration.host + path
         if query:
             url = f"{url}?{urlencode(query)}"
-        return await self._client.rest_client.request(
-            method, url, headers=headers, body=body, _request_timeout=limit
-        )
+        rest: Any = self._client.rest_client  # whose methods have no types
+        return await rest.request(method, url, headers=headers, body=body, _request_timeout=limit)
 
 
 WATCH_SILENCE_SECONDS = 70.0
@@ -238,6 +241,8 @@ def refusal(what: str, status: int, data: bytes) -> ApiRefused | ApiUnavailable:
     except (ValueError, AttributeError):
         said, reason = data[:200].decode(errors="replace"), ""
     said = one_line(said, 1000)
+    if _NO_SUCH_FIELD in said:  # which comes as an error of the server's own, though it is not
+        return ApiRefused(what, status, "Invalid", said)
     if status in _PASSING:
         return ApiUnavailable(f"{what}: the API server asks to come again ({status} {said})")
     kinds = {_NOT_FOUND: ApiNotFound, _CONFLICT: ApiConflict}

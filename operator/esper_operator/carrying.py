@@ -11,7 +11,7 @@ from esper.errors import EsperError
 from esper_operator.errors import ApiConflict, ApiNotFound, ApiRefused
 from esper_operator.kinds import BY_NAME, SECRET, Kind
 from esper_operator.memory import Memory
-from esper_operator.plans import Manifest, Plan
+from esper_operator.plans import Manifest, Notice, Plan
 from esper_operator.store import Store
 from esper_operator.views import Said
 from esper_operator.writing import Writer
@@ -80,16 +80,10 @@ class Carrier:
             await self.child(memory, manifest, outcome)
         for manifest in plan.child_statuses:
             await self._child_status(memory, manifest, outcome)
-        for notice in plan.notices if about is not None else ():
-            described = {
-                "apiVersion": about.kind.api_version,
-                "kind": about.kind.name,
-                "namespace": about.namespace,
-                "name": about.name,
-                "uid": about.uid,
-            }
-            await self._told(described, notice.type, notice.reason, notice.message)
-            outcome.wrote = True
+        if about is not None:
+            for notice in plan.notices:
+                await self._told(about, notice)
+                outcome.wrote = True
 
     async def child(self, memory: Memory, manifest: Manifest, outcome: Outcome) -> None:
         """Apply a child; one that is refused is remembered as that, and tried again later."""
@@ -151,8 +145,15 @@ class Carrier:
         memory.child_times[name] = self._clock()
         outcome.wrote = True
 
-    async def _told(self, about: Manifest, severity: str, reason: str, message: str) -> None:
+    async def _told(self, about: About, notice: Notice) -> None:
+        described = {
+            "apiVersion": about.kind.api_version,
+            "kind": about.kind.name,
+            "namespace": about.namespace,
+            "name": about.name,
+            "uid": about.uid,
+        }
         try:
-            await self._writer.tell(about, severity, reason, message)
+            await self._writer.tell(described, notice.type, notice.reason, notice.message)
         except ApiRefused as error:
             _log.info("an event can't be told: %s", error)

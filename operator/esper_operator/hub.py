@@ -29,7 +29,7 @@ class Hub(Protocol):
         ...
 
     async def namespaces(self) -> tuple[str, ...]:
-        """The namespaces of all sessions whose credentials are good."""
+        """The namespaces in which a sweep may find something."""
         ...
 
     async def sweep(

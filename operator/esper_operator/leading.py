@@ -31,13 +31,14 @@ from esper_operator.metrics import OperatorMetrics
 from esper_operator.options import Options
 from esper_operator.reconciling import Reconciler, work
 from esper_operator.resync import Resync
-from esper_operator.store import Store
+from esper_operator.store import NAMESPACE, Store
 from esper_operator.sweeping import Sweep
 from esper_operator.views import SessionView
 from esper_operator.work import Key, WorkQueue
 from esper_operator.writing import Writer
 
 SHOW_SECONDS = 2.0
+SHARED_SECONDS = 1.0
 RETRY_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
@@ -128,7 +129,6 @@ class Leader:
             ),
             self._resync.run(),
             self._reports.run(self._bus),
-            self._sweep.run(),
             self._show(),
             self._end_when_lost(),
             self._watch(keep_signals),
@@ -171,15 +171,18 @@ class Leader:
         if event is None:
             self._resync.soon(kind)
         keys = self._store.put(kind, found)
-        own = kind in OWN and Key(
-            kind.name, found["metadata"]["namespace"], found["metadata"]["name"]
-        )
-        for key in keys:
-            self._queue.add(key, anew=key == own)
+        meta = found["metadata"]
+        own = Key(kind.name, meta["namespace"], meta["name"]) if kind in OWN else None
+        self._enqueue(keys, own)
 
-    def _enqueue(self, keys: Iterable[Key]) -> None:
+    def _enqueue(self, keys: Iterable[Key], own: Key | None = None) -> None:
+        """Have the keys looked at; `own` is that of an object that somebody has changed."""
         for key in keys:
-            self._queue.add(key)
+            if key.kind == NAMESPACE:
+                # It looks at all sessions of the namespace: after the first of many events, once.
+                self._queue.add_within(key, SHARED_SECONDS)
+            else:
+                self._queue.add(key, anew=key == own)
 
     def _concerned(self, uid: str) -> None:
         """Something was heard of the session of that uid."""

@@ -117,10 +117,11 @@ class ApiLeases:
 
     async def write(self, record: LeaseRecord) -> LeaseRecord:
         """Replace that of `record.version`, or make it where that is empty."""
+        meta = {"name": self._name, "namespace": self._namespace}
         body = {
             "apiVersion": LEASE.api_version,
             "kind": LEASE.name,
-            "metadata": {"name": self._name, "namespace": self._namespace},
+            "metadata": meta,
             "spec": {
                 "holderIdentity": record.holder,
                 "leaseDurationSeconds": record.seconds,
@@ -130,7 +131,7 @@ class ApiLeases:
             },
         }
         if record.version:
-            body["metadata"] |= {"resourceVersion": record.version}
+            meta["resourceVersion"] = record.version
             method, path = "PUT", LEASE.path(self._namespace, self._name)
         else:
             method, path = "POST", LEASE.path(self._namespace)

@@ -52,6 +52,7 @@ class MetadataWatch:
                 for found in chunk:
                     self._hear(self._kind, None, found)
                 self._version = version
+        assert self._version is not None, "a list has at least one chunk"
         async with self._api.watching(
             self._kind, self._namespace, self._version, selector=MANAGED_BY, seconds=SERVER_SECONDS
         ) as events:

@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import NoReturn
 
 from esper.contracts.blueprints import BlueprintDocument, KernelTarget
@@ -24,10 +23,7 @@ from esper_operator.hearing import Reports
 from esper_operator.hub import Hub
 from esper_operator.kinds import (
     BLUEPRINT,
-    BY_METADATA,
-    JOB,
     KERNEL,
-    POD,
     SECRET,
     SESSION,
 )
@@ -43,7 +39,7 @@ from esper_operator.observed import (
 from esper_operator.options import Options
 from esper_operator.plans import Manifest, Plan
 from esper_operator.store import NAMESPACE, Store
-from esper_operator.views import Said, SessionView
+from esper_operator.views import JobView, MetaView, PodView, Said, SessionView
 from esper_operator.work import Key, WorkQueue
 
 NO_STATUS = b"{}"
@@ -151,15 +147,14 @@ class Reconciler:
         await self._carrier.rest(about, memory, plan, outcome)
 
     def _observed(self, session: SessionView, memory: Memory) -> Observed:
-        children = partial(self._store.children, session.uid)
         own = self._store.deployment(session.namespace, names.tamiyo(session.name))
         shared = self._store.deployment(session.namespace, names.TAMIYO)
         return Observed(
             session=session,
             now=self._clock(),
-            jobs=tuple(children(JOB)),
-            pods=tuple(children(POD)),
-            metas=tuple(view for kind in BY_METADATA for view in children(kind)),
+            jobs=self._store.children(session.uid, JobView),
+            pods=self._store.children(session.uid, PodView),
+            metas=self._store.children(session.uid, MetaView),
             tamiyo=own or shared,
             snapshot=self._reports.snapshot(session.uid),
             seed_statuses=memory.child_statuses,
@@ -214,7 +209,7 @@ class Reconciler:
             now=self._clock(),
             blueprint=self._store.blueprint(key.namespace, kernel.blueprint),
             job=job,
-            pods=() if job is None else tuple(self._store.pods_of(job.uid)),
+            pods=() if job is None else self._store.pods_of(job.uid),
             secret=self._store.meta(SECRET, key.namespace, names.COMPILE),
             stored=memory.stored,
             refusals=memory.refusals(),

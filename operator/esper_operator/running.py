@@ -48,8 +48,9 @@ async def run(config: EsperConfig) -> int:
         health, host=component.health_host, port=component.health_port or 0
     ) as server:
         announce(server.url)
-        async with ClusterApi(configuration) as api:
-            election = Election(ApiLeases(api, settings), settings, identity())
+        name = identity()
+        async with ClusterApi(configuration, f"esper-operator/{name}") as api:
+            election = Election(ApiLeases(api, settings), settings, name)
             leader = Leader(config, api, election, metrics, health)
             stop = Stop()
             watching = asyncio.create_task(watch(health, {"operator.kubeconfig": _answers(api)}))

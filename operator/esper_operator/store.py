@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from esper_operator.children import names
 from esper_operator.kinds import (
@@ -38,6 +38,7 @@ from esper_operator.work import Key
 
 Object = Mapping[str, Any]
 View = SessionView | JobView | PodView | DeploymentView | BlueprintView | KernelView | MetaView
+AView = TypeVar("AView", JobView, PodView, DeploymentView, MetaView)
 Name = tuple[str, str]
 """Namespace and name."""
 
@@ -156,17 +157,14 @@ class Store:
         """The compiled kernels of a namespace."""
         return self._of_kind(KERNEL, namespace)  # type: ignore[return-value]
 
-    def children(self, session_uid: str, kind: Kind) -> Iterator[View]:
-        """What of that kind was made for a session."""
-        for (child, _), view in self._children.get(session_uid, {}).items():
-            if child == kind.name:
-                yield view
+    def children(self, session_uid: str, of: type[AView]) -> tuple[AView, ...]:
+        """What was made for a session, of those that are looked at as `of`."""
+        views = self._children.get(session_uid, {}).values()
+        return tuple(view for view in views if isinstance(view, of))
 
-    def pods_of(self, job_uid: str) -> Iterator[PodView]:
-        """The pods of a Job."""
-        for view in self._children.get(job_uid, {}).values():
-            if isinstance(view, PodView):
-                yield view
+    def pods_of(self, job_uid: str) -> tuple[PodView, ...]:
+        """The pods of the Job of a compilation."""
+        return self.children(job_uid, PodView)
 
     def held(self, kind: Kind, namespace: str | None) -> Mapping[Name, tuple[str, int]]:
         """Uid and version of each object of a kind, of a namespace or of all."""

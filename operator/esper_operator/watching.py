@@ -60,8 +60,8 @@ def settings_of(kinds: Collection[Kind] = WATCHED) -> kopf.OperatorSettings:
     settings.persistence.diffbase_storage = Unremembering()
     for kind in kinds:
         if kind not in OWN:
-            selector = kopf.Selector(kind.group, plural=kind.plural)
-            settings.watching.label_selectors[selector] = MANAGED_BY
+            version = kind.api_version.rpartition("/")[2]
+            settings.watching.label_selectors[kind.group, version, kind.plural] = MANAGED_BY
     return settings
 
 

@@ -81,6 +81,11 @@ class WorkQueue:
             self._list(key, due)
             self._arm()
 
+    def add_within(self, key: Key, seconds: float) -> None:
+        """Look at `key` in so many seconds at the latest; what it is due for before stays."""
+        if self._due.get(key, math.inf) > self._now() + seconds:
+            self.add_in(key, seconds)
+
     def forget(self, key: Key) -> None:
         """There is nothing of that name any more."""
         self._due.pop(key, None)

@@ -54,9 +54,9 @@ COMMANDS = {
     "serve": {"SERVICE", "FILE", "--output-dir"},
     "worker": {
         *("FILE", "--output-dir", "--processes", "--nodes", "--node-rank", "--rendezvous"),
-        *("--rendezvous-id", "--restarts", "--termination-log", "--json"),
+        *("--rendezvous-id", "--local-address", "--restarts", "--termination-log", "--json"),
     },
-    "compile": {"--kernel", "--json"},
+    "compile": {"--kernel", "--json", "--termination-log"},
     "token": {"--role", "--subject", "--namespace", "--days", "--json"},
 }
 

@@ -92,6 +92,10 @@ class HttpProxy:
             await self._runner.cleanup()
         if self._session is not None:
             await self._session.close()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         assert self._session is not None
@@ -105,14 +109,16 @@ class HttpProxy:
             data=await request.read() or None,
             timeout=aiohttp.ClientTimeout(total=None),
         )
+        whole = b""
         async with answer:
             if request.method in WRITES and self._counts(request.method, request.path):
-                await answer.read()
+                whole = await answer.read()
                 self.count += 1
                 self.seen(self.count, request.method, request.path)
             passed = {n: t for n, t in answer.headers.items() if n.lower() not in _HOPS}
             response = web.StreamResponse(status=answer.status, headers=passed)
             await response.prepare(request)
+            await response.write(whole)
             async for piece in answer.content.iter_any():
                 await response.write(piece)
             await response.write_eof()

@@ -216,17 +216,6 @@ class TrainingSessionStatus(ResourceModel):
 class TrainingSession(Resource):
     """A model that trains and grows on measured evidence."""
 
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            (
-                "size(self.metadata.name) <= 48 && "
-                "self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
-                "metadata.name: at most 48 lower-case letters, digits and '-', starting with a "
-                "letter and not ending with '-'",
-            )
-        )
-    )
-
     plural: ClassVar[str] = "trainingsessions"
     singular: ClassVar[str] = "trainingsession"
     short_names: ClassVar[tuple[str, ...]] = ("ts",)

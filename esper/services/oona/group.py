@@ -46,7 +46,7 @@ class _Pending(NamedTuple):
 
 
 class ConsumerGroup:
-    """One consumer of a group on the streams of `topics`: of one scope, or of all of a namespace.
+    """One consumer of a group on the streams of `topics`: of one scope, or of all that there are.
 
     Every method raises BusUnavailable where Redis does not answer, and ConfigError where it
     refuses the user.
@@ -61,8 +61,10 @@ class ConsumerGroup:
         topics: Collection[TopicNames],
         group: str,
         consumer: str,
+        namespace: str | None,
         scope: str | None,
     ) -> None:
+        """Without a `namespace` it is on the streams of all; then there is no `scope` either."""
         self.group = group
         self.consumer = consumer.encode()
         self.keys: tuple[bytes, ...] = ()
@@ -70,7 +72,9 @@ class ConsumerGroup:
         self._connections = connections
         self._counts = counts
         self._topics = frozenset(topics)
+        self._namespace = namespace
         self._scope = scope
+        self._reading: tuple[tuple[bytes, ...], tuple[int, int], bytes] | None = None
         self._made = 0
         self._strange: set[bytes] = set()
         self._claim_ms = int(config.claim_idle_seconds * 1000)
@@ -80,10 +84,10 @@ class ConsumerGroup:
 
         Over all scopes, streams are found, not made, and read from their beginning.
         """
-        if self._scope is None:
+        if self._scope is None or self._namespace is None:
             await self.discover()
             return
-        keys = tuple(stream_key(self._config.namespace, self._scope, t) for t in self._topics)
+        keys = tuple(stream_key(self._namespace, self._scope, t) for t in self._topics)
         await self._create(keys, start, "MKSTREAM")
         self.keys = keys
 
@@ -91,7 +95,7 @@ class ConsumerGroup:
         """Find the streams that there are now; nothing to do for one scope."""
         if self._scope is not None:
             return
-        found = await found_streams(self._connections, self._config.namespace, self._topics)
+        found = await found_streams(self._connections, self._namespace, self._topics)
         new = sorted(found.difference(self.keys))
         gone = await self._create(new, "0") if new else set()
         self.keys = tuple(sorted(found - gone))
@@ -134,11 +138,19 @@ class ConsumerGroup:
         return gone
 
     def reading(self, count: int, block_ms: int) -> bytes:
-        """The command that reads new entries, and waits for one if there is none."""
-        consumer = ("GROUP", self.group, self.consumer)
-        places = [">"] * len(self.keys)
-        limits = ("COUNT", count, "BLOCK", block_ms)
-        return packed("XREADGROUP", *consumer, *limits, "STREAMS", *self.keys, *places)
+        """The command that reads up to `count` new entries, and waits for one if there is none.
+
+        Redis counts each stream's by itself: of more than `count` streams it reads one entry each.
+        """
+        share = max(1, count // max(1, len(self.keys)))
+        limits = (share, block_ms)
+        if self._reading is None or self._reading[:2] != (self.keys, limits):
+            consumer = ("GROUP", self.group, self.consumer)
+            options = ("COUNT", share, "BLOCK", block_ms, "STREAMS")
+            places = [">"] * len(self.keys)
+            command = packed("XREADGROUP", *consumer, *options, *self.keys, *places)
+            self._reading = (self.keys, limits, command)
+        return self._reading[2]
 
     async def left_behind(self, count: int, held: Collection[tuple[bytes, bytes]]) -> list[Entry]:
         """Take over up to about `count` entries that nobody has refreshed for long.
@@ -285,9 +297,9 @@ def is_no_stream(reply: Reply) -> bool:
 
 
 async def found_streams(
-    connections: RedisConnections, namespace: str, topics: Collection[TopicNames]
+    connections: RedisConnections, namespace: str | None, topics: Collection[TopicNames]
 ) -> set[bytes]:
-    """The keys of all streams of `topics` that there are in a namespace."""
+    """The keys of all streams of `topics` that there are in a namespace; None: in all of them."""
     found: set[bytes] = set()
     cursor = b"0"
     while True:

@@ -30,6 +30,7 @@ from esper.services.oona.streams import (
     is_scope,
     opened,
     packed,
+    scope_and_topic,
     stream_key,
     stream_pattern,
 )
@@ -44,48 +45,58 @@ class OonaClient:
 
     With a `scope`, the uid of a session, it publishes and hears in that scope only. Without one it
     hears all scopes of `redis.namespace`, those that come later too, and publishes each message in
-    the scope that the message names.
+    the scope that the message names. With `everywhere` it hears all scopes of all namespaces, and
+    `publish` must be told the namespace.
 
     While Redis is away, messages wait here in order and receivers wait; see `redis.*` for the
     bounds. `publish` returns once Redis has the messages, or once it is known to be away.
 
     Raises:
         ConfigError: `redis.url` is missing or can't be read.
-        BadInput: `scope` is none that a message may have.
+        BadInput: `scope` is none that a message may have, or is given with `everywhere`.
     """
 
-    def __init__(self, config: RedisConfig, *, scope: str | None) -> None:
+    def __init__(self, config: RedisConfig, *, scope: str | None, everywhere: bool = False) -> None:
         if scope is not None and not is_scope(scope):
             raise BadInput("scope", scope, "letters, digits, dots and dashes, at most 128")
+        if scope is not None and everywhere:
+            raise BadInput("scope", scope, "null, over all namespaces")
         self._config = config
+        self._namespace = None if everywhere else config.namespace
         self._scope = scope
         self._connections = RedisConnections(config)
         self._outbox = Outbox(self._connections, config)
-        self._appending = Appending(config.namespace, _last_resort(config))
+        self._appending = Appending(_last_resort(config))
         self._counts = ReceivingCounts()
         self._subscriptions: set[RedisSubscription] = set()
         self._closed = False
 
-    async def publish(self, *messages: OonaMessage) -> None:
+    async def publish(self, *messages: OonaMessage, namespace: str | None = None) -> None:
         """Append the messages, in this order, to the streams of their topics.
+
+        `namespace` is that of their streams, `redis.namespace` by default.
 
         Returns when Redis has them. After `redis.attempts` failures in a row it returns with them
         in this process, to be sent when Redis is back: in order, `redis.buffer_messages` of them.
         Without room the oldest telemetry is dropped and counted; everything else waits for room.
 
         Raises:
-            BadInput: a message names another scope than this client's.
+            BadInput: a message names another scope than this client's, or the client is of all
+                namespaces and `namespace` is missing.
             BusUnavailable: the bus is closed, or Redis refuses the message.
             ConfigError: Redis refuses the user.
         """
         self._require_open()
+        own = namespace if namespace is not None else self._namespace
+        if own is None:
+            raise BadInput("namespace", None, "that of the streams, from a client of all of them")
         commands = []
         for message in messages:
             scope = message.scope if self._scope is None else self._scope
             if message.scope not in ("", scope):
                 raise BadInput("scope", message.scope, f"{scope}, that of this client")
-            command = self._appending.command(message, scope)
-            key = stream_key(self._config.namespace, scope, message.topic)
+            key = stream_key(own, scope, message.topic)
+            command = self._appending.command(message, key)
             commands.append((key, command, message.topic in TELEMETRY))
         await self._outbox.publish(commands)
 
@@ -110,6 +121,7 @@ class OonaClient:
             topics=topics,
             group=group,
             consumer=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
+            namespace=self._namespace,
             scope=self._scope,
         )
         await self._connections.retrying(joined.join)
@@ -141,13 +153,13 @@ class OonaClient:
         if self._scope is not None:
             scopes = {self._scope} if scope in (None, self._scope) else set()
             keys = [stream_key(self._config.namespace, s, t) for s in scopes for t in set(topics)]
-        elif scope is not None:
-            keys = [stream_key(self._config.namespace, scope, topic) for topic in set(topics)]
+        elif scope is not None and self._namespace is not None:
+            keys = [stream_key(self._namespace, scope, topic) for topic in set(topics)]
         else:
             found = await self._connections.retrying(
-                lambda: found_streams(self._connections, self._config.namespace, topics)
+                lambda: found_streams(self._connections, self._namespace, topics)
             )
-            keys = sorted(found)
+            keys = sorted(k for k in found if scope is None or scope_and_topic(k)[0] == scope)
         async for entry in self._merged(keys):
             try:
                 yield opened(entry)
@@ -175,8 +187,7 @@ class OonaClient:
             )
 
     def _questions(self) -> list[bytes]:
-        namespace = self._config.namespace
-        key = stream_key(namespace, self._scope or "", _NOWHERE)
+        key = stream_key(self._config.namespace, self._scope or "", _NOWHERE)
         group = ("GROUP", _NOWHERE, _NOWHERE)
         questions = [
             packed("XADD", key, "NOMKSTREAM", "MAXLEN", 0, "*", FIELD, b""),
@@ -188,7 +199,9 @@ class OonaClient:
             packed("XRANGE", key, "-", "+", "COUNT", 1),
         ]
         if self._scope is None:
-            questions.append(packed("SCAN", 0, "MATCH", stream_pattern(namespace), "COUNT", 1))
+            questions.append(
+                packed("SCAN", 0, "MATCH", stream_pattern(self._namespace), "COUNT", 1)
+            )
         return questions
 
     async def health(self) -> bool:

@@ -15,8 +15,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from esper.contracts.messages import OonaMessage, Scope, TopicNames
 
-TELEMETRY = frozenset({TopicNames.PACKETS})
+TELEMETRY = frozenset({TopicNames.PACKETS, TopicNames.STATUS})
 """Topics of full snapshots: the next one replaces the last, so they are dropped first."""
+
+KEPT_OF_STATUS = 16
+"""Of `sessions.status` a stream keeps about so many messages, which are large: one would do."""
 
 FIELD = b"message"
 _NO_SCOPE = "-"
@@ -62,9 +65,9 @@ def dead_key(key: bytes) -> bytes:
     return key + b":dead"
 
 
-def stream_pattern(namespace: str) -> bytes:
-    """What all keys of a namespace match."""
-    return f"esper:{namespace}:*".encode()
+def stream_pattern(namespace: str | None) -> bytes:
+    """What all keys of a namespace match; None: those of all namespaces."""
+    return b"esper:*" if namespace is None else f"esper:{namespace}:*".encode()
 
 
 @lru_cache(maxsize=4096)
@@ -122,31 +125,30 @@ def packed(*words: bytes | int | str) -> bytes:
 
 
 class Appending:
-    """Packs XADD commands for streams of a namespace, trimmed to about `length` entries.
+    """Packs XADD commands, each of which trims its stream to about `length` entries.
 
     That is the last resort; before it `Trimming` gives up what may be given up.
     """
 
-    def __init__(self, namespace: str, length: int) -> None:
-        self._namespace = namespace
+    def __init__(self, length: int) -> None:
         self._length = length
-        self._prefixes: dict[tuple[str, TopicNames], bytes] = {}
+        self._prefixes: dict[bytes, bytes] = {}
 
-    def command(self, message: OonaMessage, scope: str) -> bytes:
-        """The command that appends `message` to its stream in `scope`."""
-        prefix = self._prefixes.get((scope, message.topic))
+    def command(self, message: OonaMessage, key: bytes) -> bytes:
+        """The command that appends `message` to the stream `key`."""
+        prefix = self._prefixes.get(key)
         if prefix is None:
-            prefix = self._prefix(scope, message.topic)
+            prefix = self._prefix(key, message.topic)
         text = _MESSAGE.dump_json(message, by_alias=True)
         return b"%b$%d\r\n%b\r\n" % (prefix, len(text), text)
 
-    def _prefix(self, scope: str, topic: TopicNames) -> bytes:
-        key = stream_key(self._namespace, scope, topic)
-        whole = packed("XADD", key, "MAXLEN", "~", self._length, "*", FIELD, b"")
+    def _prefix(self, key: bytes, topic: TopicNames) -> bytes:
+        length = KEPT_OF_STATUS if topic is TopicNames.STATUS else self._length
+        whole = packed("XADD", key, "MAXLEN", "~", length, "*", FIELD, b"")
         prefix = whole.removesuffix(b"$0\r\n\r\n")  # the empty text, packed
         if len(self._prefixes) == _KEPT_PREFIXES:
             self._prefixes.clear()
-        self._prefixes[scope, topic] = prefix
+        self._prefixes[key] = prefix
         return prefix
 
 

@@ -9,19 +9,53 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from esper.errors import ConfigError, ManifestError
-from esper.services.tolaria.checkpoint_manifest import MANIFEST, CheckpointManifest, epoch_of
-from esper.utils.object_store import ObjectStore
+from esper.services.tolaria.checkpoint_manifest import (
+    MANIFEST,
+    CheckpointManifest,
+    epoch_of,
+    newest_first,
+)
 
 ADDRESS_FIELD = "spec.storage.uri"
 BLOCK_BYTES = 2**20
+ATTEMPTS = "attempts"
+"""Below it each attempt that has begun leaves an object, named by its number."""
+RESULTS = "results"
 
 _Result = TypeVar("_Result")
+
+
+class Objects(Protocol):
+    """What of `esper.utils.object_store.ObjectStore` is needed, as the hub has it too."""
+
+    async def put(self, key: str, data: bytes) -> bool:
+        """Store `data` unless the key exists."""
+
+    async def put_stream(
+        self, key: str, chunks: AsyncIterable[bytes], *, sha256: str, max_bytes: int
+    ) -> bool:
+        """Store what `chunks` gives if it has that digest, unless the key exists."""
+
+    async def get(self, key: str) -> bytes | None:
+        """The bytes under `key`, None where there are none."""
+
+    async def listed(self, place: str) -> dict[str, int]:
+        """The objects below `place` with their sizes in bytes."""
+
+    async def delete(self, key: str) -> bool:
+        """Remove the object under `key`."""
+
+    async def check(self) -> None:
+        """Return if the store can be used; raise the reason if not."""
+
+    async def close(self) -> None:
+        """Let go of connections."""
 
 
 class BucketCheckpoints:
@@ -33,7 +67,7 @@ class BucketCheckpoints:
         below: the key that those of the checkpoints begin with.
     """
 
-    def __init__(self, store: ObjectStore, uri: str, below: str) -> None:
+    def __init__(self, store: Objects, uri: str, below: str) -> None:
         self.path = f"{uri.rstrip('/')}/{below}"
         self._store = store
         self._uri = uri
@@ -46,17 +80,16 @@ class BucketCheckpoints:
             name, _, part = key.removeprefix(f"{self._below}/").partition("/")
             if epoch_of(name) is not None and part:
                 found.setdefault(name, {})[part] = size
-        newest_first = sorted(found, key=lambda name: (epoch_of(name), name), reverse=True)
-        return {name: found[name] for name in newest_first}
+        return {name: found[name] for name in newest_first(found)}
 
     def part(self, name: str, part: str) -> bytes | None:
         """The bytes of one part; see `CheckpointPlace.part`."""
         return self._waited(self._store.get(self._key(name, part)))
 
     def name(self, manifest: CheckpointManifest) -> str:
-        """A name that only this one has: its epoch, when it was written, and a digest."""
+        """A name that only this one has: its label, when it was written, and a digest."""
         digest = hashlib.sha256(manifest.encoded()).hexdigest()
-        return f"epoch-{manifest.epoch:06d}-{manifest.time:%Y%m%dt%H%M%S%f}-{digest[:8]}"
+        return f"{manifest.label}-{manifest.time:%Y%m%dt%H%M%S%f}-{digest[:8]}"
 
     def write(
         self,
@@ -73,6 +106,20 @@ class BucketCheckpoints:
     def remove(self, name: str) -> None:
         """Delete a checkpoint; see `CheckpointPlace.remove`."""
         self._waited(self._remove(name))
+
+    def begin(self, attempt: int) -> None:
+        """Leave word that an attempt has begun; see `CheckpointPlace.begin`."""
+        self._waited(self._store.put(f"{self._below}/{ATTEMPTS}/{attempt:09d}", b"begun\n"))
+
+    def begun(self) -> int:
+        """The newest attempt that has begun; see `CheckpointPlace.begun`."""
+        found = self._waited(self._store.listed(f"{self._below}/{ATTEMPTS}"))
+        numbers = [key.rpartition("/")[2] for key in found]
+        return max((int(number) for number in numbers if number.isdecimal()), default=0)
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Store a file of a finished run; see `CheckpointPlace.keep`."""
+        self._waited(self._keep(f"{self._beside(RESULTS)}/{name}", data))
 
     def shown(self, name: str) -> str:
         """What the checkpoint's keys begin with, relative to the session's storage."""
@@ -104,6 +151,15 @@ class BucketCheckpoints:
         await self._store.delete(self._key(name, MANIFEST))
         for key in await self._store.listed(f"{self._below}/{name}"):
             await self._store.delete(key)
+
+    async def _keep(self, key: str, data: bytes) -> None:
+        await self._store.delete(key)
+        digest = hashlib.sha256(data).hexdigest()
+        await self._store.put_stream(key, _blocks(data), sha256=digest, max_bytes=len(data))
+
+    def _beside(self, folder: str) -> str:
+        parent, _, _ = self._below.rpartition("/")
+        return f"{parent}/{folder}" if parent else folder
 
     def _waited(self, work: Coroutine[Any, Any, _Result]) -> _Result:
         """What `work` comes to, on a loop of its own: the caller's may be at work already."""

@@ -16,11 +16,19 @@ from itertools import count
 from pathlib import Path
 
 from esper.errors import ConfigError, StorageFull, StoreUnavailable
-from esper.services.tolaria.checkpoint_manifest import MANIFEST, CheckpointManifest, epoch_of
+from esper.services.tolaria.checkpoint_manifest import (
+    MANIFEST,
+    CheckpointManifest,
+    epoch_of,
+    newest_first,
+)
 
 PREFIX = "epoch-"
 PARTIAL = ".partial"
 REPLACED = ".replaced"
+ATTEMPTS = "attempts"
+"""In it each attempt that has begun leaves a file, named by its number."""
+RESULTS = "results"
 ASIDE = "aside-"
 """What the name of a folder begins with that was moved out of a checkpoint's way."""
 
@@ -49,8 +57,7 @@ class FolderCheckpoints:
                 for path in self._folder.glob(f"{PREFIX}*")
                 if path.is_dir() and epoch_of(path.name) is not None
             }
-            newest_first = sorted(found, key=lambda name: (epoch_of(name), name), reverse=True)
-            return {name: _sizes(found[name]) for name in newest_first}
+            return {name: _sizes(found[name]) for name in newest_first(found)}
 
     def part(self, name: str, part: str) -> bytes | None:
         """The bytes of one part; see `CheckpointPlace.part`."""
@@ -62,8 +69,8 @@ class FolderCheckpoints:
             return None
 
     def name(self, manifest: CheckpointManifest) -> str:
-        """What a checkpoint of that epoch is called."""
-        return f"{PREFIX}{manifest.epoch:06d}"
+        """What a checkpoint of that epoch and attempt is called."""
+        return manifest.label
 
     def write(
         self,
@@ -101,6 +108,31 @@ class FolderCheckpoints:
             hidden = _hide(self._folder / name, PARTIAL)
             (self._folder / name).rename(hidden)
             shutil.rmtree(hidden, ignore_errors=True)
+
+    def begin(self, attempt: int) -> None:
+        """Leave word that an attempt has begun; see `CheckpointPlace.begin`."""
+        place = self._folder / ATTEMPTS
+        with translated(str(place)):
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{attempt:09d}").touch()
+            sync(place)
+
+    def begun(self) -> int:
+        """The newest attempt that has begun; see `CheckpointPlace.begun`."""
+        place = self._folder / ATTEMPTS
+        with translated(str(place)):
+            names = [path.name for path in place.iterdir()] if place.is_dir() else []
+        return max((int(name) for name in names if name.isdecimal()), default=0)
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Store a file of a finished run; see `CheckpointPlace.keep`."""
+        place = self._folder.parent / RESULTS
+        with translated(str(place / name)):
+            place.mkdir(parents=True, exist_ok=True)
+            partial = _hide(place / name, PARTIAL)
+            _write(partial, data)
+            partial.rename(place / name)
+            sync(place)
 
     def shown(self, name: str) -> str:
         """The checkpoint's folder, relative to the session's storage."""

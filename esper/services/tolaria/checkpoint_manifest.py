@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -27,16 +27,20 @@ MAX_MANIFEST_BYTES = 2**20
 LOGS = ("metrics.jsonl", "events.jsonl", "decisions.jsonl")
 """A run's logs, which are parts of a checkpoint that lies outside the run's directory."""
 
-_NAME = re.compile(r"epoch-(?P<epoch>[0-9]{6,9})(-[0-9a-z-]+)?")
+_NAME = re.compile(r"epoch-(?P<epoch>[0-9]{6,9})(-a(?P<attempt>[0-9]{6,9}))?(-[0-9a-z-]+)?")
 Count = Annotated[int, Field(ge=0, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """Whose checkpoints: the session's name, and its uid, which tells it from its namesakes."""
+    """Whose checkpoints: the session's name, and its uid, which tells it from its namesakes.
+
+    `attempt` is the operator's, 0 where there is none.
+    """
 
     session: str
     uid: str
+    attempt: int = 0
 
 
 class OwnerRecord(Contract):
@@ -64,8 +68,16 @@ class CheckpointManifest(Contract):
     schema_version: Count
     session: OwnerRecord
     epoch: Count
+    attempt: Count | None = None
+    """Of the operator's attempts the one that wrote it; absent where it was none."""
     time: AwareTime
     parts: dict[str, PartRecord]
+
+    @property
+    def label(self) -> str:
+        """What the name of such a checkpoint begins with: its epoch, and its attempt if any."""
+        attempt = f"-a{self.attempt:06d}" if self.attempt else ""
+        return f"epoch-{self.epoch:06d}{attempt}"
 
     def encoded(self) -> bytes:
         """The bytes of the file."""
@@ -76,6 +88,20 @@ def epoch_of(name: str) -> int | None:
     """The epoch in a checkpoint's name; None where it is no checkpoint's."""
     found = _NAME.fullmatch(name)
     return int(found["epoch"]) if found else None
+
+
+def attempt_of(name: str) -> int:
+    """The attempt in a checkpoint's name, 0 where it has none."""
+    found = _NAME.fullmatch(name)
+    return int(found["attempt"] or 0) if found else 0
+
+
+def newest_first(names: Iterable[str]) -> list[str]:
+    """The names of checkpoints, those of later attempts first, then those of later epochs.
+
+    An older attempt may have gone on after a newer one has begun: what it wrote counts less.
+    """
+    return sorted(names, key=lambda name: (attempt_of(name), epoch_of(name), name), reverse=True)
 
 
 def read_manifest(
@@ -97,6 +123,8 @@ def read_manifest(
         )
     if found.epoch != epoch_of(name):
         raise refused(name, f"{MANIFEST} of epoch {found.epoch}", "the epoch in its name")
+    if (found.attempt or 0) != attempt_of(name):
+        raise refused(name, f"{MANIFEST} of attempt {found.attempt}", "the attempt in its name")
     for part in PARTS:
         if part not in found.parts:
             raise refused(name, f"{MANIFEST} without {part}", "a manifest that names every part")

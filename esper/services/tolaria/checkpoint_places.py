@@ -1,9 +1,10 @@
-"""Where a session's checkpoints lie: in its run's directory, or where its manifest says."""
+"""Where a session's checkpoints lie: in its run's directory, or where manifest or settings say."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,13 @@ from urllib.parse import unquote, urlsplit
 from pydantic import ValidationError
 
 from esper.configs import StorageConfig
-from esper.errors import ManifestError
-from esper.services.tolaria.checkpoint_bucket import ADDRESS_FIELD, BucketCheckpoints, naming
+from esper.errors import ConfigError, ManifestError
+from esper.services.tolaria.checkpoint_bucket import (
+    ADDRESS_FIELD,
+    BucketCheckpoints,
+    Objects,
+    naming,
+)
 from esper.services.tolaria.checkpoint_folder import FolderCheckpoints
 from esper.services.tolaria.checkpoint_manifest import Owner
 from esper.services.tolaria.checkpoints import CheckpointPlace, Checkpoints
@@ -21,6 +27,8 @@ from esper.utils.object_store import open_store
 
 FOLDER = "checkpoints"
 
+HUB = "hub"
+"""The address of the hub's object store, in settings."""
 _ADDRESSES = "s3://BUCKET, s3://BUCKET/PREFIX or file:///PATH, an absolute path"
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -65,7 +73,13 @@ class StorageAddress:
 
 
 def open_checkpoints(
-    run: Path, owner: Owner, keep: int, *, uri: str | None, storage: StorageConfig
+    run: Path,
+    owner: Owner,
+    keep: int,
+    *,
+    uri: str | None,
+    storage: StorageConfig,
+    hub: Callable[[str], Objects] | None = None,
 ) -> Checkpoints:
     """The checkpoints of a run, in its directory or at `uri`. Nothing is written or asked for.
 
@@ -77,8 +91,9 @@ def open_checkpoints(
         run: the run's directory.
         owner: the session.
         keep: how many checkpoints stay.
-        uri: `spec.storage.uri` of the session, if it has one.
+        uri: `spec.storage.uri` of the session, if it has one; or `HUB`.
         storage: endpoint, region and credentials of a bucket.
+        hub: makes the objects of the session with that uid at the hub.
 
     Raises:
         ManifestError: `uri` is no address.
@@ -87,8 +102,13 @@ def open_checkpoints(
     inside = FolderCheckpoints(run / FOLDER, FOLDER)
     if uri is None:
         return Checkpoints(inside, owner, keep)
-    place = _place(StorageAddress.parse(uri), _below(owner), storage)
-    return Checkpoints(place, owner, keep, portable=True, earlier=inside)
+    if uri == HUB:
+        if hub is None:
+            raise ConfigError("tolaria.storage", uri, "null or file:///PATH without a hub.url")
+        place = BucketCheckpoints(hub(owner.uid), HUB, FOLDER)
+        return Checkpoints(place, owner, keep, portable=True, earlier=inside)
+    elsewhere = _place(StorageAddress.parse(uri), _below(owner), storage)
+    return Checkpoints(elsewhere, owner, keep, portable=True, earlier=inside)
 
 
 def _place(address: StorageAddress, below: str, storage: StorageConfig) -> CheckpointPlace:

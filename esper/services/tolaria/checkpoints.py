@@ -1,7 +1,8 @@
 """One session's checkpoints in one place: written, kept to a number, and found again.
 
 The newest complete one wins. What is cut short, damaged, another session's or of another schema
-version is passed over and told in one line; nothing of it is ever deleted.
+version is passed over and told in one line; nothing of it is ever deleted, but for what one of the
+operator's attempts did not finish.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Protocol
 from safetensors import SafetensorError
 
 from esper.contracts.base import utc_now
-from esper.errors import CheckpointError, EsperError
+from esper.errors import CheckpointError, EsperError, Superseded
 from esper.services.tolaria.checkpoint_manifest import (
     LOGS,
     MANIFEST,
@@ -24,6 +25,7 @@ from esper.services.tolaria.checkpoint_manifest import (
     Owner,
     OwnerRecord,
     PartRecord,
+    attempt_of,
     epoch_of,
     read_manifest,
     refused,
@@ -73,6 +75,15 @@ class CheckpointPlace(Protocol):
 
     def remove(self, name: str) -> None:
         """Delete a checkpoint; from the beginning on it is none any more."""
+
+    def begin(self, attempt: int) -> None:
+        """Leave word that this attempt of the operator's has begun."""
+
+    def begun(self) -> int:
+        """The newest attempt that has left word; 0 where none has."""
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Store a file that a finished run leaves, in place of one of that name."""
 
     def shown(self, name: str) -> str:
         """Where the checkpoint lies, relative to the session's storage."""
@@ -136,6 +147,17 @@ class Checkpoints:
         # By name: the manifest of one that was verified or written here, None for a damaged one.
         self._known: dict[str, CheckpointManifest | None] = {}
 
+    def begin(self) -> None:
+        """Take over from earlier attempts: from now on they write and remove nothing more.
+
+        Raises:
+            Superseded: a newer attempt has.
+            StoreUnavailable: the place does not answer.
+        """
+        if self._owner.attempt:
+            self._place.begin(self._owner.attempt)
+            self._refuse_superseded()
+
     def newest(self) -> Found | None:
         """The newest complete checkpoint of the session; None where there is none of any kind.
 
@@ -144,7 +166,7 @@ class Checkpoints:
             StoreUnavailable: the place does not answer.
         """
         for place in (self._place, self._earlier):
-            if place is not None and (listed := place.listed()):
+            if place is not None and (listed := _begun(place.listed())):
                 return self._newest_of(place, listed)
         return None
 
@@ -154,12 +176,15 @@ class Checkpoints:
         Raises:
             StorageFull: no room is left; the older checkpoints are as they were.
             StoreUnavailable: the place does not answer.
+            Superseded: a newer attempt has taken over.
         """
+        self._refuse_superseded()
         parts = {**parts_of(snapshot), **(logs if self.portable else {})}
         manifest = CheckpointManifest(
             schema_version=SCHEMA_VERSION,
             session=OwnerRecord(name=self._owner.session, uid=self._owner.uid),
             epoch=snapshot.epoch,
+            attempt=self._owner.attempt or None,
             time=utc_now(),
             parts={part: PartRecord.of(data) for part, data in parts.items()},
         )
@@ -168,12 +193,26 @@ class Checkpoints:
         replaced = taken is not None and self._whole(name, taken)
         self._place.write(name, manifest, parts, replaced=replaced)
         self._known[name] = manifest
+        self._refuse_superseded()  # what is old here may be what the newer one goes on from
         try:
             self._drop_old(name)
         except EsperError as error:
             # The checkpoint is there all the same; the next one drops what this one could not.
             _log.warning("old checkpoints in %s stay for now: %s", self._place.path, error)
         return Written(where=self._place.shown(name), epoch=snapshot.epoch, time=manifest.time)
+
+    def keep(self, files: Mapping[str, bytes]) -> None:
+        """Store what a finished run leaves, where checkpoints do not lie in its directory anyway.
+
+        Raises:
+            StorageFull: no room is left.
+            StoreUnavailable: the place does not answer.
+            Superseded: a newer attempt has taken over.
+        """
+        if self.portable:
+            self._refuse_superseded()
+            for name, data in files.items():
+                self._place.keep(name, data)
 
     def check(self) -> None:
         """Return if checkpoints can be written where they should; raise the reason if not."""
@@ -182,6 +221,14 @@ class Checkpoints:
     def close(self) -> None:
         """Let go of connections."""
         self._place.close()
+
+    def _refuse_superseded(self) -> None:
+        newest = self._place.begun() if self._owner.attempt else 0
+        if newest > self._owner.attempt:
+            raise Superseded(
+                f"session {self._owner.session}: attempt {newest} has taken over from attempt "
+                f"{self._owner.attempt}, which ends and leaves what is there as it is"
+            )
 
     def _newest_of(self, place: CheckpointPlace, listed: Mapping[str, Mapping[str, int]]) -> Found:
         reasons: list[CheckpointError] = []
@@ -250,6 +297,9 @@ class Checkpoints:
         kept = {epoch_of(written)}
         for name, sizes in self._place.listed().items():
             epoch = epoch_of(name)
+            if _never_finished(name, sizes) and name != written:
+                self._place.remove(name)
+                continue
             if name == written or not self._whole(name, sizes):
                 continue
             if epoch not in kept and len(kept) < self._keep:
@@ -257,6 +307,16 @@ class Checkpoints:
             else:
                 self._place.remove(name)
                 del self._known[name]
+
+
+def _begun(listed: Mapping[str, Mapping[str, int]]) -> dict[str, Mapping[str, int]]:
+    """Those that are, or were, checkpoints: what an attempt was killed in the midst of was none."""
+    return {name: sizes for name, sizes in listed.items() if not _never_finished(name, sizes)}
+
+
+def _never_finished(name: str, sizes: Mapping[str, int]) -> bool:
+    """Whether an attempt has not come to write its manifest, which comes last."""
+    return attempt_of(name) > 0 and MANIFEST not in sizes
 
 
 def _snapshot(name: str, manifest: CheckpointManifest, parts: Mapping[str, bytes]) -> Snapshot:

@@ -90,6 +90,8 @@ class Engine(TrainingState):
         self.datasets = datasets
         self.objective = objective
         self.book = book
+        self.steps = 0
+        """Batches trained on or measured so far: it grows while work gets on."""
         self._excluded: Site | None = None
         self._subset = measured_subset(len(datasets.validation), config.training.seed)
         self.parallel.learn_of(self._passing)
@@ -136,6 +138,7 @@ class Engine(TrainingState):
             for number, indices in enumerate(pieces, start=1):
                 if self.ranks.agree_to_stop():
                     raise Interrupted("stopped between two batches")
+                self.steps += 1
                 final = number % every == 0 or number == len(pieces)
                 for shard in parallel.shards(indices):
                     with parallel.computing(shard, number, final=final):
@@ -227,6 +230,7 @@ class Engine(TrainingState):
         found: list[tuple[float, float]] = []
         with evaluating(self.model), torch.no_grad():
             for number in self._own_turns(len(pieces)):
+                self.steps += 1
                 looked_at = asked and number == self.ranks.rank
                 if number >= len(pieces):
                     if self.parallel.joint:
@@ -268,6 +272,7 @@ class Engine(TrainingState):
         pieces = self._subset.split(EVALUATION_BATCH)
         with self._untouched(), torch.no_grad():
             for number, indices in enumerate(pieces):
+                self.steps += 1
                 turn = number % self.ranks.size
                 output = target = None
                 if turn == self.ranks.rank or self.parallel.joint:

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -103,9 +104,16 @@ class RunDirectory:
 
     def told(self, session: str) -> list[SeedTransition | SessionEvent]:
         """The transitions and events in events.jsonl, in order; after a rewind."""
-        path = self.path / "events.jsonl"
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        return [_news(json.loads(line), session) for line in lines]
+        return [_news(line, session) for line in self._events()]
+
+    def transitions(self, session: str) -> list[tuple[datetime, SeedTransition]]:
+        """The transitions in events.jsonl with their times, in order; after a rewind."""
+        told = ((line["time"], _news(line, session)) for line in self._events())
+        return [
+            (datetime.fromisoformat(time), item)
+            for time, item in told
+            if isinstance(item, SeedTransition)
+        ]
 
     def result(self) -> dict[str, Any] | None:
         """What the finished run came to; None while it has not finished."""
@@ -118,6 +126,11 @@ class RunDirectory:
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Keep the result: from now on the run counts as finished."""
         write_atomically(self.path / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+
+    def _events(self) -> list[dict[str, Any]]:
+        path = self.path / "events.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
 
     def _claim(self) -> None:
         # A lock on the directory itself: it needs no file, and the system lets go of it when the

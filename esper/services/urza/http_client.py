@@ -8,14 +8,12 @@ again once its lease has run out.
 from __future__ import annotations
 
 import hashlib
-import re
 import secrets
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from typing import TypeVar
 
 import httpx
-from pydantic import ValidationError
 
 from esper.configs import HubConfig
 from esper.contracts.assets import Blueprint, CompiledKernel, TrainingSession
@@ -24,15 +22,12 @@ from esper.contracts.blueprints import BlueprintDocument, KernelTarget
 from esper.contracts.enums import BlueprintState
 from esper.contracts.kernels import KernelMetadata
 from esper.errors import (
-    BadInput,
-    BlueprintNotFound,
     Conflict,
     ConflictReason,
     EsperError,
     KernelError,
     Unauthorized,
     WorkFailed,
-    one_line,
 )
 from esper.services.contracts import (
     MAX_PAGE_ITEMS,
@@ -41,17 +36,32 @@ from esper.services.contracts import (
     KernelClaim,
     OperatorCredentials,
     Page,
+    SimpleBlueprintContract,
+    SimpleCompiledKernelContract,
     SweepResult,
+    SweptNamespaces,
+)
+from esper.services.urza.http_answers import (
+    Answer,
+    Params,
+    built,
+    checked_digest,
+    checked_uid,
+    given,
+    held_lease,
+    hub_error,
+    in_states,
+    read_answer,
 )
 from esper.services.urza.http_kernels import HttpKernelSource
 from esper.services.urza.http_kernels import checked_kernel as _kernel
 from esper.services.urza.http_requests import HubRequest
-from esper.services.urza.problems import Problem
 from esper.services.urza.wire import (
     LEASE_HEADER,
     BlueprintResult,
     ClaimRequest,
     CredentialsRequest,
+    DeletionPolicy,
     KernelCreation,
     KernelResult,
     LeaseExtension,
@@ -70,11 +80,7 @@ _BLUEPRINTS, _KERNELS, _SESSIONS = "/api/v1/blueprints", "/api/v1/kernels", "/ap
 _REQUESTED, _UNVALIDATED = "/internal/requested-kernels", "/internal/unvalidated-blueprints"
 _BINARY = "application/octet-stream"
 MAX_REASON_CHARACTERS = 2000
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_LEASE = re.compile(r"[0-9a-f]{32}")
-_UID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}")
 
-Answer = TypeVar("Answer", bound=Contract)
 Item = TypeVar("Item")
 
 
@@ -102,25 +108,31 @@ class HttpUrza(HttpKernelSource):
     ) -> Blueprint:
         """The blueprint of that content, made unless it is there; its first name stays."""
         return await self._asked(
-            Blueprint, "POST", f"{_BLUEPRINTS}/", body=document, params=_given(session=session)
+            Blueprint, "POST", f"{_BLUEPRINTS}/", body=document, params=given(session=session)
         )
 
     async def blueprint(self, digest: str) -> Blueprint:
         """The blueprint of that digest; BlueprintNotFound where there is none."""
-        return await self._asked(Blueprint, "GET", f"{_BLUEPRINTS}/{_digest(digest)}")
+        return await self._asked(Blueprint, "GET", f"{_BLUEPRINTS}/{checked_digest(digest)}")
+
+    async def blueprint_outlines(self) -> tuple[SimpleBlueprintContract, ...]:
+        """All blueprints without their graphs, the oldest first."""
+        kind = Page[SimpleBlueprintContract]
+        pages = self._pages(kind, f"{_BLUEPRINTS}/", in_states(BlueprintState), view="outline")
+        return tuple([item async for item in pages])
 
     async def blueprints(self) -> tuple[Blueprint, ...]:
         """All blueprints, the oldest first."""
-        pages = self._pages(Page[Blueprint], f"{_BLUEPRINTS}/", _in(BlueprintState))
+        pages = self._pages(Page[Blueprint], f"{_BLUEPRINTS}/", in_states(BlueprintState))
         return tuple([item async for item in pages])
 
     async def request_kernel(
         self, blueprint_digest: str, target: KernelTarget, *, session: str | None = None
     ) -> CompiledKernel:
         """The kernel for that target, made in state proposed unless it is there."""
-        creation = KernelCreation(blueprint_digest=_digest(blueprint_digest), target=target)
+        creation = KernelCreation(blueprint_digest=checked_digest(blueprint_digest), target=target)
         return await self._asked(
-            CompiledKernel, "POST", f"{_KERNELS}/", body=creation, params=_given(session=session)
+            CompiledKernel, "POST", f"{_KERNELS}/", body=creation, params=given(session=session)
         )
 
     async def kernel(self, kernel: str) -> CompiledKernel:
@@ -133,7 +145,18 @@ class HttpUrza(HttpKernelSource):
         """The kernels in one of `states`, by default all, the oldest first."""
         if not states:
             return ()
-        pages = self._pages(Page[CompiledKernel], f"{_KERNELS}/", _in(states))
+        pages = self._pages(Page[CompiledKernel], f"{_KERNELS}/", in_states(states))
+        return tuple([item async for item in pages])
+
+    async def kernel_outlines(
+        self, blueprint: str | None = None
+    ) -> tuple[SimpleCompiledKernelContract, ...]:
+        """The kernels of the blueprint with that digest, or all, the oldest first."""
+        kind = Page[SimpleCompiledKernelContract]
+        params = in_states(BlueprintState)
+        if blueprint is not None:
+            params["blueprint"] = checked_digest(blueprint)
+        pages = self._pages(kind, f"{_KERNELS}/", params, view="outline")
         return tuple([item async for item in pages])
 
     # Work
@@ -178,7 +201,7 @@ class HttpUrza(HttpKernelSource):
             await self._sent(
                 "POST",
                 f"{_REQUESTED}/{_kernel(kernel)}/release",
-                body=_built(ReleaseRequest, worker=worker, lease=lease, blamed=blamed),
+                body=built(ReleaseRequest, worker=worker, lease=lease, blamed=blamed),
             )
 
     async def complete_kernel(
@@ -220,23 +243,25 @@ class HttpUrza(HttpKernelSource):
 
     async def heartbeat_blueprint(self, digest: str, token: str, lease_seconds: float) -> datetime:
         """Keep a lease for that long from now; Conflict where it is lost."""
-        return await self._extended(f"{_UNVALIDATED}/{_digest(digest)}", token, lease_seconds)
+        return await self._extended(
+            f"{_UNVALIDATED}/{checked_digest(digest)}", token, lease_seconds
+        )
 
     async def complete_blueprint(self, digest: str, token: str) -> Blueprint:
         """Record that a blueprint is valid; Conflict where the lease is lost."""
-        return await self._validated(digest, BlueprintResult(lease=_held(token)))
+        return await self._validated(digest, BlueprintResult(lease=held_lease(token)))
 
     async def fail_blueprint(self, digest: str, token: str, error: str) -> Blueprint:
         """Record why a blueprint is not valid; Conflict where the lease is lost."""
         reason = error[:MAX_REASON_CHARACTERS] or "no reason was given"
-        return await self._validated(digest, BlueprintResult(lease=_held(token), error=reason))
+        return await self._validated(digest, BlueprintResult(lease=held_lease(token), error=reason))
 
     async def release_blueprint(
         self, digest: str, worker: str, *, token: str, blamed: bool = False
     ) -> None:
         """Give up `worker`'s lease; else do nothing."""
-        place = f"{_UNVALIDATED}/{_digest(digest)}/release"
-        held = _built(ReleaseRequest, worker=worker, lease=_held(token), blamed=blamed)
+        place = f"{_UNVALIDATED}/{checked_digest(digest)}/release"
+        held = built(ReleaseRequest, worker=worker, lease=held_lease(token), blamed=blamed)
         await self._sent("POST", place, body=held)
 
     # Sessions
@@ -258,7 +283,9 @@ class HttpUrza(HttpKernelSource):
         Raises:
             Unauthorized: it may not.
         """
-        probe = TrainingSession(name="probe", uid=_uid(uid), epochs=1, num_layers=0, num_slots=1)
+        probe = TrainingSession(
+            name="probe", uid=checked_uid(uid), epochs=1, num_layers=0, num_slots=1
+        )
         try:
             await self._sent("PUT", f"{_SESSIONS}/{uid}", body=probe, headers={"If-Match": _NO_TAG})
         except EsperError as error:
@@ -273,18 +300,23 @@ class HttpUrza(HttpKernelSource):
         """
         await self._sent("GET", _REQUESTED, params={"limit": "1"})
 
-    async def session_credentials(self, uid: str, namespace: str) -> IssuedCredentials:
-        """What opens a session's rows and streams; asking again gives the same."""
+    async def session_credentials(
+        self, uid: str, namespace: str, *, deletion_policy: DeletionPolicy = "Retain"
+    ) -> IssuedCredentials:
+        """What opens a session's rows, objects and streams; asking again gives the same.
+
+        With "Delete" a sweep that finds the session gone removes what it keeps at the hub.
+        """
         return await self._asked(
             IssuedCredentials,
             "POST",
-            f"/internal/sessions/{_uid(uid)}/credentials",
-            body=_built(CredentialsRequest, namespace=namespace),
+            f"/internal/sessions/{checked_uid(uid)}/credentials",
+            body=built(CredentialsRequest, namespace=namespace, deletion_policy=deletion_policy),
         )
 
     async def namespace_credentials(self, namespace: str) -> IssuedCredentials:
         """What opens the streams of all sessions of a namespace, for its Tamiyo."""
-        checked = _built(CredentialsRequest, namespace=namespace).namespace
+        checked = built(CredentialsRequest, namespace=namespace).namespace
         return await self._asked(
             IssuedCredentials, "POST", f"/internal/namespaces/{checked}/credentials"
         )
@@ -293,11 +325,19 @@ class HttpUrza(HttpKernelSource):
         """What opens the operator's streams of all namespaces, and its compile Jobs' token."""
         return await self._asked(OperatorCredentials, "POST", "/internal/operator/credentials")
 
+    async def revoke_credentials(self, uid: str) -> None:
+        """Revoke a session's credentials for good; NotFound where it has none."""
+        await self._sent("DELETE", f"/internal/sessions/{checked_uid(uid)}/credentials")
+
+    async def namespaces(self) -> tuple[str, ...]:
+        """The namespaces in which a sweep may find something."""
+        return (await self._asked(SweptNamespaces, "GET", "/internal/namespaces")).namespaces
+
     async def sweep(
         self, namespace: str, live: Sequence[str], gathered_at: datetime
     ) -> SweepResult:
         """End the sessions of a namespace that are not `live`; those made later are left alone."""
-        request = _built(
+        request = built(
             SweepRequest, namespace=namespace, live_uids=tuple(live), gathered_at=gathered_at
         )
         return await self._asked(SweepResult, "POST", "/internal/sessions/sweep", body=request)
@@ -319,7 +359,7 @@ class HttpUrza(HttpKernelSource):
                 ConflictReason.LEASE_LOST,
                 f"kernel {kernel}: got no lease; allowed: that of a claim",
             )
-        return _held(lease)
+        return held_lease(lease)
 
     async def _settled(self, kernel: str, result: KernelResult) -> CompiledKernel:
         place = f"{_REQUESTED}/{_kernel(kernel)}/result"
@@ -328,11 +368,11 @@ class HttpUrza(HttpKernelSource):
         return settled
 
     async def _validated(self, digest: str, result: BlueprintResult) -> Blueprint:
-        place = f"{_UNVALIDATED}/{_digest(digest)}/result"
+        place = f"{_UNVALIDATED}/{checked_digest(digest)}/result"
         return await self._asked(Blueprint, "POST", place, body=result)
 
     async def _extended(self, place: str, token: str, lease_seconds: float) -> datetime:
-        lease = _built(LeaseRequest, lease=_held(token), lease_seconds=lease_seconds)
+        lease = built(LeaseRequest, lease=held_lease(token), lease_seconds=lease_seconds)
         found = await self._asked(LeaseExtension, "POST", f"{place}/heartbeat", body=lease)
         return found.expires_at
 
@@ -342,17 +382,17 @@ class HttpUrza(HttpKernelSource):
         # The token is drawn here: a request that is sent again because its answer was lost finds
         # the work that the first one was given.
         token = secrets.token_hex(16)
-        claim = _built(ClaimRequest, worker=worker, lease_seconds=lease_seconds, lease=token)
+        claim = built(ClaimRequest, worker=worker, lease_seconds=lease_seconds, lease=token)
         data = await self._sent("POST", path, body=claim)
-        return _read(kind, data, path) if data else None
+        return read_answer(kind, data, path) if data else None
 
     async def _pages(
-        self, kind: type[Page[Item]], path: str, params: dict[str, str | list[str]]
+        self, kind: type[Page[Item]], path: str, params: Params, *, view: str = "full"
     ) -> AsyncIterator[Item]:
-        asked = {**params, "view": "full", "limit": str(MAX_PAGE_ITEMS)}
+        asked = {**params, "view": view, "limit": str(MAX_PAGE_ITEMS)}
         seen: set[str] = set()
         while True:
-            found = _read(kind, await self._sent("GET", path, params=asked), path)
+            found = read_answer(kind, await self._sent("GET", path, params=asked), path)
             for item in found.items:
                 yield item
             if found.next_cursor is None:
@@ -372,9 +412,9 @@ class HttpUrza(HttpKernelSource):
         path: str,
         *,
         body: Contract | None = None,
-        params: dict[str, str | list[str]] | None = None,
+        params: Params | None = None,
     ) -> Answer:
-        return _read(kind, await self._sent(method, path, body=body, params=params), path)
+        return read_answer(kind, await self._sent(method, path, body=body, params=params), path)
 
     async def _sent(
         self,
@@ -383,7 +423,7 @@ class HttpUrza(HttpKernelSource):
         *,
         body: Contract | None = None,
         content: bytes | None = None,
-        params: dict[str, str | list[str]] | None = None,
+        params: Params | None = None,
         headers: dict[str, str] | None = None,
         probe: bool = False,
     ) -> bytes:
@@ -406,64 +446,3 @@ class HttpUrza(HttpKernelSource):
 
     def _refusal(self, kernel: str, status: int, problem: bytes) -> EsperError:
         return hub_error(status, problem)
-
-
-def hub_error(status: int, problem: bytes) -> EsperError:
-    """The error that the hub raised, or, where what answered is no hub, one that says so."""
-    try:
-        error = Problem.model_validate_json(problem).error()
-    except ValidationError:
-        return WorkFailed(
-            f"the hub: got HTTP {status} without a problem; allowed: 200; see hub.url"
-        )
-    if isinstance(error, Unauthorized):
-        return Unauthorized("hub.token", f"{error.field}: {error.came}", error.allowed)
-    return error
-
-
-def _read(kind: type[Answer], data: bytes, path: str) -> Answer:
-    try:
-        return kind.model_validate_json(data)
-    except ValidationError as error:
-        raise WorkFailed(
-            f"the hub's answer to {path} is no {kind.__name__}: {one_line(str(error))}; see hub.url"
-        ) from error
-
-
-def _built(kind: type[Answer], **fields: object) -> Answer:
-    """The body of a request; what it refuses, the hub would have refused."""
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = " ".join(str(part) for part in first["loc"])
-        raise BadInput(place.replace("_", " "), first.get("input"), first["msg"]) from error
-
-
-def _given(**params: str | None) -> dict[str, str | list[str]]:
-    return {name: value for name, value in params.items() if value is not None}
-
-
-def _in(states: Iterable[BlueprintState]) -> dict[str, str | list[str]]:
-    return {"states": [state.value for state in states]}
-
-
-# What stands in a path is looked at first, so that it leads nowhere else.
-
-
-def _digest(digest: str) -> str:
-    if not _DIGEST.fullmatch(digest):
-        raise BlueprintNotFound("blueprint digest", digest, "a SHA-256, 64 hex digits")
-    return digest
-
-
-def _uid(uid: str) -> str:
-    if not _UID.fullmatch(uid):
-        raise BadInput("session uid", uid, "1 to 63 letters, digits and dashes")
-    return uid
-
-
-def _held(lease: str) -> str:
-    if not _LEASE.fullmatch(lease):
-        raise Conflict(ConflictReason.LEASE_LOST, "lease: got none that a claim gave")
-    return lease

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -50,9 +50,10 @@ class HttpStatistics:
 class HubRequest:
     """One request. `subject` is what messages call it: "kernel 0123…".
 
-    An answer has at most `limit` bytes, and where `whole` exactly so many. `refusal` makes the
-    error of an answer's status and body where it is neither good nor temporary. A `probe` asks how
-    the hub is, once: it goes out whatever the circuit breaker says, which learns nothing of it.
+    The body is `content`, in one piece or in several. An answer has at most `limit` bytes, and
+    where `whole` exactly so many. `refusal` makes the error of an answer's status and body where it
+    is neither good nor temporary. A `probe` asks how the hub is, once: it goes out whatever the
+    circuit breaker says, which learns nothing of it.
     """
 
     subject: str
@@ -64,7 +65,7 @@ class HubRequest:
     probe: bool = False
     params: Mapping[str, str | list[str]] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
-    content: bytes | None = None
+    content: bytes | Sequence[bytes] | None = None
     content_type: str = "application/json"
 
 
@@ -188,7 +189,7 @@ class HubRequests:
                     request.method,
                     self._root + request.path,
                     params=request.params or None,
-                    content=None if request.content is None else _pieces(request.content),
+                    content=None if request.content is None else _pieces(_parts(request.content)),
                     headers=_headers(request),
                 ) as response,
             ):
@@ -250,10 +251,15 @@ def _broken(status: int) -> bool:
     return status >= 500 and status != httpx.codes.INSUFFICIENT_STORAGE
 
 
-async def _pieces(content: bytes) -> AsyncIterator[bytes]:
+async def _pieces(content: Sequence[bytes]) -> AsyncIterator[bytes]:
     """A body in pieces, so that a long one leaves the event loop to others."""
-    for start in range(0, len(content), _CHUNK_BYTES):
-        yield content[start : start + _CHUNK_BYTES]
+    for part in content:
+        for start in range(0, len(part), _CHUNK_BYTES):
+            yield part[start : start + _CHUNK_BYTES]
+
+
+def _parts(content: bytes | Sequence[bytes]) -> Sequence[bytes]:
+    return (content,) if isinstance(content, bytes) else content
 
 
 def _headers(request: HubRequest) -> dict[str, str]:
@@ -263,7 +269,7 @@ def _headers(request: HubRequest) -> dict[str, str]:
         headers[TRACE_HEADER] = trace_id
     if request.content is not None:
         headers["Content-Type"] = request.content_type
-        headers["Content-Length"] = str(len(request.content))
+        headers["Content-Length"] = str(sum(map(len, _parts(request.content))))
     return headers
 
 

@@ -20,6 +20,7 @@ from esper.services.urza.api.description import describe
 from esper.services.urza.api.failures import Observed, install_handlers
 from esper.services.urza.api.internal import internal
 from esper.services.urza.api.kernels import kernels
+from esper.services.urza.api.objects import objects
 from esper.services.urza.api.operations import operations
 from esper.services.urza.api.sessions import sessions
 from esper.services.urza.api.state import Urza
@@ -42,7 +43,7 @@ def create_app(config: EsperConfig) -> FastAPI:
         async with urza.running():
             yield
 
-    routers = (blueprints, kernels, sessions, internal, operations)
+    routers = (blueprints, kernels, sessions, objects, internal, operations)
     app = FastAPI(
         title="Urza",
         version=__version__,

@@ -19,6 +19,7 @@ from sqlalchemy import (
     String,
     Text,
     TypeDecorator,
+    false,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, relationship
@@ -303,6 +304,7 @@ class SessionCredential(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
     revoked: Mapped[bool] = mapped_column(Boolean, default=False)
+    removes: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
 
     def as_contract(self) -> SessionCredentials:
         """The row as services exchange it."""
@@ -312,6 +314,7 @@ class SessionCredential(Base):
             created_at=self.created_at,
             expires_at=self.expires_at,
             revoked=self.revoked,
+            removes=self.removes,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from esper.contracts.assets import TrainingSession
@@ -178,12 +178,13 @@ class HubSessions(HubRows):
     # Credentials
 
     async def put_credentials(
-        self, uid: str, namespace: str, lifetime_seconds: float
+        self, uid: str, namespace: str, lifetime_seconds: float, *, removes: bool = False
     ) -> SessionCredentials:
         """The credentials of that session, made unless they are there.
 
         Asked for again they are the same; only once less than half of the lifetime is left do
-        they last for a whole one again.
+        they last for a whole one again. `removes` says whether what the session keeps goes with
+        it; what was said last counts.
 
         Raises:
             BadInput: a lifetime that is too long or not positive, or another namespace than theirs.
@@ -202,6 +203,7 @@ class HubSessions(HubRows):
             created_at=now,
             expires_at=now + timedelta(seconds=lifetime_seconds),
             revoked=False,
+            removes=removes,
         )
         row = models.SessionCredential
         async with self._database.transaction(writing=True) as session:
@@ -213,6 +215,7 @@ class HubSessions(HubRows):
                 raise BadInput("namespace", namespace, found.namespace)
             if found.revoked:
                 raise revocation(uid)
+            found.removes = removes
             if found.expires_at < now + timedelta(seconds=lifetime_seconds / 2):
                 found.expires_at = made.expires_at
             return found.as_contract()
@@ -242,12 +245,25 @@ class HubSessions(HubRows):
         async with self._database.transaction() as session:
             return tuple(found.as_contract() for found in await session.scalars(query))
 
+    async def swept_namespaces(self) -> tuple[str, ...]:
+        """The namespaces in which a sweep may find something: those of credentials not revoked."""
+        row = models.SessionCredential
+        query = select(row.namespace).distinct().where(or_(~row.revoked, row.removes))
+        async with self._database.transaction() as session:
+            return tuple(await session.scalars(query.order_by(row.namespace)))
+
     async def revoke_credentials(self, uid: str) -> bool:
         """Mark a session's credentials as revoked, for good; whether there were any."""
         row = models.SessionCredential
         async with self._database.transaction() as session:
             changed = update(row).where(row.uid == uid).values(revoked=True).returning(row.uid)
             return await session.scalar(changed) is not None
+
+    async def mark_removed(self, uid: str) -> None:
+        """Nothing that the session kept is left, or what is left stays."""
+        row = models.SessionCredential
+        async with self._database.transaction() as session:
+            await session.execute(update(row).where(row.uid == uid).values(removes=False))
 
     async def delete_credentials(self, uid: str) -> bool:
         """Forget a session's credentials, once nothing in Redis knows them; whether there were."""

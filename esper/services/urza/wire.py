@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,7 @@ LEASE_HEADER = "X-Lease"
 """Carries an upload's lease: a query would stand in logs."""
 
 Worker = Annotated[str, Field(min_length=1, max_length=253, examples=["tezzeret-0"])]
+DeletionPolicy = Literal["Retain", "Delete"]
 LeaseSeconds = Annotated[float, Field(gt=0, le=MAX_LEASE_SECONDS, allow_inf_nan=False)]
 Reason = Annotated[str, Field(min_length=1, max_length=10_000)]
 
@@ -87,9 +88,27 @@ class BlueprintResult(Contract):
 
 
 class CredentialsRequest(Contract):
-    """Asks for what opens a session of `namespace`."""
+    """Asks for what opens a session of `namespace`.
+
+    `deletion_policy` says whether what it keeps at the hub goes with the session; what was said
+    last counts.
+    """
 
     namespace: Namespace
+    deletion_policy: DeletionPolicy = "Retain"
+
+
+class StoredObject(Contract):
+    """An object that a session keeps at the hub."""
+
+    name: str
+    size: Annotated[int, Field(ge=0, alias="bytes")]
+
+
+class SessionObjects(Contract):
+    """All that a session keeps."""
+
+    objects: tuple[StoredObject, ...]
 
 
 class SweepRequest(Contract):

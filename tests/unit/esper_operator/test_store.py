@@ -17,6 +17,7 @@ from esper_operator.kinds import (
     Kind,
 )
 from esper_operator.store import NAMESPACE, Store
+from esper_operator.views import DeploymentView, JobView, MetaView, PodView
 from esper_operator.work import Key
 
 OWNER = Key("TrainingSession", "team", "first")
@@ -54,9 +55,15 @@ def test_a_session_concerns_itself_and_what_its_namespace_shares() -> None:
 def test_children_concern_their_session_and_are_found_by_its_uid() -> None:
     store = Store()
     for kind in (JOB, POD, SERVICE, SECRET, SEED, DEPLOYMENT):
-        assert store.put(kind, of_session(kind, "child")) == (OWNER,)
-        assert [view.name for view in store.children("u1", kind)] == ["child"]
-    assert list(store.children("u2", JOB)) == []
+        assert store.put(kind, of_session(kind, kind.plural)) == (OWNER,)
+    for view, names in (
+        (JobView, ["jobs"]),
+        (PodView, ["pods"]),
+        (DeploymentView, ["deployments"]),
+        (MetaView, ["services", "secrets", "seeds"]),
+    ):
+        assert [child.name for child in store.children("u1", view)] == names
+    assert store.children("u2", JobView) == ()
 
 
 def test_an_older_or_equal_version_is_old_news() -> None:
@@ -68,7 +75,7 @@ def test_an_older_or_equal_version_is_old_news() -> None:
     job = store.job("team", "job")
     assert job is not None
     assert job.attempt == 1
-    assert [view.attempt for view in store.children("u1", JOB)] == [1]  # type: ignore[union-attr]
+    assert [view.attempt for view in store.children("u1", JobView)] == [1]
 
 
 def test_what_was_deleted_does_not_come_back_by_a_late_answer() -> None:
@@ -77,7 +84,7 @@ def test_what_was_deleted_does_not_come_back_by_a_late_answer() -> None:
     assert store.drop(JOB, of_session(JOB, "job", 6)) == (OWNER,)
     assert store.put(JOB, of_session(JOB, "job", 7)) == ()
     assert store.job("team", "job") is None
-    assert list(store.children("u1", JOB)) == []
+    assert store.children("u1", JobView) == ()
 
 
 def test_the_end_of_an_object_is_not_that_of_the_one_made_in_its_place() -> None:
@@ -105,8 +112,8 @@ def test_a_child_that_changes_its_session_concerns_both() -> None:
     moved["metadata"]["labels"] |= {"esper.dev/session": "second", "esper.dev/session-uid": "u2"}
     other = Key("TrainingSession", "team", "second")
     assert store.put(JOB, moved) == (other, OWNER)
-    assert list(store.children("u1", JOB)) == []
-    assert len(list(store.children("u2", JOB))) == 1
+    assert store.children("u1", JobView) == ()
+    assert len(store.children("u2", JobView)) == 1
 
 
 def test_kernels_concern_themselves_and_their_blueprint() -> None:
@@ -155,4 +162,4 @@ def test_metadata_alone_is_known_by_the_kind_that_it_was_asked_for() -> None:
     store = Store()
     partial = of_session(SEED, "first-abc-0") | {"kind": "PartialObjectMetadata"}
     store.put(SEED, partial)
-    assert [view.kind for view in store.children("u1", SEED)] == ["Seed"]  # type: ignore[union-attr]
+    assert [view.kind for view in store.children("u1", MetaView)] == ["Seed"]

@@ -99,6 +99,21 @@ def test_a_delayed_key_comes_at_its_time_and_only_the_last_delay_counts() -> Non
     run(body())
 
 
+def test_many_events_within_a_moment_are_one_turn_at_its_end() -> None:
+    async def body() -> None:
+        work = queue()
+        for _ in range(5):
+            work.add_within(A, 0.1)
+            await asyncio.sleep(0.03)
+        assert await taken(work, 0.05) == A
+        work.add_within(A, 0.05)
+        work.done(A, again_in=60.0)
+        work.add_within(A, 0.05)
+        assert await taken(work) == A
+
+    run(body())
+
+
 def test_deadlines_that_are_put_off_again_and_again_take_no_room() -> None:
     async def body() -> None:
         work = queue()

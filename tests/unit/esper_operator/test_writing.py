@@ -42,6 +42,7 @@ class Server:
     asked: list[tuple[str, str, dict[str, str], Any, str]] = field(default_factory=list)
     status: int = 200
     answer: Any = field(default_factory=lambda: {"kind": "Status"})
+    text: str = ""
     wait: float = 0.0
 
     async def handle(self, request: web.Request) -> web.Response:
@@ -50,7 +51,7 @@ class Server:
         body = json.loads(text) if text else None
         self.asked.append((request.method, request.path, dict(request.query), body, kind))
         await asyncio.sleep(self.wait)
-        return web.json_response(self.answer, status=self.status)
+        return web.Response(text=self.text or json.dumps(self.answer), status=self.status)
 
 
 @dataclass
@@ -162,11 +163,32 @@ def test_a_refusal_has_the_api_servers_reason_and_words() -> None:
     run(body)
 
 
+def test_a_field_that_the_api_server_does_not_know_is_a_refusal_though_it_says_500() -> None:
+    async def body(scene: Scene) -> None:
+        scene.server.status = 500
+        said = "failed to create typed patch object (…): .spec.colour: field not declared in schema"
+        scene.server.answer = {"message": said}
+        with pytest.raises(ApiRefused, match="colour") as caught:
+            await scene.writer.apply(JOB_MANIFEST)
+        assert caught.value.reason == "Invalid"
+
+    run(body)
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_what_passes_is_told_from_what_stays(status: int) -> None:
     async def body(scene: Scene) -> None:
         scene.server.status = status
         with pytest.raises(ApiUnavailable):
+            await scene.writer.apply(JOB_MANIFEST)
+
+    run(body)
+
+
+def test_an_answer_that_was_cut_short_is_none() -> None:
+    async def body(scene: Scene) -> None:
+        scene.server.text = '{"kind": "Sta'
+        with pytest.raises(ApiUnavailable, match="no JSON"):
             await scene.writer.apply(JOB_MANIFEST)
 
     run(body)

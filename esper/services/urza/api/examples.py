@@ -18,6 +18,7 @@ from esper.services.contracts import (
     KernelClaim,
     OperatorCredentials,
     SweepResult,
+    SweptNamespaces,
 )
 from esper.services.urza.problems import Problem
 from esper.services.urza.wire import (
@@ -30,6 +31,8 @@ from esper.services.urza.wire import (
     LeaseExtension,
     LeaseRequest,
     ReleaseRequest,
+    SessionObjects,
+    StoredObject,
     SweepRequest,
     UploadedArtifact,
 )
@@ -106,7 +109,10 @@ _MADE: tuple[Contract, ...] = (
         redis_password="64 hex digits",
         expires_at=_NOON + timedelta(days=90),
     ),
+    SessionObjects(objects=(StoredObject(name="checkpoints/epoch-000012/state.json", size=1504),)),
+    StoredObject(name="checkpoints/epoch-000012/state.json", size=1504),
     SweepRequest(namespace="team-a", live_uids=(_UID,), gathered_at=_NOON),
+    SweptNamespaces(namespaces=("team-a",)),
     SweepResult(ended=("9d1e",), revoked=("9d1e",)),
     Problem.of(KernelNotFound("kernel", _KERNEL, "a kernel that was requested")),
 )

@@ -26,6 +26,7 @@ from esper.services.contracts import (
     SimpleBlueprintContract,
     SimpleCompiledKernelContract,
     SweepResult,
+    SweptNamespaces,
 )
 from esper.services.urza.api.blueprints import BlueprintDigest
 from esper.services.urza.api.kernels import KernelPath
@@ -43,6 +44,7 @@ from esper.services.urza.api.routes import (
 from esper.services.urza.api.sessions import Uid
 from esper.services.urza.artifact_check import checked, read_manifest
 from esper.services.urza.auth import Permission
+from esper.services.urza.session_objects import remove_objects
 from esper.services.urza.store_sessions import revocation
 from esper.services.urza.wire import (
     LEASE_HEADER,
@@ -282,6 +284,8 @@ async def finish_blueprint(
 async def sweep(request: Request, swept: SweepRequest) -> Response:
     """End a namespace's sessions that are gone: their tokens, Redis users and streams with them.
 
+    So do the objects of those whose deletion policy says it.
+
     Can be asked again at any time; it finds what an earlier sweep did not come to.
     """
     urza, now = urza_of(request), utc_now()
@@ -300,7 +304,12 @@ async def make_credentials(request: Request, uid: Uid, credentials: CredentialsR
     """What opens a session's rows and streams, and nothing else. Asking again gives the same."""
     urza = urza_of(request)
     lifetime = urza.config.credential_days * SECONDS_A_DAY
-    row = await urza.hub.put_credentials(uid, credentials.namespace, lifetime)
+    row = await urza.hub.put_credentials(
+        uid,
+        credentials.namespace,
+        lifetime,
+        removes=credentials.deletion_policy == "Delete",
+    )
     if not await urza.give_user(urza.secrets.session_user(row)):
         raise revocation(uid)
     return answer(urza.secrets.of_session(row), headers={"Cache-Control": "no-store"})
@@ -337,6 +346,15 @@ async def make_namespace_credentials(request: Request, namespace: NamespaceName)
     return answer(issued, headers={"Cache-Control": "no-store"})
 
 
+@internal.get(
+    "/namespaces",
+    **allowed(Permission.ADMINISTER, documented({200: SweptNamespaces})),
+)
+async def swept_namespaces(request: Request) -> Response:
+    """The namespaces in which a sweep may find something."""
+    return answer(SweptNamespaces(namespaces=await urza_of(request).hub.swept_namespaces()))
+
+
 @internal.post(
     "/operator/credentials",
     **allowed(Permission.ADMINISTER, documented({200: OperatorCredentials})),
@@ -350,9 +368,15 @@ async def make_operator_credentials(request: Request) -> Response:
 
 
 async def _forget(request: Request, namespace: str, uids: tuple[str, ...], now: datetime) -> None:
-    """Remove what Redis knows of revoked sessions, and rows once no token of theirs is good."""
+    """Remove what Redis knows of revoked sessions, and what they keep where that is to go.
+
+    Their rows go once no token of theirs is good.
+    """
     urza = urza_of(request)
     await urza.remove_sessions(namespace, uids)
     for row in await urza.hub.list_credentials(namespace, revoked=True):
+        if row.removes:
+            await remove_objects(urza.store, row.uid)
+            await urza.hub.mark_removed(row.uid)
         if row.expires_at < now:
             await urza.hub.delete_credentials(row.uid)

@@ -29,6 +29,7 @@ MAX_DIGITS = 40
 JSON = "application/json"
 BINARY = "application/octet-stream"
 PERMISSION = "x-permission"
+LIMIT = "x-limit"
 PUBLIC = "none"
 
 # Python's own phrases change with its version, and with them the reference would.
@@ -85,7 +86,7 @@ class GuardedRoute(APIRoute):
             raise TypeError(f"{self.path}: names no permission; make it with `allowed`")
         permission = None if extra[PERMISSION] == PUBLIC else Permission(extra[PERMISSION])
         takes_json = self.body_field is not None
-        streams = BINARY in extra.get("requestBody", {}).get("content", {})
+        limit = extra.get(LIMIT)
 
         async def guarded(request: Request) -> Response:
             urza = urza_of(request)
@@ -100,9 +101,9 @@ class GuardedRoute(APIRoute):
                 data = await _whole(request, urza.config.max_body_bytes)
                 refuse_unsafe(data)
                 request = Request(request.scope, _replayed(data))
-            elif streams:
+            elif limit is not None:
                 _refuse_type(request, BINARY)
-                _refuse_length(request, urza.config.max_artifact_bytes)
+                _refuse_length(request, getattr(urza.config, limit))
             return await handle(request)
 
         return guarded
@@ -119,11 +120,16 @@ def public(responses: Responses) -> dict[str, Any]:
 
 
 def allowed(
-    permission: Permission, responses: Responses, *, takes: str | None = None
+    permission: Permission,
+    responses: Responses,
+    *,
+    takes: str | None = None,
+    limit: str = "max_artifact_bytes",
 ) -> dict[str, Any]:
     """A route's arguments where the caller needs `permission`; adds what every such route answers.
 
-    `takes` is the media type of the body, None where there is none.
+    `takes` is the media type of the body, None where there is none; `limit` is the setting of
+    `urza` that a binary one is held to.
     """
     usual = [401, 403, 422, 503]
     if takes is not None:
@@ -132,6 +138,7 @@ def allowed(
     if takes == BINARY:
         schema = {"schema": {"type": "string", "format": "binary"}}
         extra["requestBody"] = {"required": True, "content": {BINARY: schema}}
+        extra[LIMIT] = limit
     return {"openapi_extra": extra, "responses": {**documented({}, *usual), **responses}}
 
 

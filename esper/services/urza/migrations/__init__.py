@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from esper.errors import ConfigError
 
-HEAD = "0004"
+HEAD = "0005"
 """The revision of the tables that `esper.services.urza.models` describes."""
 
 FIRST = "0001"

@@ -67,6 +67,8 @@ def test_nodes_find_each_other_at_the_first_one():
     third = Placement(processes=2, meeting="m", nodes=3, node=2, host="::1", port=1)
     assert "--rdzv-endpoint=[::1]:1" in third.options()
     assert "--rdzv-conf=is_host=false,join_timeout=600" in third.options()
+    there = Placement(processes=1, meeting="m", nodes=2, node=1, address="127.0.0.2").options()
+    assert "--local-addr=127.0.0.2" in there
     alone = Placement(processes=1, meeting="m").options()
     assert {"--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"} <= set(alone)
 

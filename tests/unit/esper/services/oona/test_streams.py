@@ -50,17 +50,17 @@ def test_commands_are_packed_as_the_library_packs_them(words):
 @given(st.text(max_size=50), SCOPES, st.integers(10, 10**7))
 def test_an_appending_command_is_a_whole_one(text, scope, length):
     message = ready(1, scope).model_copy(update={"payload": {"kernel": text}})
-    appending = Appending("n", length)
-    words = ("XADD", stream_key("n", scope, READY), "MAXLEN", "~", length, "*", FIELD)
+    appending, key = Appending(length), stream_key("n", scope, READY)
+    words = ("XADD", key, "MAXLEN", "~", length, "*", FIELD)
     expected = packed(*words, message.model_dump_json(by_alias=True))
     for _ in range(2):
-        assert appending.command(message, scope) == expected
+        assert appending.command(message, key) == expected
 
 
 def test_the_packed_parts_of_commands_do_not_pile_up():
-    appending = Appending("n", 10)
+    appending = Appending(10)
     for number in range(5000):
-        appending.command(ready(1), f"s{number}")
+        appending.command(ready(1), f"s{number}".encode())
     assert len(appending._prefixes) < 5000
 
 

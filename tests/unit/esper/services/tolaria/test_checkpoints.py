@@ -1,12 +1,10 @@
-"""What checkpoints promise wherever they lie: in a folder, and in a bucket of a real S3 server."""
+"""What checkpoints promise wherever they lie: in a folder, in a bucket of S3, and at the hub."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,123 +12,15 @@ import pytest
 
 from esper.configs import StorageConfig
 from esper.errors import CheckpointError
-from esper.services.tolaria.checkpoint_bucket import BucketCheckpoints
 from esper.services.tolaria.checkpoint_manifest import LOGS, MANIFEST, Owner
 from esper.services.tolaria.checkpoint_places import open_checkpoints
 from esper.services.tolaria.checkpoints import Checkpoints, Found
 from esper.services.tolaria.snapshots import PARTS
-from esper.utils.s3_client import OptimizedS3Client
 from tests.unit.esper.services.tolaria.checkpointing import OWNER, newest, snapshot
+from tests.unit.esper.services.tolaria.places import Folder, Place
 
-BUCKET = f"checkpoints-{uuid.uuid4().hex[:12]}"
 OTHER = Owner(session="small", uid="uid-2")
 LOG_BYTES = {name: f"{name}\n".encode() for name in LOGS}
-
-
-class Place:
-    """Where checkpoints lie, and what lies behind it for a look that does not go through it."""
-
-    def open(self, keep: int = 5, owner: Owner = OWNER) -> Checkpoints:
-        """The checkpoints as a new process has them."""
-        raise NotImplementedError
-
-    def files(self) -> dict[str, bytes]:
-        """All that lies there, by NAME/PART."""
-        raise NotImplementedError
-
-    def put(self, file: str, data: bytes | None) -> None:
-        """Change a file; None removes it."""
-        raise NotImplementedError
-
-    def names(self) -> list[str]:
-        return sorted({file.partition("/")[0] for file in self.files()})
-
-    def file_of(self, epoch: int, part: str) -> str:
-        """The file of the checkpoint of that epoch."""
-        (found,) = [
-            file
-            for file in self.files()
-            if file.startswith(f"epoch-{epoch:06d}") and file.endswith(f"/{part}")
-        ]
-        return found
-
-    def change(self, epoch: int, part: str, change: Callable[[bytes], bytes | None]) -> str:
-        file = self.file_of(epoch, part)
-        self.put(file, change(self.files()[file]))
-        return file.partition("/")[0]
-
-
-class Folder(Place):
-    def __init__(self, folder: Path) -> None:
-        self.run = folder
-        self.folder = folder / "checkpoints"
-
-    def open(self, keep: int = 5, owner: Owner = OWNER) -> Checkpoints:
-        return open_checkpoints(self.run, owner, keep, uri=None, storage=StorageConfig())
-
-    def files(self) -> dict[str, bytes]:
-        paths = (path for path in self.folder.rglob("*") if path.is_file())
-        return {str(path.relative_to(self.folder)): path.read_bytes() for path in paths}
-
-    def put(self, file: str, data: bytes | None) -> None:
-        if data is None:
-            (self.folder / file).unlink()
-        else:
-            (self.folder / file).write_bytes(data)
-
-
-class Bucket(Place):
-    """A place of its own in the bucket of all these tests, over their one connection."""
-
-    def __init__(self, folder: Path, store: OptimizedS3Client, client: Any) -> None:
-        self.run = folder
-        self.uri = f"s3://{BUCKET}"
-        self.store = store
-        self.client = client
-        self.above = uuid.uuid4().hex
-        self.below = f"{self.above}/checkpoints/"
-
-    def open(self, keep: int = 5, owner: Owner = OWNER) -> Checkpoints:
-        below = self.below.rstrip("/")
-        return Checkpoints(
-            BucketCheckpoints(self.store, self.uri, below), owner, keep, portable=True
-        )
-
-    def files(self) -> dict[str, bytes]:
-        found = self.client.list_objects_v2(Bucket=BUCKET, Prefix=self.below).get("Contents", [])
-        keys = [entry["Key"] for entry in found]
-        read = {key: self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
-        return {key.removeprefix(self.below): data for key, data in read.items()}
-
-    def put(self, file: str, data: bytes | None) -> None:
-        place = {"Bucket": BUCKET, "Key": self.below + file}
-        if data is None:
-            self.client.delete_object(**place)
-        else:
-            self.client.put_object(Body=data, **place)
-
-
-@pytest.fixture(scope="module")
-def connections(s3_server: Any) -> Iterator[tuple[OptimizedS3Client, Any]]:
-    s3_server.create_bucket(BUCKET)
-    store = OptimizedS3Client(
-        StorageConfig(
-            bucket=BUCKET,
-            endpoint_url=s3_server.url,
-            region=s3_server.region,
-            access_key_id=s3_server.access_key_id,
-            secret_access_key=s3_server.secret_access_key,
-        )
-    )
-    yield store, s3_server.client()
-    asyncio.run(store.close())
-
-
-@pytest.fixture(params=["folder", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    if request.param == "folder":
-        return Folder(tmp_path)
-    return Bucket(tmp_path, *request.getfixturevalue("connections"))
 
 
 def wrote(checkpoints: Checkpoints, *epochs: int, **state: Any) -> None:
@@ -176,7 +66,7 @@ def test_the_manifest_says_whose_it_is_and_what_belongs_to_it(place: Place) -> N
 
 def test_logs_go_along_only_where_the_run_directory_may_be_lost(place: Place) -> None:
     wrote(place.open(), 1)
-    expected = LOG_BYTES if isinstance(place, Bucket) else {}
+    expected = {} if isinstance(place, Folder) else LOG_BYTES
     assert found(place.open()).logs == expected
 
 

@@ -12,6 +12,7 @@ from esper.contracts.manifests import parse_resource
 from esper.contracts.operational import SeedTransition
 from esper.contracts.resources import Condition, TrainingSession, TrainingSessionStatus
 from esper.services.tolaria.checkpoints import Written
+from esper.services.tolaria.reporting import SessionReport
 from esper.services.tolaria.status import StatusFile
 from tests.unit.esper.services.tolaria.checkpointing import snapshot
 from tests.unit.esper.services.tolaria.sessions import resource
@@ -19,13 +20,19 @@ from tests.unit.esper.services.tolaria.sessions import resource
 SESSION = resource()
 
 
-def status_file(folder: Path, **changes: Any) -> StatusFile:
+def report_of(**changes: Any) -> SessionReport:
     values: dict[str, Any] = {
         "layers": {"hidden.0": "Linear", "head": "Linear"},
         "refused": {"attention.out_proj": "its forward is never called"},
         "parameters_base": 120,
+        "epochs": 40,
+        "threads": 1,
     }
-    return StatusFile(folder / "status.yaml", SESSION, **values | changes)
+    return SessionReport("small", **values | changes)
+
+
+def status_file(folder: Path, **changes: Any) -> StatusFile:
+    return StatusFile(folder / "status.yaml", SESSION, report_of(**changes))
 
 
 def read(folder: Path) -> TrainingSessionStatus:
@@ -124,12 +131,13 @@ def test_layers_count_the_slots_that_have_left_dormancy(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_named_where_it_lies_once_it_is_there(tmp_path: Path) -> None:
-    status = status_file(tmp_path)
+    report = report_of()
+    status = StatusFile(tmp_path / "status.yaml", SESSION, report)
     status.checkpoint(snapshot(12))
     status.write()
     assert read(tmp_path).checkpoint is None
     written = Written(where="checkpoints/epoch-000012", epoch=12, time=utc_now())
-    thread = threading.Thread(target=status.checkpointed, args=(written,))
+    thread = threading.Thread(target=report.checkpointed, args=(written,))
     thread.start()
     thread.join()
     status.write()
@@ -177,8 +185,7 @@ def test_the_summarys_time_moves_with_its_status(tmp_path: Path) -> None:
 def test_the_test_sets_metric_joins_the_others_at_the_end(tmp_path: Path) -> None:
     status = status_file(tmp_path)
     status.epoch(row(1, layers=measured(head=0.5)))
-    changes = {"metrics": status.test_metric(0.625), "parameters": 200}
-    status.finish(SessionOutcome.SUCCEEDED, "done", changes=changes)
+    status.finish(SessionOutcome.SUCCEEDED, "done", test=0.625, parameters=200)
     found = read(tmp_path)
     assert found.metrics["test"] == "0.625"
     assert found.metrics["validationMetric"] == "0.5"

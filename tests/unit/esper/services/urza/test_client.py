@@ -47,7 +47,16 @@ def test_a_hub_that_does_not_open_says_so(tmp_path):
         asyncio.run(life())
 
 
-@pytest.mark.parametrize("module", ["esper.services.urza.client", "esper.contracts.assets"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "esper.services.urza.client",
+        "esper.services.urza.http_client",
+        "esper.services.oona_client",
+        "esper.contracts.operational",
+        "esper.contracts.assets",
+    ],
+)
 def test_whoever_speaks_to_a_hub_needs_neither_database_nor_torch(module):
     program = (
         "import sys\n"

@@ -286,10 +286,20 @@ async def check_third(place) -> None:
         assert [one.namespace for one in await hub.list_namespaces()] == ["team-z"]
 
 
+async def check_fourth(place) -> None:
+    """That the credentials are there, and what their sessions keep stays."""
+    async with opened(place) as hub:
+        found = await hub.list_credentials()
+        assert [(one.uid, one.removes) for one in found] == [
+            (f"uid-{number}", False) for number in (1, 2, 3, 4)
+        ]
+
+
 FILLED = {
     "0001": (fill_first, check_first),
     "0002": (fill_second, check_second),
     "0003": (fill_third, check_third),
+    "0004": (fill_second, check_fourth),
 }
 
 
