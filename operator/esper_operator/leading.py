@@ -129,6 +129,7 @@ class Leader:
             ),
             self._resync.run(),
             self._reports.run(self._bus),
+            self._sweep.run(),
             self._show(),
             self._end_when_lost(),
             self._watch(keep_signals),
