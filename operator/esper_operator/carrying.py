@@ -80,8 +80,8 @@ class Carrier:
             await self.child(memory, manifest, outcome)
         for manifest in plan.child_statuses:
             await self._child_status(memory, manifest, outcome)
-        if about is not None:
-            for notice in plan.notices:
+        for notice in plan.notices:
+            if about is not None and memory.tells(notice):
                 await self._told(about, notice)
                 outcome.wrote = True
 
