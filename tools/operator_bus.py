@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from typing import Any
 
 from esper.configs import RedisConfig
@@ -31,6 +32,7 @@ class Trainer:
             "attempt": 1,
             "sequence": self._sequence,
             "epochs": 10,
+            "time": datetime.now(UTC),
             **fields,
         }
         self._say(TopicNames.STATUS, SessionSnapshot.model_validate(given, by_name=True))
