@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from esper.services.contracts import KernelFigures
 from esper_operator.plans import Manifest, Notice
 from esper_operator.views import Said, digest_of_object
 from esper_operator.work import pause_after
@@ -42,6 +43,8 @@ class Memory:
     """When each was written."""
     stored: Any = None
     """What the hub said of it last."""
+    figures: KernelFigures | None = None
+    """What was measured of it, where it is a kernel that is compiled."""
     hub_refusal: Said | None = None
     """Why the hub did not take it."""
     told: set[Notice] = field(default_factory=set)
