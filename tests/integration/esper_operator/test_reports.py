@@ -1,5 +1,7 @@
 """What a session says on the bus shows in its status and in its seeds; what it asks for is made."""
 
+from datetime import UTC, datetime, timedelta
+
 import pytest
 
 from esper.contracts.blueprints import KernelTarget
@@ -57,13 +59,18 @@ def test_a_snapshot_shows_in_the_status_and_its_seeds_as_objects(trainer, object
 def test_an_older_snapshot_changes_nothing(trainer, objects):
     trainer.stands(epoch=5)
     wait_for(lambda: status(objects)["epoch"] == 5, "the epoch does not show")
-    trainer._sequence = 0
-    trainer.stands(epoch=2)
-    trainer._sequence = 10
-    trainer.stands(epoch=6)
+    later = datetime.now(UTC) + timedelta(seconds=10)
+    trainer.stands(epoch=2, sequence=0, time=later)
+    trainer.stands(epoch=6, time=later)
     seen = set()
     wait_for(lambda: seen.add(status(objects)["epoch"]) or 6 in seen, "the epoch does not show")
     assert seen <= {5, 6}
+
+
+def test_the_newest_figures_show_though_no_report_follows(trainer, objects):
+    for epoch in (7, 8):
+        trainer.stands(epoch=epoch)
+    wait_for(lambda: status(objects)["epoch"] == 8, "the newest epoch does not show")
 
 
 def test_a_kernel_that_is_asked_for_becomes_an_object_and_a_job(trainer, objects):
