@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from esper_operator.decisions.attempts import EVIDENCE_SECONDS, FIRST_PAUSE
 from tools.cluster.control_plane import ControlPlane
 from tools.cluster.credentials import write_kubeconfig
 from tools.operator_process import OperatorProcess
@@ -44,6 +45,8 @@ LEASE = {
 """So short that a campaign of hundreds of deaths is over before dinner."""
 NAME = "life"
 EXIT_LOST = 137
+ATTEMPTS = 3
+"""The first, the one after the suspension, and the one after the failure."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,10 @@ class Life:
 class Chaos:
     """Lives of sessions, one after another, each in a namespace of its own."""
 
-    def __init__(self, world: OperatorWorld) -> None:
-        """`world` runs, without an operator."""
+    def __init__(self, world: OperatorWorld, *, losing: bool = True) -> None:
+        """`world` runs, without an operator; `losing` says whether lives lose a worker."""
         self._world = world
+        self._losing = losing
 
     def live(self, kill_at: int | None) -> Life:
         """One life, in which the first operator is killed at its change of that number.
@@ -75,7 +79,7 @@ class Chaos:
         counted = _in_namespace(namespace)
         try:
             with HttpProxy(plane.api.url, plane.api.context(), counts=counted) as proxy:
-                return _Life(self._world, objects, proxy, kill_at).run()
+                return _Life(self._world, objects, proxy, kill_at, self._losing).run()
         finally:
             objects.close()
             plane.delete_namespace(namespace)
@@ -83,8 +87,14 @@ class Chaos:
 
 class _Life:
     def __init__(
-        self, world: OperatorWorld, objects: Objects, proxy: HttpProxy, kill_at: int | None
+        self,
+        world: OperatorWorld,
+        objects: Objects,
+        proxy: HttpProxy,
+        kill_at: int | None,
+        losing: bool,
     ) -> None:
+        self._losing = losing
         self._world = world
         self._objects = objects
         self._proxy = proxy
@@ -144,14 +154,20 @@ class _Life:
         self._objects.merge(f"{SESSIONS}/{NAME}", {"spec": {"runPolicy": {"suspend": False}}})
         self._soon(lambda: len(self._pending(workers)) == 2, "is not resumed")
         first = workers.run()[0]
-        workers.end(first, EXIT_LOST, reason="Killed", message="by the test")
-        self._soon(lambda: self._status().get("attempt", 0) >= 2, "begins no new attempt")
-        self._soon(lambda: len(self._pending(workers)) == 2, "has no new pods")
-        workers.run()
+        if self._losing:
+            self._lose(workers, first)
         self._soon(lambda: self._is("WorkersReady", "True"), "has no ready workers again")
         workers.succeed()
         self._soon(lambda: self._is("Succeeded", "True"), "does not succeed")
         self._judge(workers)
+
+    def _lose(self, workers: Workers, first: dict[str, Any]) -> None:
+        """One of the workers fails, so that there is another attempt."""
+        workers.end(first, EXIT_LOST, reason="Killed", message="by the test")
+        self._soon(lambda: self._status()["attempt"] == ATTEMPTS, "begins no new attempt")
+        pause = FIRST_PAUSE + EVIDENCE_SECONDS  # which the operator makes after a failure
+        self._soon(lambda: len(self._pending(workers)) == 2, "has no new pods", pause=pause)
+        workers.run()
 
     def _judge(self, workers: Workers) -> None:
         """Nothing is there twice, and nothing was counted twice."""
@@ -163,12 +179,13 @@ class _Life:
             "secrets": len(self._own(SECRETS)),
             "jobs of an attempt": max(Counter(_attempt(job) for job in workers.jobs()).values()),
         }
-        allowed = {"attempt": 2, "failures": 1, "services": 1, "secrets": 1}
+        lost = int(self._losing)
+        allowed = {"attempt": ATTEMPTS - 1 + lost, "failures": lost, "services": 1, "secrets": 1}
         allowed["jobs of an attempt"] = 1
         if found != allowed:
             raise ServerError(f"got {found}; allowed: {allowed}")
 
-    def _soon(self, holds: Callable[[], Any], otherwise: str) -> None:
+    def _soon(self, holds: Callable[[], Any], otherwise: str, *, pause: float = 0.0) -> None:
         """Wait; only while an operator has the lease does the time count."""
         counted, last = 0.0, time.monotonic()
         while not holds():
@@ -177,10 +194,10 @@ class _Life:
             if self._now.running and self._now.leads:
                 counted += now - last
             last = now
-            if counted > CONVERGE_SECONDS:
+            if counted > CONVERGE_SECONDS + pause:
                 words = self._now.log.read_text()[-2000:]
                 raise ServerError(f"{NAME} {otherwise} after {counted:.1f} s: {words}")
-        self._slowest = max(self._slowest, counted)
+        self._slowest = max(self._slowest, counted - pause)
 
     def _has_children(self) -> bool:
         return bool(self._own(SERVICES) and self._own(SECRETS) and self._own(JOBS))

@@ -45,6 +45,13 @@ class HubAndBus:
         """A token for the hub."""
         return Tokens(SecretStr(self._key)).mint(role, f"test-{role.value}")
 
+    def namespaces(self) -> list[str]:
+        """Those in which a sweep may find something."""
+        headers = {"Authorization": f"Bearer {self.token(Role.ADMIN)}"}
+        answer = httpx.get(f"{self.urza.url}/internal/namespaces", headers=headers, trust_env=False)
+        answer.raise_for_status()
+        return list(answer.json()["namespaces"])
+
     def settings(self) -> dict[str, dict[str, Any]]:
         """What the operator needs to know of them."""
         place = self.redis.url.partition("://")[2].rpartition("@")[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 from esper.errors import EsperError
@@ -14,6 +14,7 @@ from esper_operator.memory import Memory
 from esper_operator.plans import Manifest, Notice, Plan
 from esper_operator.store import Store
 from esper_operator.views import Said
+from esper_operator.work import Key
 from esper_operator.writing import Writer
 
 _log = logging.getLogger(__name__)
@@ -45,8 +46,15 @@ class Outcome:
 class Carrier:
     """Carries plans out with the one writer, and puts its answers into the store at once."""
 
-    def __init__(self, writer: Writer, store: Store, clock: Callable[[], float]) -> None:
-        """`clock` gives seconds since the epoch."""
+    def __init__(
+        self,
+        writer: Writer,
+        store: Store,
+        enqueue: Callable[[Iterable[Key]], None],
+        clock: Callable[[], float],
+    ) -> None:
+        """`enqueue` has what an answer concerns looked at; `clock` gives the time of day."""
+        self._enqueue = enqueue
         self._writer = writer
         self._store = store
         self._clock = clock
@@ -66,7 +74,8 @@ class Carrier:
         except (ApiNotFound, ApiConflict) as error:
             _log.debug("the status has no object any more: %s", error)
             return False
-        self._store.put(about.kind, answer)
+        own = Key(about.kind.name, about.namespace, about.name)
+        self._enqueue(key for key in self._store.put(about.kind, answer) if key != own)
         outcome.wrote = True
         return True
 
@@ -80,8 +89,8 @@ class Carrier:
             await self.child(memory, manifest, outcome)
         for manifest in plan.child_statuses:
             await self._child_status(memory, manifest, outcome)
-        if about is not None:
-            for notice in plan.notices:
+        for notice in plan.notices:
+            if about is not None and memory.tells(notice):
                 await self._told(about, notice)
                 outcome.wrote = True
 

@@ -12,11 +12,13 @@ from collections.abc import Awaitable, Callable, Collection
 
 from pydantic import ValidationError
 
-from esper.contracts.messages import KernelRequested, OonaMessage, TopicNames
+from esper.contracts.enums import ComponentType
+from esper.contracts.messages import KernelReady, KernelRequested, OonaMessage, TopicNames
 from esper.contracts.operational import SessionSnapshot
 from esper.errors import EsperError, one_line
 from esper.services.listening import listen
-from esper.services.oona_client import Oona
+from esper.services.oona_client import OonaClient
+from esper_operator.views import KernelView
 
 GROUP = "operator"
 TOPICS = (TopicNames.STATUS, TopicNames.KERNEL_REQUESTED)
@@ -35,6 +37,7 @@ class Reports:
         self._concerned = concerned
         self._snapshots: dict[str, SessionSnapshot] = {}
         self._requests: dict[str, dict[str, KernelRequested]] = {}
+        self._bus: OonaClient | None = None
         self.hearing_since: float | None = None
         """Since when the bus has answered without a break; None: it does not."""
 
@@ -52,14 +55,27 @@ class Reports:
             for uid in [uid for uid in held if uid not in uids]:
                 del held[uid]
 
-    async def run(self, connect: Callable[[], Awaitable[Oona]]) -> None:
+    def asking(self, kernel: str) -> tuple[str, ...]:
+        """The uids of the sessions that have asked for a kernel and were not answered."""
+        return tuple(uid for uid, asked in self._requests.items() if kernel in asked)
+
+    async def answer(self, uid: str, namespace: str, ready: KernelReady) -> None:
+        """Tell a session what came of its request; without a bus it is told when it asks again."""
+        if self._bus is None:
+            return
+        message = OonaMessage.carrying(
+            TopicNames.KERNEL_READY, ready, ComponentType.TEZZERET, scope=uid
+        )
+        await self._bus.publish(message, namespace=namespace)
+        self._requests.get(uid, {}).pop(ready.kernel, None)
+
+    async def run(self, connect: Callable[[], Awaitable[OonaClient]]) -> None:
         """Listen for ever; each time that the bus is away, `connect` to it anew."""
         said = ""
         while True:
-            bus: Oona | None = None
             try:
-                bus = await connect()
-                subscription = await bus.subscribe(TOPICS, GROUP)
+                self._bus = await connect()
+                subscription = await self._bus.subscribe(TOPICS, GROUP)
                 self.hearing_since = time.time()
                 said = ""
                 await listen(subscription, self.take)
@@ -71,6 +87,7 @@ class Reports:
                 _log.exception("a message could not be taken; it will come again")
             finally:
                 self.hearing_since = None
+                bus, self._bus = self._bus, None
                 if bus is not None:
                     await bus.close()
             await asyncio.sleep(RETRY_SECONDS)
@@ -101,6 +118,21 @@ class Reports:
                 return
             requests[payload.kernel] = payload
         self._concerned(uid)
+
+
+def kernel_ready(kernel: KernelView) -> KernelReady | None:
+    """What a session is told of a kernel; None while it is being compiled."""
+    status = kernel.status()
+    ready = next((c for c in status.get("conditions", ()) if c["type"] == "Ready"), None)
+    if ready is None or ready["status"] == "Unknown":
+        return None
+    done = ready["status"] == "True"
+    return KernelReady(
+        kernel=kernel.name,
+        blueprint=kernel.blueprint,
+        artifact_digest=status.get("digest") if done else None,
+        error=None if done else str(ready.get("message") or ready["reason"]),
+    )
 
 
 def _age(snapshot: SessionSnapshot) -> tuple[int, int]:

@@ -8,7 +8,12 @@ from typing import Literal, Protocol
 
 from esper.contracts.assets import Blueprint, CompiledKernel
 from esper.contracts.blueprints import BlueprintDocument, KernelTarget
-from esper.services.contracts import IssuedCredentials, OperatorCredentials, SweepResult
+from esper.services.contracts import (
+    IssuedCredentials,
+    KernelMetadata,
+    OperatorCredentials,
+    SweepResult,
+)
 
 
 class Hub(Protocol):
@@ -42,6 +47,10 @@ class Hub(Protocol):
         self, document: BlueprintDocument, *, session: str | None = None
     ) -> Blueprint:
         """The blueprint of that content, made unless it is there."""
+        ...
+
+    async def metadata(self, kernel: str) -> KernelMetadata:
+        """What is known of a compiled kernel."""
         ...
 
     async def request_kernel(

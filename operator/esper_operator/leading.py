@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from esper.configs import EsperConfig, RedisConfig
 from esper.errors import ConfigError
-from esper.services.oona_client import Oona, OonaClient
+from esper.services.oona_client import OonaClient
 from esper.services.urza.http_client import HttpUrza
 from esper_operator import watching
 from esper_operator.api import ClusterApi, Object
@@ -81,10 +81,11 @@ class Leader:
         self._reports = Reports(self._concerned)
         self._reconciler = Reconciler(
             self._store,
-            Carrier(self._writer, self._store, time.time),
+            Carrier(self._writer, self._store, self._enqueue, time.time),
             self._reports,
             hub,
             options_of(config),
+            self._enqueue,
         )
         self._sweep = Sweep(
             api,
@@ -129,6 +130,7 @@ class Leader:
             ),
             self._resync.run(),
             self._reports.run(self._bus),
+            self._sweep.run(),
             self._show(),
             self._end_when_lost(),
             self._watch(keep_signals),
@@ -190,7 +192,7 @@ class Leader:
         if session is not None:
             self._queue.add(Key(SESSION.name, session.namespace, session.name))
 
-    async def _bus(self) -> Oona:
+    async def _bus(self) -> OonaClient:
         """The bus over all namespaces, with the user that the hub gives the operator.
 
         Raises:
@@ -241,7 +243,7 @@ async def _until_one_ends(lasting: Iterable[Coroutine[Any, Any, object]]) -> Non
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def states_of(sessions: Iterable[SessionView]) -> dict[str, int]:

@@ -9,12 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from esper_operator.plans import Manifest
+from esper.services.contracts import KernelFigures
+from esper_operator.plans import Manifest, Notice
 from esper_operator.views import Said, digest_of_object
 from esper_operator.work import pause_after
 
 _LASTING = 4
 """Doublings that a lasting refusal starts at: the API server would say the same for a while."""
+
+_REMEMBERED_NOTICES = 64
 
 
 @dataclass
@@ -40,8 +43,12 @@ class Memory:
     """When each was written."""
     stored: Any = None
     """What the hub said of it last."""
+    figures: KernelFigures | None = None
+    """What was measured of it, where it is a kernel that is compiled."""
     hub_refusal: Said | None = None
     """Why the hub did not take it."""
+    told: set[Notice] = field(default_factory=set)
+    """What was told of it: a notice may hold for long, and is told once."""
     busy_turns: int = 0
     """Turns in a row that have written something."""
 
@@ -58,6 +65,15 @@ class Memory:
         times = before.times + 1 if before is not None and before.digest == digest else 1
         pause = pause_after(times + (_LASTING if lasting else 0), 1.0)
         self.refused[child] = Refusal(said, digest, times, now + pause)
+
+    def tells(self, notice: Notice) -> bool:
+        """Whether a notice is to be told; from now on it was."""
+        if notice in self.told:
+            return False
+        if len(self.told) >= _REMEMBERED_NOTICES:
+            self.told.clear()
+        self.told.add(notice)
+        return True
 
     def accepted(self, child: str) -> None:
         """The child was taken."""

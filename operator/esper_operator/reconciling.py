@@ -10,16 +10,19 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import NoReturn
 
+from esper.contracts.assets import CompiledKernel
 from esper.contracts.blueprints import BlueprintDocument, KernelTarget
+from esper.contracts.enums import BlueprintState
 from esper.errors import EsperError, WorkFailed
 from esper_operator.carrying import About, Carrier, Outcome
 from esper_operator.children import names, secret
 from esper_operator.decisions import blueprints, kernels, namespaces, requests, sessions
 from esper_operator.errors import LeaseLost
-from esper_operator.hearing import Reports
+from esper_operator.hearing import Reports, kernel_ready
 from esper_operator.hub import Hub
 from esper_operator.kinds import (
     BLUEPRINT,
@@ -37,7 +40,7 @@ from esper_operator.observed import (
     RequestsObserved,
 )
 from esper_operator.options import Options
-from esper_operator.plans import Manifest, Plan
+from esper_operator.plans import KernelOrder, Manifest, Plan
 from esper_operator.store import NAMESPACE, Store
 from esper_operator.views import JobView, MetaView, PodView, Said, SessionView
 from esper_operator.work import Key, WorkQueue
@@ -91,14 +94,16 @@ class Reconciler:
         reports: Reports,
         hub: Hub,
         options: Options,
+        enqueue: Callable[[Iterable[Key]], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`clock` gives seconds since the epoch."""
+        """`enqueue` has other objects looked at; `clock` gives seconds since the epoch."""
         self._store = store
         self._carrier = carrier
         self._reports = reports
         self._hub = hub
         self._options = options
+        self._enqueue = enqueue
         self._clock = clock
         self._memories = Memories()
 
@@ -145,6 +150,11 @@ class Reconciler:
         plan = requests.decide(observed, self._options)
         about = About(SESSION, session.namespace, session.name, session.uid)
         await self._carrier.rest(about, memory, plan, outcome)
+        for request in asked:
+            kernel = self._store.kernel(session.namespace, request.kernel)
+            ready = None if kernel is None else kernel_ready(kernel)
+            if ready is not None:
+                await self._reports.answer(session.uid, session.namespace, ready)
 
     def _observed(self, session: SessionView, memory: Memory) -> Observed:
         own = self._store.deployment(session.namespace, names.tamiyo(session.name))
@@ -212,6 +222,7 @@ class Reconciler:
             pods=() if job is None else self._store.pods_of(job.uid),
             secret=self._store.meta(SECRET, key.namespace, names.COMPILE),
             stored=memory.stored,
+            figures=memory.figures,
             refusals=memory.refusals(),
             refused=memory.hub_refusal,
         )
@@ -219,19 +230,24 @@ class Reconciler:
         about = About(KERNEL, key.namespace, key.name, kernel.uid)
         if await self._carrier.status(about, plan, outcome):
             if plan.order is not None:
-                order = plan.order
-                target = KernelTarget.model_validate(order.target)
-                await self._ask(
-                    memory,
-                    lambda: self._hub.request_kernel(order.blueprint_digest, target),
-                    outcome,
-                )
+                await self._ask(memory, partial(self._compiled, memory, plan.order), outcome)
             if plan.credentials:
                 await self._carrier.secret(
                     memory, names.COMPILE, self._of_compilations(key.namespace), outcome
                 )
             await self._carrier.rest(about, memory, plan, outcome)
+        if outcome.wrote:
+            asking = map(self._store.session_of_uid, self._reports.asking(key.name))
+            self._enqueue(Key(SESSION.name, s.namespace, s.name) for s in asking if s is not None)
         return self._settled(memory, plan, outcome)
+
+    async def _compiled(self, memory: Memory, order: KernelOrder) -> CompiledKernel:
+        """How far the hub has the kernel; once it is compiled, with what was measured of it."""
+        target = KernelTarget.model_validate(order.target)
+        stored = await self._hub.request_kernel(order.blueprint_digest, target)
+        if stored.state is BlueprintState.CHARACTERIZED:
+            memory.figures = (await self._hub.metadata(order.kernel)).figures
+        return stored
 
     def _of_compilations(self, namespace: str) -> Callable[[], Awaitable[Manifest]]:
         async def ask() -> Manifest:
@@ -270,13 +286,15 @@ class Reconciler:
         self, memory: Memory, ask: Callable[[], Awaitable[object]], outcome: Outcome
     ) -> None:
         """Ask the hub; what it refuses for good is remembered, what passes breaks the turn off."""
+        before = memory.stored, memory.hub_refusal
         try:
             memory.stored, memory.hub_refusal = await ask(), None
         except EsperError as error:
             if not error.permanent:
                 raise
             memory.hub_refusal = Said(type(error).__name__, str(error))
-        outcome.wrote = True
+        if before != (memory.stored, memory.hub_refusal):
+            outcome.wrote = True  # there is something new to decide on
 
     def _settled(self, memory: Memory, plan: Plan, outcome: Outcome) -> Outcome:
         """The outcome; a decision that never comes to rest is a fault.

@@ -40,7 +40,8 @@ class Turn:
 
 def pause_after(failures: int, chance: float) -> float:
     """Seconds until the next try after so many failures in a row; `chance` is in [0, 1)."""
-    longest = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(failures - 1, _DOUBLINGS))
+    doubled = FIRST_PAUSE_SECONDS * 2.0 ** min(failures - 1, _DOUBLINGS)
+    longest = min(LONGEST_PAUSE_SECONDS, doubled)
     return longest * (0.75 + 0.25 * chance)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 import threading
 from collections.abc import Callable
@@ -117,9 +118,11 @@ class HttpProxy:
                 self.seen(self.count, request.method, request.path)
             passed = {n: t for n, t in answer.headers.items() if n.lower() not in _HOPS}
             response = web.StreamResponse(status=answer.status, headers=passed)
-            await response.prepare(request)
-            await response.write(whole)
-            async for piece in answer.content.iter_any():
-                await response.write(piece)
-            await response.write_eof()
+            # Whoever asked may be gone, killed: there is nobody to tell of that.
+            with contextlib.suppress(OSError, aiohttp.ClientError):
+                await response.prepare(request)
+                await response.write(whole)
+                async for piece in answer.content.iter_any():
+                    await response.write(piece)
+                await response.write_eof()
             return response

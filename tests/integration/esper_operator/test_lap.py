@@ -23,7 +23,7 @@ def test_a_session_is_made_runs_and_succeeds(world, operator, objects):
     workers.run()
     assert objects.get(f"{SERVICES}/first-workers")["spec"]["clusterIP"] == "None"
     assert set(objects.get(f"{SECRETS}/first-esper")["data"]) == {"esper.yaml", "session.yaml"}
-    assert objects.get(f"{DEPLOYMENTS}/esper-tamiyo") is not None
+    wait_for(lambda: objects.get(f"{DEPLOYMENTS}/esper-tamiyo"), "there is no controller")
     [job] = workers.jobs()
     assert job["spec"]["completionMode"] == "Indexed"
     for child in (job, objects.get(f"{SERVICES}/first-workers")):
