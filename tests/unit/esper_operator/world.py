@@ -37,7 +37,7 @@ STEP_SECONDS = 5.0
 Object = dict[str, Any]
 
 
-class Crash(Exception):
+class Crash(Exception):  # noqa: N818 - of the operator, as it happens
     """The operator has ended between two writes."""
 
 
