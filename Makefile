@@ -39,7 +39,8 @@ $(READY): pyproject.toml requirements.lock requirements-bootstrap.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes \
 		-r requirements-bootstrap.txt
 	@$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation \
+		--editable . --editable ./operator
 	@touch $@
 
 .PHONY: demo
@@ -52,8 +53,13 @@ PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/pytest -n 2 -
 MEASURED := contracts services/tamiyo services/tolaria
 MEASURED_TESTS := $(MEASURED:%=tests/unit/esper/%)
 
+# Built before the tests run: within one, its time would be up.
+.PHONY: programs
+programs: setup ## Build the programs of a Kubernetes control plane (once on a machine, minutes)
+	@$(BIN)/python -m tools.cluster.programs >/dev/null
+
 .PHONY: test
-test: setup ## Run every test; unit coverage of contracts, decisions and gates must reach 90 %
+test: programs ## Run every test; unit coverage of contracts, decisions and gates must reach 90 %
 	@rm -f .coverage .coverage.*
 	@$(PYTEST) --cov-report= $(MEASURED:%=--cov=esper/%) $(MEASURED_TESTS)
 	@$(BIN)/coverage report
@@ -98,6 +104,7 @@ bench-growth: ## Measure growth against static and random arms into benchmarks/r
 bench-execution: ## Measure what sleeping, watched and grafted seeds cost, and the kernel cache
 bench-births: ## Measure whether first weights taken from the data help
 bench-gpu: ## Measure execution on a GPU; without one it says so and measures nothing
+bench-operator: ## Measure the operator: 1,000 sessions at once on a real control plane, then idle
 bench-services: ## Measure bus, object store, hub and log beside plain libraries
 bench-distributed: ## Measure what several ranks cost: steps, grafted seeds, checkpoints, logical shards
 bench-%: setup
@@ -122,6 +129,10 @@ examples-ranks: setup ## Run examples by 1, 2 and 4 ranks in logical shards: equ
 .PHONY: chaos-ranks
 chaos-ranks: setup ## Kill and stop ranks in trials, grafts and checkpoints; nothing is lost
 	@$(BIN)/python -m tools.chaos_ranks $(ARGUMENTS)
+
+.PHONY: chaos-operator
+chaos-operator: setup ## Kill the operator at every change that it makes in a session's life
+	@$(BIN)/python -m tools.chaos_operator $(ARGUMENTS)
 
 .PHONY: clean
 clean: ## Remove what the commands above made: .venv, caches, runs/demo

@@ -77,6 +77,7 @@ def _levels(text: str) -> str:
     return text
 
 
+_DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
 _HOST_NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
 
@@ -332,6 +333,64 @@ class TolariaConfig(Section):
     stop_seconds: Real = _seconds(
         25.0, "for the ranks to write a checkpoint and end, once asked to stop", most=3600
     )
+
+
+class OperatorConfig(Section):
+    """How the operator runs in a cluster, and what the pods that it makes are made of.
+
+    Of two operators with the same lease one works and the other waits. Whoever has not renewed the
+    lease for `renew_seconds` ends; after `lease_seconds` without a renewal the other takes it.
+    """
+
+    namespaces: Annotated[
+        str,
+        Field(
+            pattern=rf"^({_DNS_LABEL}(,{_DNS_LABEL})*)?$",
+            description="names of namespaces, separated by commas; empty: the whole cluster",
+        ),
+    ] = ""
+    kubeconfig: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="a kubeconfig file, or null: the pod's service account, else kubectl's",
+        ),
+    ] = None
+    lease_namespace: Annotated[
+        str, Field(pattern=f"^{_DNS_LABEL}$", description="the namespace of the operator's lease")
+    ] = "esper-system"
+    lease_name: Annotated[
+        str, Field(pattern=f"^{_DNS_LABEL}$", description="the name of its lease")
+    ] = "esper-operator"
+    lease_seconds: Whole = _whole(8, "seconds that a lease lasts", least=2, most=600)
+    renew_seconds: Real = _seconds(5.0, "without a renewal, after which it ends", most=600)
+    retry_seconds: Real = _seconds(1.0, "between two renewals, or looks at the lease", most=60)
+    lease_request_seconds: Real = _seconds(2.0, "for one request about the lease", most=60)
+    write_seconds: Real = _seconds(4.0, "for one write to the API server", most=60)
+    workers: Whole = _whole(16, "objects that are looked at at once", least=1, most=256)
+    seed_writes_per_second: Annotated[
+        float, Number, Field(gt=0, le=1000, description="writes of seeds a second, up to 1000")
+    ] = 20.0
+    resync_seconds: Real = _seconds(300.0, "between comparisons with the API server", most=3600)
+    sweep_seconds: Real = _seconds(300.0, "between sweeps of what no session owns", most=86_400)
+    image: Annotated[
+        str,
+        Field(min_length=1, max_length=1024, description="the image of pods that name no other"),
+    ] = "esper:latest"
+    image_pull_policy: Annotated[
+        Literal["Always", "IfNotPresent", "Never"],
+        Field(description="one of Always, IfNotPresent, Never"),
+    ] = "IfNotPresent"
+    image_pull_secrets: Annotated[
+        str,
+        Field(
+            pattern=rf"^({_DNS_LABEL}(,{_DNS_LABEL})*)?$",
+            description="names of Secrets with which images are pulled, separated by commas",
+        ),
+    ] = ""
+    stop_seconds: Whole = _whole(60, "seconds to write a checkpoint", least=1, most=3600)
+    kernels_per_session: Whole = _whole(64, "kernels of one session", least=0, most=1000)
+    compile_seconds: Whole = _whole(900, "seconds for a compile Job", least=1, most=86_400)
 
 
 class ComponentConfig(Section):

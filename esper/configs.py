@@ -29,6 +29,7 @@ from esper.config_sections import (
     DatabaseConfig,
     HubConfig,
     LogLevel,
+    OperatorConfig,
     RedisConfig,
     Section,
     StorageConfig,
@@ -55,6 +56,7 @@ __all__ = [
     "EsperConfig",
     "HubConfig",
     "LogLevel",
+    "OperatorConfig",
     "RedisConfig",
     "Setting",
     "StorageConfig",
@@ -151,6 +153,7 @@ class EsperConfig(Section):
     storage: StorageConfig = StorageConfig()
     tezzeret: TezzeretConfig = TezzeretConfig()
     tolaria: TolariaConfig = TolariaConfig()
+    operator: OperatorConfig = OperatorConfig()
     component: ComponentConfig = ComponentConfig()
     _origins: Mapping[str, str] = PrivateAttr(default_factory=dict)
 

@@ -5,6 +5,15 @@ import os
 
 from hypothesis import settings
 
+from tests.cluster import (  # noqa: F401
+    control_plane,
+    esper_control_plane,
+    kubelet,
+    namespace,
+    private_control_plane,
+    private_kubelet,
+    private_namespace,
+)
 from tests.servers import (  # noqa: F401
     any_redis,
     postgres_server,

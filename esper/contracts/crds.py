@@ -8,6 +8,7 @@ int-or-string; what no structural schema can say is preserved and checked when i
 
 from __future__ import annotations
 
+import re
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def crd(kind: type[Resource]) -> Schema:
         "schema": {"openAPIV3Schema": structural_schema(kind)},
         "subresources": {"status": {}},
     }
+    if kind.selectable:
+        version["selectableFields"] = [{"jsonPath": path} for path in kind.selectable]
     if kind.scale:
         version["subresources"]["scale"] = dict(kind.scale)
     names: Schema = {
@@ -99,8 +102,8 @@ def write_crds(folder: Path) -> list[Path]:
 def structural_schema(kind: type[Resource]) -> Schema:
     """The schema of one kind.
 
-    Metadata is the API server's own to check. A status has no defaults: what is absent was not
-    observed.
+    Of the metadata only the name is ours to check. A status has no defaults: what is absent was
+    not observed.
     """
     full = kind.model_json_schema(
         by_alias=True, schema_generator=_DefaultsInFull, mode="validation"
@@ -109,7 +112,8 @@ def structural_schema(kind: type[Resource]) -> Schema:
     properties = schema["properties"]
     properties["apiVersion"] = {"type": "string", "enum": [API_VERSION]}
     properties["kind"] = {"type": "string", "enum": [kind.__name__]}
-    properties["metadata"] = {"type": "object"}
+    name = properties["metadata"]["properties"]["name"]
+    properties["metadata"] = {"type": "object", "properties": {"name": name}}
     properties["status"] = _without_defaults(properties["status"])
     schema["required"] = ["spec"]
     return schema
@@ -249,6 +253,15 @@ def _one_object(parts: list[Schema], tag: str) -> Schema:
     }
 
 
+def _int_or_string(number: Schema, text: Schema) -> Schema:
+    """Bounds hold for a number alone and patterns for a text alone: both can stand."""
+    bounds = {key: number[key] for key in ("minimum", "maximum") if key in number}
+    words = {key: text[key] for key in ("pattern", "minLength", "maxLength") if key in text}
+    if "enum" in text:
+        words["pattern"] = f"^({'|'.join(map(re.escape, text['enum']))})$"
+    return {**INT_OR_STRING, **bounds, **words}
+
+
 def _either(left: Schema, right: Schema) -> Schema:
     """A schema that allows what either allows, or more where that can't be said."""
     left, right = (
@@ -265,5 +278,5 @@ def _either(left: Schema, right: Schema) -> Schema:
     if types == {"integer", "number"}:
         return {"type": "number"}
     if types == {"integer", "string"}:
-        return dict(INT_OR_STRING)
+        return _int_or_string(*sorted((left, right), key=lambda side: side["type"]))
     return dict(PRESERVED)

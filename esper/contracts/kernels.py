@@ -74,3 +74,8 @@ class KernelMetadata(Contract):
     artifact_digest: Digest
     artifact_bytes: Count
     figures: KernelFigures | None = None
+
+
+def artifact_key(digest: str) -> str:
+    """Where the artifact with that SHA-256 lies in the object store."""
+    return f"kernels/{digest}.safetensors"

@@ -36,6 +36,7 @@ __all__ = [
     "SimpleCompiledKernelContract",
     "Stored",
     "SweepResult",
+    "SweptNamespaces",
 ]
 
 MAX_PAGE_ITEMS = 500
@@ -239,6 +240,12 @@ class OperatorCredentials(Contract):
     redis_password: Annotated[str | None, Field(repr=False)] = None
     expires_at: AwareTime
     """Of the token; the user stays."""
+
+
+class SweptNamespaces(Contract):
+    """The namespaces in which a sweep may find something."""
+
+    namespaces: tuple[Namespace, ...]
 
 
 class SweepResult(Contract):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from esper.contracts.blueprints import BlueprintDocument, Graph, KernelTarget, builtin
 from esper.contracts.enums import BlueprintState
@@ -21,6 +21,7 @@ from esper.contracts.resources.common import (
     immutable,
     refusal,
     rules,
+    without_nulls,
 )
 from esper.errors import BlueprintError
 
@@ -54,7 +55,7 @@ class BlueprintSpec(ResourceModel):
         | None
     ) = None
     """Kinds of layer that may host it; for a built-in one absent: all that it can do."""
-    graph: Graph | None = None
+    graph: Annotated[Graph | None, BeforeValidator(without_nulls)] = None
     builtin: Annotated[str, Field(min_length=1, max_length=63)] | None = None
     """The name of a built-in blueprint."""
     arguments: Annotated[dict[ArgumentName, Argument], Field(max_length=16)] | None = None
@@ -141,7 +142,7 @@ class CompiledKernelSpec(ResourceModel):
     model_config = ConfigDict(json_schema_extra=immutable("spec"))
 
     blueprint: ObjectName
-    target: KernelTarget
+    target: Annotated[KernelTarget, BeforeValidator(without_nulls)]
 
 
 class CompiledKernelStatus(ResourceModel):

@@ -68,6 +68,18 @@ def refusal(field: str, came: object, allowed: str) -> PydanticCustomError:
     )
 
 
+def without_nulls(value: object) -> object:
+    """`value` without the fields that are null, at any depth: for parts of other models.
+
+    The API server prunes such a field before it defaults; `ResourceModel` does so by itself.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
 class ResourceModel(Contract):
     """A part of a resource: closed, strict, finite.
 
@@ -261,5 +273,7 @@ class Resource(ResourceModel):
     columns: ClassVar[tuple[tuple[str, str, str], ...]]
     """Printer columns: (name, type, JSONPath)."""
     scale: ClassVar[dict[str, str] | None] = None
+    selectable: ClassVar[tuple[str, ...]] = ()
+    """What `kubectl get --field-selector` may name beside name and namespace: JSONPaths."""
 
     api_version: Literal["esper.dev/v1alpha1"]

@@ -80,6 +80,7 @@ class Seed(Resource):
         ("Gain", "string", ".status.contribution"),
         ("Age", "date", ".metadata.creationTimestamp"),
     )
+    selectable: ClassVar[tuple[str, ...]] = (".spec.session", ".status.state")
 
     kind: Literal["Seed"]
     metadata: LabelledMeta

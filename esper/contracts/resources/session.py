@@ -30,6 +30,7 @@ _PROCESSES = "self.workers.replicas * self.workers.processesPerWorker"
 
 MAX_SUMMARIES = 64
 MAX_FAILURES = 5
+MAX_INTERRUPTED_PODS = 64
 
 
 class TrainingSessionSpec(ResourceModel):
@@ -165,7 +166,23 @@ class TrainingSessionStatus(ResourceModel):
     observed_generation: Count | None = None
     conditions: Conditions = ()
     attempt: Count = 0
+    """Every Job of the session is one; one that is suspended, resized or disrupted is followed by
+    the next as one that failed is."""
+    attempt_time: Time | None = None
+    """When the attempt was decided on."""
+    failed_attempts: Count = 0
+    """Those that failed, which `runPolicy.backoffLimit` bounds."""
+    replicas: Count = 0
+    """Workers that the attempt is made of."""
+    job: Annotated[str, Field(max_length=63)] | None = None
+    """The attempt's Job, once it is there."""
     disruptions: Count = 0
+    """Pods that were ended from outside, as by a preemption."""
+    interrupted_pods: Annotated[
+        tuple[Annotated[str, Field(max_length=253)], ...],
+        Field(strict=False, max_length=MAX_INTERRUPTED_PODS),
+    ] = ()
+    """Those of this attempt."""
     failures: Annotated[tuple[Failure, ...], Field(strict=False, max_length=MAX_FAILURES)] = ()
     """The last five."""
     epoch: Count = 0
@@ -189,22 +206,15 @@ class TrainingSessionStatus(ResourceModel):
     """CPU threads that each process computes with."""
     last_heartbeat_time: Time | None = None
     start_time: Time | None = None
+    active_since: Time | None = None
+    """Since when it has been neither suspended nor in a queue; absent while it is."""
+    active_seconds: Count = 0
+    """How long it was active before that."""
     completion_time: Time | None = None
 
 
 class TrainingSession(Resource):
     """A model that trains and grows on measured evidence."""
-
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            (
-                "size(self.metadata.name) <= 48 && "
-                "self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
-                "metadata.name: at most 48 lower-case letters, digits and '-', starting with a "
-                "letter and not ending with '-'",
-            )
-        )
-    )
 
     plural: ClassVar[str] = "trainingsessions"
     singular: ClassVar[str] = "trainingsession"

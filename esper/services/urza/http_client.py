@@ -39,6 +39,7 @@ from esper.services.contracts import (
     SimpleBlueprintContract,
     SimpleCompiledKernelContract,
     SweepResult,
+    SweptNamespaces,
 )
 from esper.services.urza.http_answers import (
     Answer,
@@ -327,6 +328,10 @@ class HttpUrza(HttpKernelSource):
     async def revoke_credentials(self, uid: str) -> None:
         """Revoke a session's credentials for good; NotFound where it has none."""
         await self._sent("DELETE", f"/internal/sessions/{checked_uid(uid)}/credentials")
+
+    async def namespaces(self) -> tuple[str, ...]:
+        """The namespaces in which a sweep may find something."""
+        return (await self._asked(SweptNamespaces, "GET", "/internal/namespaces")).namespaces
 
     async def sweep(
         self, namespace: str, live: Sequence[str], gathered_at: datetime

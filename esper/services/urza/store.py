@@ -6,11 +6,12 @@ and a kernel that is compiled, or has failed, stays so.
 
 from __future__ import annotations
 
+from esper.contracts.kernels import artifact_key
 from esper.services.urza.store_blueprint_leases import HubBlueprintLeases
 from esper.services.urza.store_blueprints import HubBlueprints
 from esper.services.urza.store_kernel_leases import HubKernelLeases
 from esper.services.urza.store_kernels import HubKernels
-from esper.services.urza.store_rows import MAX_ERROR_CHARACTERS, artifact_key
+from esper.services.urza.store_rows import MAX_ERROR_CHARACTERS
 from esper.services.urza.store_sessions import HubSessions
 
 __all__ = ["MAX_ERROR_CHARACTERS", "UrzaHub", "artifact_key"]

@@ -10,14 +10,13 @@ from sqlalchemy import and_, or_, update
 from esper.contracts.assets import CompiledKernel
 from esper.contracts.blueprints import BlueprintDocument, KernelTarget
 from esper.contracts.enums import BlueprintState
-from esper.contracts.kernels import KernelMetadata
+from esper.contracts.kernels import KernelMetadata, artifact_key
 from esper.errors import KernelError
 from esper.services.contracts import KernelClaim
 from esper.services.urza import models
 from esper.services.urza.leases import BULK, NO_LEASE, Leases
 from esper.services.urza.store_rows import (
     HubRows,
-    artifact_key,
     kernel_row,
     lock_artifact,
     retried,

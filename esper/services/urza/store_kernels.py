@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from esper.contracts.assets import CompiledKernel
 from esper.contracts.blueprints import KernelTarget, kernel_id
 from esper.contracts.enums import BlueprintState
-from esper.contracts.kernels import KernelFigures, KernelMetadata
+from esper.contracts.kernels import KernelFigures, KernelMetadata, artifact_key
 from esper.errors import BlueprintNotFound, Conflict, ConflictReason, KernelError, KernelNotFound
 from esper.services.contracts import (
     DEFAULT_PAGE_ITEMS,
@@ -29,7 +29,6 @@ from esper.services.urza.store_rows import (
     HubRows,
     Match,
     archive,
-    artifact_key,
     blueprint_row,
     bring_back,
     check_match,

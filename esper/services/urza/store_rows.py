@@ -30,6 +30,7 @@ from sqlalchemy.sql.dml import ReturningInsert
 
 from esper.contracts.base import utc_now
 from esper.contracts.enums import BlueprintState
+from esper.contracts.kernels import artifact_key
 from esper.errors import (
     BadInput,
     BlueprintNotFound,
@@ -116,11 +117,6 @@ class HubRows:
             used = select(row.id).where(row.artifact_digest == digest).limit(1)
             if await session.scalar(used) is None:
                 await self._store.delete(artifact_key(digest))
-
-
-def artifact_key(digest: str) -> str:
-    """Where the artifact with that SHA-256 lies in the object store."""
-    return f"kernels/{digest}.safetensors"
 
 
 def shortened(error: str) -> str:

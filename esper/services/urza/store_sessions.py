@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from esper.contracts.assets import TrainingSession
@@ -244,6 +244,13 @@ class HubSessions(HubRows):
             query = query.where(row.revoked.is_(revoked))
         async with self._database.transaction() as session:
             return tuple(found.as_contract() for found in await session.scalars(query))
+
+    async def swept_namespaces(self) -> tuple[str, ...]:
+        """The namespaces in which a sweep may find something: those of credentials not revoked."""
+        row = models.SessionCredential
+        query = select(row.namespace).distinct().where(or_(~row.revoked, row.removes))
+        async with self._database.transaction() as session:
+            return tuple(await session.scalars(query.order_by(row.namespace)))
 
     async def revoke_credentials(self, uid: str) -> bool:
         """Mark a session's credentials as revoked, for good; whether there were any."""

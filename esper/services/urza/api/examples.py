@@ -18,6 +18,7 @@ from esper.services.contracts import (
     KernelClaim,
     OperatorCredentials,
     SweepResult,
+    SweptNamespaces,
 )
 from esper.services.urza.problems import Problem
 from esper.services.urza.wire import (
@@ -111,6 +112,7 @@ _MADE: tuple[Contract, ...] = (
     SessionObjects(objects=(StoredObject(name="checkpoints/epoch-000012/state.json", size=1504),)),
     StoredObject(name="checkpoints/epoch-000012/state.json", size=1504),
     SweepRequest(namespace="team-a", live_uids=(_UID,), gathered_at=_NOON),
+    SweptNamespaces(namespaces=("team-a",)),
     SweepResult(ended=("9d1e",), revoked=("9d1e",)),
     Problem.of(KernelNotFound("kernel", _KERNEL, "a kernel that was requested")),
 )

@@ -12,7 +12,7 @@ from fastapi import Header, Path, Query, Request, Response
 from esper.contracts.assets import Blueprint, CompiledKernel, Namespace
 from esper.contracts.base import utc_now
 from esper.contracts.enums import BlueprintState
-from esper.contracts.kernels import Digest, KernelMetadata
+from esper.contracts.kernels import Digest, KernelMetadata, artifact_key
 from esper.errors import BadInput, KernelError
 from esper.services.contracts import (
     BlueprintClaim,
@@ -26,6 +26,7 @@ from esper.services.contracts import (
     SimpleBlueprintContract,
     SimpleCompiledKernelContract,
     SweepResult,
+    SweptNamespaces,
 )
 from esper.services.urza.api.blueprints import BlueprintDigest
 from esper.services.urza.api.kernels import KernelPath
@@ -44,7 +45,6 @@ from esper.services.urza.api.sessions import Uid
 from esper.services.urza.artifact_check import checked, read_manifest
 from esper.services.urza.auth import Permission
 from esper.services.urza.session_objects import remove_objects
-from esper.services.urza.store_rows import artifact_key
 from esper.services.urza.store_sessions import revocation
 from esper.services.urza.wire import (
     LEASE_HEADER,
@@ -344,6 +344,15 @@ async def make_namespace_credentials(request: Request, namespace: NamespaceName)
     await urza.hub.put_namespace(namespace, issued.expires_at)
     await urza.give_user(urza.secrets.namespace_user(namespace))
     return answer(issued, headers={"Cache-Control": "no-store"})
+
+
+@internal.get(
+    "/namespaces",
+    **allowed(Permission.ADMINISTER, documented({200: SweptNamespaces})),
+)
+async def swept_namespaces(request: Request) -> Response:
+    """The namespaces in which a sweep may find something."""
+    return answer(SweptNamespaces(namespaces=await urza_of(request).hub.swept_namespaces()))
 
 
 @internal.post(

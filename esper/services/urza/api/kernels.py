@@ -10,7 +10,7 @@ from fastapi import Path, Query, Request, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
 
 from esper.contracts.assets import CompiledKernel
-from esper.contracts.kernels import KernelId, KernelMetadata
+from esper.contracts.kernels import KernelId, KernelMetadata, artifact_key
 from esper.errors import KernelError, KernelNotFound
 from esper.services.contracts import (
     KernelFilter,
@@ -40,7 +40,6 @@ from esper.services.urza.api.routes import (
     urza_of,
 )
 from esper.services.urza.auth import Permission
-from esper.services.urza.store_rows import artifact_key
 from esper.services.urza.wire import KernelCreation
 
 ROOT = "/api/v1/kernels"

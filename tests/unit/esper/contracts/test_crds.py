@@ -12,8 +12,15 @@ from pydantic import ConfigDict, Field
 
 from esper.contracts.crds import crd, crds, structural_schema, write_crds
 from esper.contracts.refusals import dotted
-from esper.contracts.resources import KINDS, Blueprint, CompiledKernel, Resource, TrainingSession
-from esper.contracts.resources.common import ResourceModel, immutable, rules
+from esper.contracts.resources import (
+    KINDS,
+    Blueprint,
+    CompiledKernel,
+    Resource,
+    Seed,
+    TrainingSession,
+)
+from esper.contracts.resources.common import ObjectMeta, ResourceModel, immutable, rules
 from esper.utils.documents import read_documents
 
 Schema = dict[str, Any]
@@ -120,6 +127,23 @@ def test_columns_and_scale_point_at_fields(kind: type[Resource]) -> None:
         assert node["type"] == type_, path
 
 
+def test_seeds_are_selectable_by_fields_that_are_there() -> None:
+    selectable = {kind: crd(kind)["spec"]["versions"][0].get("selectableFields") for kind in KINDS}
+    assert selectable.pop(Seed) == [{"jsonPath": ".spec.session"}, {"jsonPath": ".status.state"}]
+    assert set(selectable.values()) == {None}
+    assert _below(Seed, "spec", "session")["type"] == _below(Seed, "status", "state")["type"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "longest"), [(TrainingSession, 48), (Seed, 63), (Blueprint, 63), (CompiledKernel, 253)]
+)
+def test_names_are_checked_where_they_stand(kind: type[Resource], longest: int) -> None:
+    metadata = structural_schema(kind)["properties"]["metadata"]
+    assert set(metadata) == {"type", "properties"}
+    assert set(metadata["properties"]) == {"name"}
+    assert metadata["properties"]["name"]["maxLength"] == longest
+
+
 def test_sessions_scale_by_workers() -> None:
     assert crd(TrainingSession)["spec"]["versions"][0]["subresources"]["scale"] == {
         "specReplicasPath": ".spec.workers.replicas",
@@ -216,6 +240,7 @@ class _Odd(Resource):
     short_names: ClassVar[tuple[str, ...]] = ("o",)
     columns: ClassVar[tuple[tuple[str, str, str], ...]] = ()
 
+    metadata: ObjectMeta
     spec: Annotated[_Part, Field(json_schema_extra=immutable("spec"))]
     status: _Part | None = None
 
@@ -296,12 +321,20 @@ def test_a_tagged_union_is_one_object_with_a_rule_a_tag() -> None:
 
 def test_other_unions_become_what_a_schema_can_say() -> None:
     properties = _below(Blueprint, "spec", "graph", "nodes", "items")["properties"]
-    assert properties["features"] == {"x-kubernetes-int-or-string": True}
+    assert properties["features"] == {
+        "x-kubernetes-int-or-string": True,
+        "minimum": 1,
+        "maximum": 1_000_000,
+        "pattern": "^(in|out)$",
+    }
     # A window may be one number, two, or a word.
     assert properties["kernelSize"] == {"x-kubernetes-preserve-unknown-fields": True}
     assert "traced" in properties["kind"]["enum"]
     arguments = _below(Blueprint, "spec", "arguments")
-    assert arguments["additionalProperties"] == {"x-kubernetes-int-or-string": True}
+    assert arguments["additionalProperties"] == {
+        "x-kubernetes-int-or-string": True,
+        "maxLength": 256,
+    }
 
 
 def test_json_values_and_quantities() -> None:

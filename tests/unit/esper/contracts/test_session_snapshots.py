@@ -77,10 +77,17 @@ def test_every_field_of_a_status_that_training_determines_comes_from_it() -> Non
         "observed_generation",
         "conditions",
         "attempt",
+        "attempt_time",
+        "failed_attempts",
+        "replicas",
+        "job",
         "disruptions",
+        "interrupted_pods",
         "failures",
         "workers",
         "start_time",
+        "active_since",
+        "active_seconds",
         "completion_time",
     }
     for name in TrainingSessionStatus.model_fields:

@@ -183,6 +183,23 @@ def test_times_that_utc_does_not_have_are_refused(place, moment):
     asyncio.run(life())
 
 
+async def swept_namespaces(client: Any) -> Any:
+    return (await client.get("/internal/namespaces")).json()["namespaces"]
+
+
+def test_a_namespace_whose_sessions_are_all_swept_is_looked_at_no_more(place):
+    async def life() -> None:
+        async with serving(settings(place)) as client:
+            await made(client, "uid-1", "team-a")
+            await made(client, "uid-2", "team-b")
+            assert await swept_namespaces(client) == ["team-a", "team-b"]
+            swept = {"namespace": "team-a", "liveUids": []}
+            assert (await client.post("/internal/sessions/sweep", json=swept)).status_code == 200
+            assert await swept_namespaces(client) == ["team-b"]
+
+    asyncio.run(life())
+
+
 def test_a_sweep_ends_what_is_gone_and_spares_what_lives(place, redis_server, redis_namespace):
     async def life() -> None:
         async with serving(settings(place, redis_server.url)) as client:
@@ -192,6 +209,7 @@ def test_a_sweep_ends_what_is_gone_and_spares_what_lives(place, redis_server, re
                 assert (await client.post("/api/v1/sessions/", json=session)).status_code == 201
                 async with redis_of(redis_server, issued[uid]) as redis:
                     await redis.xadd(f"esper:{redis_namespace}:{uid}:packets", {"a": "b"})
+            assert await swept_namespaces(client) == [redis_namespace]
             swept = {"namespace": redis_namespace, "liveUids": ["uid-2"]}
             answer = await client.post("/internal/sessions/sweep", json=swept)
             assert answer.json() == {"ended": ["uid-1"], "revoked": ["uid-1"]}

@@ -1,0 +1,169 @@
+"""A plan carried out: each of its requests in its order, and what became of them remembered."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+
+from esper.errors import EsperError
+from esper_operator.errors import ApiConflict, ApiNotFound, ApiRefused
+from esper_operator.kinds import BY_NAME, SECRET, Kind
+from esper_operator.memory import Memory
+from esper_operator.plans import Manifest, Notice, Plan
+from esper_operator.store import Store
+from esper_operator.views import Said
+from esper_operator.work import Key
+from esper_operator.writing import Writer
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class About:
+    """The object that a plan is about."""
+
+    kind: Kind
+    namespace: str
+    name: str
+    uid: str
+
+
+@dataclass
+class Outcome:
+    """What carrying out a plan has come to."""
+
+    wrote: bool = False
+    again_in: float = math.inf
+
+    def soon(self, seconds: float | None) -> None:
+        """Look again in so many seconds at the latest."""
+        if seconds is not None:
+            self.again_in = min(self.again_in, seconds)
+
+
+class Carrier:
+    """Carries plans out with the one writer, and puts its answers into the store at once."""
+
+    def __init__(
+        self,
+        writer: Writer,
+        store: Store,
+        enqueue: Callable[[Iterable[Key]], None],
+        clock: Callable[[], float],
+    ) -> None:
+        """`enqueue` has what an answer concerns looked at; `clock` gives the time of day."""
+        self._enqueue = enqueue
+        self._writer = writer
+        self._store = store
+        self._clock = clock
+
+    async def status(self, about: About, plan: Plan, outcome: Outcome) -> bool:
+        """Write the status; False: the object is gone, or is another one."""
+        if plan.status is None:
+            return True
+        manifest = {
+            "apiVersion": about.kind.api_version,
+            "kind": about.kind.name,
+            "metadata": {"name": about.name, "namespace": about.namespace, "uid": about.uid},
+            "status": plan.status,
+        }
+        try:
+            answer = await self._writer.apply_status(manifest)
+        except (ApiNotFound, ApiConflict) as error:
+            _log.debug("the status has no object any more: %s", error)
+            return False
+        own = Key(about.kind.name, about.namespace, about.name)
+        self._enqueue(key for key in self._store.put(about.kind, answer) if key != own)
+        outcome.wrote = True
+        return True
+
+    async def rest(self, about: About | None, memory: Memory, plan: Plan, outcome: Outcome) -> None:
+        """All but the status: what is to be gone, to be made, and to be told about the object."""
+        for deletion in plan.delete:
+            kind = BY_NAME[deletion.kind]
+            await self._writer.delete(kind, deletion.namespace, deletion.name, deletion.uid)
+            outcome.wrote = True
+        for manifest in plan.apply:
+            await self.child(memory, manifest, outcome)
+        for manifest in plan.child_statuses:
+            await self._child_status(memory, manifest, outcome)
+        for notice in plan.notices:
+            if about is not None and memory.tells(notice):
+                await self._told(about, notice)
+                outcome.wrote = True
+
+    async def child(self, memory: Memory, manifest: Manifest, outcome: Outcome) -> None:
+        """Apply a child; one that is refused is remembered as that, and tried again later."""
+        kind = BY_NAME[manifest["kind"]]
+        child = f"{kind.name}/{manifest['metadata']['name']}"
+        waits = memory.waits(child, manifest, self._clock())
+        if waits > 0:
+            outcome.soon(waits)
+            return
+        try:
+            answer = await self._writer.apply(manifest)
+        except ApiConflict as error:
+            outcome.soon(1.0)
+            _log.info("to be applied again: %s", error)
+        except ApiRefused as error:
+            said = Said(error.reason, error.said)
+            memory.refuse(child, manifest, said, self._clock(), lasting=True)
+            _log.info("refused: %s", error)
+        else:
+            memory.accepted(child)
+            # Its own event will be old news: whom it concerns besides has to learn of it here.
+            self._enqueue(self._store.put(kind, answer))
+        outcome.wrote = True
+
+    async def secret(
+        self,
+        memory: Memory,
+        name: str,
+        asked: Callable[[], Awaitable[Manifest]],
+        outcome: Outcome,
+    ) -> None:
+        """Apply the Secret that the hub fills; where it does not, that is remembered."""
+        child = f"{SECRET.name}/{name}"
+        waits = memory.waits(child, {}, self._clock())
+        if waits > 0:
+            outcome.soon(waits)
+            return
+        try:
+            manifest = await asked()
+        except EsperError as error:
+            said = Said(type(error).__name__, str(error))
+            memory.refuse(child, {}, said, self._clock(), lasting=error.permanent)
+            outcome.wrote = True
+            return
+        await self.child(memory, manifest, outcome)
+
+    async def _child_status(self, memory: Memory, manifest: Manifest, outcome: Outcome) -> None:
+        kind, name = BY_NAME[manifest["kind"]], manifest["metadata"]["name"]
+        wait = self._writer.background_wait()
+        if wait > 0:
+            outcome.soon(wait)
+            return
+        try:
+            answer = await self._writer.apply_status(manifest)
+        except ApiNotFound:
+            outcome.soon(1.0)  # the object itself was refused, or is just being made anew
+            return
+        self._store.put(kind, answer)
+        memory.child_statuses[name] = manifest["status"]
+        memory.child_times[name] = self._clock()
+        outcome.wrote = True
+
+    async def _told(self, about: About, notice: Notice) -> None:
+        described = {
+            "apiVersion": about.kind.api_version,
+            "kind": about.kind.name,
+            "namespace": about.namespace,
+            "name": about.name,
+            "uid": about.uid,
+        }
+        try:
+            await self._writer.tell(described, notice.type, notice.reason, notice.message)
+        except ApiRefused as error:
+            _log.info("an event can't be told: %s", error)

@@ -1,0 +1,185 @@
+"""Secrets: the settings with which pods reach hub and bus, and the manifest of their session."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+
+from esper.contracts.blueprints import CATALOGUE
+from esper.contracts.manifests import NAME_LABEL, document_data
+from esper.contracts.resources import (
+    Blueprint,
+    PodTemplate,
+    RunPolicySpec,
+    TrainingSession,
+)
+from esper.contracts.resources.common import LabelledMeta, SessionMeta
+from esper.services.contracts import IssuedCredentials, OperatorCredentials
+from esper_operator.children import names
+from esper_operator.children.connections import (
+    MANIFEST_FILE,
+    SETTINGS_FILE,
+    connection_of,
+    settings_file,
+)
+from esper_operator.children.objects import Json, child, labels_of, owner_of
+from esper_operator.options import Options
+from esper_operator.views import BlueprintView, SessionView, digest_of_object
+
+RENEWED_SECONDS = 30 * 86_400.0
+"""How long the token of a Secret that outlives sessions is used."""
+
+_CATALOGUE = frozenset(entry.name for entry in CATALOGUE)
+
+
+def digest(session: SessionView, options: Options) -> str:
+    """The mark of the Secret that a session is to have; credentials do not enter it.
+
+    Raises:
+        pydantic.ValidationError: the session's spec is none.
+    """
+    return _digest(session.namespace, session.name, session.uid, session.spec_text, options)
+
+
+@lru_cache(maxsize=2048)
+def _digest(namespace: str, name: str, uid: str, spec_text: bytes, options: Options) -> str:
+    # Without the status, of which there are many in a session's life.
+    bare = SessionView(namespace, name, uid, 0, 0.0, deleting=False, spec_text=spec_text)
+    return digest_of_object(_known_by(bare, options))
+
+
+def manifest(
+    session: SessionView,
+    issued: IssuedCredentials,
+    options: Options,
+    blueprints: Iterable[BlueprintView] = (),
+) -> Json:
+    """The Secret of a session, with the blueprints of its namespace that it may grow.
+
+    Raises:
+        pydantic.ValidationError: the session's spec is none.
+    """
+    resources = (_resource(session), *offered(session, blueprints, options))
+    return child(
+        "v1",
+        "Secret",
+        session.namespace,
+        names.secret(session.name),
+        _opaque(
+            {
+                SETTINGS_FILE: settings_file(
+                    options,
+                    namespace=session.namespace,
+                    token=issued.hub_token,
+                    username=issued.redis_username,
+                    password=issued.redis_password,
+                ),
+                # JSON is YAML, and written twenty times as fast.
+                MANIFEST_FILE: "\n---\n".join(json.dumps(document_data(r)) for r in resources),
+            }
+        ),
+        labels=labels_of(session),
+        owners=(owner_of("TrainingSession", session),),
+        known_by=_known_by(session, options),
+    )
+
+
+def controller_manifest(
+    namespace: str, issued: IssuedCredentials, options: Options, now: float
+) -> Json:
+    """The Secret of a namespace's controllers."""
+    text = settings_file(
+        options,
+        namespace=namespace,
+        token=issued.hub_token,
+        username=issued.redis_username,
+        password=issued.redis_password,
+    )
+    return _settings_secret(namespace, names.TAMIYO, text, options, now)
+
+
+def compile_manifest(
+    namespace: str, issued: OperatorCredentials, options: Options, now: float
+) -> Json:
+    """The Secret with which compile Jobs of a namespace ask the hub; the bus is not theirs."""
+    text = settings_file(options, namespace=namespace, token=issued.worker_token, bus=False)
+    return _settings_secret(namespace, names.COMPILE, text, options, now)
+
+
+def settings_digest(name: str, options: Options, now: float) -> str:
+    """The mark of a Secret that holds settings only; another one every month.
+
+    Its token ends some time, and another one is given each day.
+    """
+    return digest_of_object(_settings_known_by(name, options, now))
+
+
+def offered(
+    session: SessionView, blueprints: Iterable[BlueprintView], options: Options
+) -> list[Blueprint]:
+    """The Blueprints that the worker has to be told of, by name.
+
+    It knows the catalogue; one of the catalogue's names takes its place there, selected or not.
+    What the hub has refused is left out, for it would end the session.
+    """
+    selector = session.spec().growth.blueprints
+    found = []
+    for view in sorted(blueprints, key=lambda view: view.name):
+        labels = dict(view.labels)
+        selected = selector.matches({NAME_LABEL: view.name, **labels})
+        if view.deleting or not (selected or view.name in _CATALOGUE):
+            continue
+        if view.status().get("state") == "failed":
+            continue
+        found.append(
+            Blueprint(
+                api_version="esper.dev/v1alpha1",
+                kind="Blueprint",
+                metadata=LabelledMeta(name=view.name, labels=labels),
+                spec=view.spec(),
+            )
+        )
+    return found[: options.blueprints_per_session]
+
+
+def _resource(session: SessionView) -> TrainingSession:
+    """The manifest that the worker trains from: as it was applied, with what the cluster added.
+
+    Without what concerns the pods alone, which may be large and hold secrets, and without the run
+    policy, so that suspending a session changes nothing in it.
+    """
+    spec = session.spec()
+    workers = spec.workers.model_copy(update={"pod_template": PodTemplate()})
+    return TrainingSession(
+        api_version="esper.dev/v1alpha1",
+        kind="TrainingSession",
+        metadata=SessionMeta(name=session.name, namespace=session.namespace, uid=session.uid),
+        spec=spec.model_copy(update={"workers": workers, "run_policy": RunPolicySpec()}),
+    )
+
+
+def _known_by(session: SessionView, options: Options) -> Json:
+    return {"manifest": _resource(session).to_wire(), **connection_of(options)}
+
+
+def _settings_secret(namespace: str, name: str, text: str, options: Options, now: float) -> Json:
+    return child(
+        "v1",
+        "Secret",
+        namespace,
+        name,
+        _opaque({SETTINGS_FILE: text}),
+        labels=labels_of(),
+        known_by=_settings_known_by(name, options, now),
+    )
+
+
+def _settings_known_by(name: str, options: Options, now: float) -> Json:
+    return {"name": name, "month": int(now // RENEWED_SECONDS), **connection_of(options)}
+
+
+def _opaque(files: Mapping[str, str]) -> Json:
+    data = {name: base64.b64encode(text.encode()).decode() for name, text in files.items()}
+    return {"type": "Opaque", "data": data}

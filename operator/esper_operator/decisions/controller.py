@@ -1,0 +1,63 @@
+"""The controller: a Tamiyo of the session's own, its namespace's, or none."""
+
+from __future__ import annotations
+
+from esper.contracts.enums import ControllerPolicy
+from esper.contracts.resources import TrainingSessionSpec
+from esper_operator.children import tamiyo
+from esper_operator.children.objects import Json, digest_in
+from esper_operator.conditions import Reason, Truth
+from esper_operator.observed import Refusals
+from esper_operator.options import Options
+from esper_operator.plans import Deletion, Manifest
+from esper_operator.views import DeploymentView, SessionView
+
+
+def is_needed(spec: TrainingSessionSpec) -> bool:
+    """Whether anybody decides for the session."""
+    return spec.growth.controller.policy is not ControllerPolicy.NONE
+
+
+def is_dedicated(spec: TrainingSessionSpec) -> bool:
+    """Whether the session has a controller of its own."""
+    return is_needed(spec) and spec.growth.controller.dedicated
+
+
+def standing(
+    spec: TrainingSessionSpec, name: str, view: DeploymentView | None, refusals: Refusals
+) -> tuple[Truth, Reason, str]:
+    """The condition ControllerReady of a session whose controller is called `name`."""
+    if not is_needed(spec):
+        return "True", Reason.NOT_NEEDED, "growth.controller.policy is none"
+    refused = refusals.get(f"Deployment/{name}")
+    if refused is not None:
+        return "False", Reason.CONTROLLER_FAILED, f"Deployment {name}: {refused.message}"
+    if view is None or view.deleting:
+        return "False", Reason.CONTROLLER_STARTING, f"Deployment {name} is being made"
+    if view.available:
+        return "True", Reason.CONTROLLER_AVAILABLE, f"Deployment {name}"
+    if view.failure is not None:
+        text = f"Deployment {name}: {view.failure.reason}: {view.failure.message}"
+        return "False", Reason.CONTROLLER_FAILED, text
+    return "False", Reason.CONTROLLER_STARTING, f"Deployment {name} has no pod that is ready"
+
+
+def dedicated(
+    session: SessionView, view: DeploymentView | None, options: Options
+) -> tuple[Manifest, ...]:
+    """The session's own controller, where it is missing or of another form."""
+    return if_changed(tamiyo.dedicated(session, options), view)
+
+
+def removed(view: DeploymentView | None) -> tuple[Deletion, ...]:
+    """The deletion of a controller that nobody needs."""
+    if view is None or view.deleting:
+        return ()
+    return (Deletion("apps/v1", "Deployment", view.namespace, view.name, view.uid),)
+
+
+def if_changed(manifest: Json, view: DeploymentView | None) -> tuple[Manifest, ...]:
+    """The manifest, unless what is there was rendered from the same."""
+    if view is not None and view.digest == digest_in(manifest):
+        return ()
+    return (manifest,)

@@ -1,0 +1,108 @@
+"""The three deadlines that bound a session's life, each counted only while it can be kept.
+
+- `activeDeadlineSeconds`: of the whole session, without what it was suspended or in a queue.
+- `startupDeadlineSeconds`: from an attempt's workers to its first report. It ends the session, with
+  what stood in the way as its reason.
+- `progressDeadlineSeconds`: between two reports. It ends the attempt, which may have hung.
+
+A session reports as long as it makes progress. While the bus does not answer nobody can tell, so
+time runs from its return; workers that do not come up are seen without it.
+"""
+
+from __future__ import annotations
+
+from esper_operator.conditions import Reason
+from esper_operator.decisions import attempts, suspension
+from esper_operator.decisions.ends import End, Step, soonest
+from esper_operator.decisions.scene import Scene
+from esper_operator.decisions.workers import Readiness
+
+_TELLING = frozenset(
+    {
+        *(Reason.CREDENTIALS_MISSING, Reason.CHILD_REFUSED, Reason.PODS_REFUSED),
+        *(Reason.UNSCHEDULABLE, Reason.IMAGE_PULL_FAILED, Reason.CONTAINER_REFUSED),
+    }
+)
+"""What stood in the way of workers and is worth being the reason of the end."""
+
+
+def bounded(scene: Scene, workers: Readiness) -> Step:
+    """The end, or another attempt, where a deadline has passed; else when the next one would."""
+    active = _active(scene)
+    if active is not None and active <= 0:
+        limit = scene.spec.run_policy.active_deadline_seconds
+        message = f"active for {limit} s (runPolicy.activeDeadlineSeconds)"
+        return Step(scene, End(False, Reason.ACTIVE_DEADLINE_EXCEEDED, message, scene.now))
+    if not suspension.is_active(scene) and scene.job is not None:
+        return Step(scene, again_in=active)
+    step = _progressing(scene, workers) if _has_reported(scene) else _starting(scene, workers)
+    return Step(step.scene, step.end, step.notices, soonest(active, step.again_in))
+
+
+def _active(scene: Scene) -> float | None:
+    """Seconds that are left of the session's active time; None: there is no limit, or it rests."""
+    limit, since = scene.spec.run_policy.active_deadline_seconds, scene.record.active_since
+    if limit is None or since is None:
+        return None
+    return limit - scene.record.active_seconds - (scene.now - since.timestamp())
+
+
+def _starting(scene: Scene, workers: Readiness) -> Step:
+    since = _began(scene)
+    limit = float(scene.spec.run_policy.startup_deadline_seconds)
+    field = "runPolicy.startupDeadlineSeconds"
+    if scene.record.last_heartbeat_time is not None and workers.reason == Reason.UNSCHEDULABLE:
+        # It has trained before, and waits for room as one that was preempted does.
+        limit = max(limit, float(scene.spec.run_policy.progress_deadline_seconds))
+        field = "runPolicy.progressDeadlineSeconds"
+    if workers.ready:
+        heard = scene.observed.hearing_since
+        if heard is None:
+            return Step(scene)
+        since = max(since, heard)
+    left = since + limit - scene.now
+    if left > 0:
+        return Step(scene, again_in=left)
+    reason = workers.reason if workers.reason in _TELLING else Reason.STARTUP_DEADLINE_EXCEEDED
+    message = f"no first step within {limit:.0f} s ({field}): {workers.message}"
+    return Step(scene, End(False, reason, message, scene.now))
+
+
+def _progressing(scene: Scene, workers: Readiness) -> Step:
+    heard = scene.observed.hearing_since
+    if workers.ready and heard is None:
+        return Step(scene)
+    since = max(_began(scene), _reported(scene) or 0.0, (heard or 0.0) if workers.ready else 0.0)
+    limit = scene.spec.run_policy.progress_deadline_seconds
+    left = since + limit - scene.now
+    if left > 0:
+        return Step(scene, again_in=left)
+    message = (
+        f"attempt {scene.record.attempt}: no progress within {limit} s "
+        f"(runPolicy.progressDeadlineSeconds): {workers.message}"
+    )
+    return attempts.failed(scene, Reason.PROGRESS_DEADLINE_EXCEEDED, message)
+
+
+def _began(scene: Scene) -> float:
+    """Since when the attempt's workers could have been at work."""
+    job = scene.job
+    if job is not None:
+        return job.started if job.started is not None else job.created
+    active = scene.record.active_since
+    return max(attempts.due(scene), 0.0 if active is None else active.timestamp())
+
+
+def _reported(scene: Scene) -> float | None:
+    """When the attempt last reported."""
+    times = []
+    if scene.snapshot is not None:
+        times.append(scene.snapshot.time.timestamp())
+    written, decided = scene.record.last_heartbeat_time, scene.record.attempt_time
+    if written is not None and decided is not None and written > decided:
+        times.append(written.timestamp())
+    return max(times, default=None)
+
+
+def _has_reported(scene: Scene) -> bool:
+    return _reported(scene) is not None

@@ -1,0 +1,54 @@
+"""What the sessions of a namespace share: its controller, and the Secret of all its controllers."""
+
+from __future__ import annotations
+
+from esper_operator.children import names, secret, tamiyo
+from esper_operator.decisions.controller import if_changed, is_needed, removed
+from esper_operator.observed import NamespaceObserved
+from esper_operator.options import Options
+from esper_operator.plans import Plan
+from esper_operator.status import is_finished, is_ours, record_of
+from esper_operator.views import SessionView
+
+IDLE_SECONDS = 300.0
+"""How long a namespace's controller stays after its last session has ended."""
+
+
+def decide(observed: NamespaceObserved, options: Options) -> Plan:
+    """What is to be done about the controller that the sessions of a namespace share.
+
+    Its Secret is that of controllers of their own too.
+    """
+    running = [view for view in observed.sessions if _runs(view)]
+    specs = [view.spec() for view in running]
+    needing = [spec for spec in specs if is_needed(spec)]
+    if not needing:
+        waiting = _idle_for(observed)
+        if waiting > 0 and observed.tamiyo is not None:
+            return Plan(again_in=waiting)
+        return Plan(delete=removed(observed.tamiyo))
+    wanted = secret.settings_digest(names.TAMIYO, options, observed.now)
+    if observed.secret is None or observed.secret.deleting or observed.secret.digest != wanted:
+        return Plan(credentials=True)
+    if all(spec.growth.controller.dedicated for spec in needing):
+        return Plan(delete=removed(observed.tamiyo))
+    manifest = tamiyo.shared(observed.namespace, options)
+    return Plan(apply=if_changed(manifest, observed.tamiyo))
+
+
+def _runs(view: SessionView) -> bool:
+    """Whether the session may come to ask a controller; one that can't be read does not."""
+    if view.deleting or is_finished(record_of(view)):
+        return False
+    try:
+        spec = view.spec()
+    except ValueError:
+        return False
+    return is_ours(spec) and not spec.run_policy.suspend
+
+
+def _idle_for(observed: NamespaceObserved) -> float:
+    """Seconds until the namespace has been idle for long enough."""
+    ends = [record_of(view).completion_time for view in observed.sessions]
+    latest = max((end.timestamp() for end in ends if end is not None), default=0.0)
+    return latest + IDLE_SECONDS - observed.now

@@ -1,0 +1,47 @@
+"""What a status takes from a session's reports, and how often.
+
+A session that trains in seconds reports many times in one. Its figures are written at most every
+few seconds; what a person waits for is written at once: its end, a checkpoint, a seed's new state.
+"""
+
+from __future__ import annotations
+
+from esper.contracts.enums import SessionOutcome
+from esper.contracts.operational import SessionSnapshot
+from esper.contracts.resources import TrainingSessionStatus
+from esper_operator.decisions.ends import Step
+from esper_operator.decisions.scene import Scene
+
+FIGURES_SECONDS = 5.0
+"""Between two writes of figures alone."""
+
+
+def told(scene: Scene) -> Step:
+    """The scene with what the newest report says, or when it will be taken over.
+
+    The first report of an attempt is taken over at once, whatever the clocks of its machine say.
+    """
+    snapshot = scene.observed.snapshot
+    if snapshot is None or not 0 < snapshot.attempt <= scene.record.attempt:
+        return Step(scene)
+    time = snapshot.time.replace(microsecond=0)
+    written = scene.record.last_heartbeat_time
+    if written is not None and time < written:
+        return Step(scene)
+    if written is not None and not _urgent(scene.record, snapshot):
+        waiting = written.timestamp() + FIGURES_SECONDS - snapshot.time.timestamp()
+        if waiting > 0:
+            return Step(scene, again_in=waiting)
+    fields = snapshot.observed()
+    # Else a report that an earlier attempt has left would pass for a sign of this one.
+    current = snapshot.attempt == scene.record.attempt
+    fields["last_heartbeat_time"] = time if current else written
+    return Step(scene.recorded(**fields))
+
+
+def _urgent(record: TrainingSessionStatus, snapshot: SessionSnapshot) -> bool:
+    return (
+        snapshot.outcome is not SessionOutcome.RUNNING
+        or snapshot.seed_counts != record.seeds
+        or snapshot.checkpoint != record.checkpoint
+    )

@@ -1,0 +1,305 @@
+"""A session's decision: its policies in turn, then what is to be written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+
+from pydantic import ValidationError
+
+from esper.contracts.refusals import first_refusal
+from esper.contracts.resources import TrainingSession, TrainingSessionSpec, TrainingSessionStatus
+from esper.errors import one_line
+from esper_operator.children import job as jobs
+from esper_operator.children import pods, service
+from esper_operator.children.objects import digest_in
+from esper_operator.conditions import MAX_MESSAGE, Kind, Reason, condition, merged
+from esper_operator.decisions import (
+    attempts,
+    controller,
+    deadlines,
+    expiry,
+    progress,
+    seeds,
+    sizing,
+    standing,
+    suspension,
+)
+from esper_operator.decisions.ends import End, Step, soonest
+from esper_operator.decisions.scene import Scene
+from esper_operator.decisions.workers import has_secret, permanent_refusal, readiness
+from esper_operator.observed import Observed
+from esper_operator.options import Options
+from esper_operator.plans import Deletion, Manifest, Notice, Plan
+from esper_operator.status import (
+    CONTROLLER_NAME,
+    changed,
+    is_finished,
+    record_of,
+    to_apply,
+)
+from esper_operator.times import datetime_of
+from esper_operator.views import JobView
+
+REFUSED_SECONDS = 30.0
+"""Until a child that was refused, but might not be for ever, is tried again."""
+
+Policy = Callable[[Scene], Step]
+
+
+def decide(observed: Observed, options: Options) -> Plan:
+    """What is to be done about a session now; nothing where it is another controller's."""
+    session = observed.session
+    if session.deleting or not _is_ours(observed):
+        return Plan()
+    record = record_of(session)
+    try:
+        spec = session.spec()
+    except ValidationError as error:
+        return _unreadable(observed, record, error)
+    scene = Scene(observed, spec, record, options)
+    if is_finished(record):
+        return _finished(scene)
+    step = _through(scene, _policies(spec))
+    return _ended(step, step.end) if step.end is not None else _going_on(step)
+
+
+def _is_ours(observed: Observed) -> bool:
+    """Also of a spec that can't be read as a whole."""
+    policy = json.loads(observed.session.spec_text).get("runPolicy") or {}
+    return policy.get("managedBy") in (None, CONTROLLER_NAME)
+
+
+# -- policies ---------------------------------------------------------------------------------
+
+
+def _policies(spec: TrainingSessionSpec) -> tuple[Policy, ...]:
+    if spec.run_policy.suspend:
+        return (_refused_template, progress.told, _trained_already, _timed)
+    return (
+        _refused_template,
+        progress.told,
+        suspension.resumed,
+        attempts.advance,
+        sizing.resized,
+        _timed,
+        _refused_for_good,
+        _within_deadlines,
+    )
+
+
+def _through(scene: Scene, policies: tuple[Policy, ...]) -> Step:
+    """Each policy in turn, on what the ones before have made of the scene; an end ends it."""
+    taken = Step(scene)
+    for policy in policies:
+        step = policy(taken.scene)
+        taken = Step(
+            step.scene,
+            step.end,
+            (*taken.notices, *step.notices),
+            soonest(taken.again_in, step.again_in),
+        )
+        if taken.end is not None:
+            break
+    return taken
+
+
+def _refused_template(scene: Scene) -> Step:
+    refused = pods.refused_extra(scene.spec.workers.pod_template)
+    if refused is None:
+        return Step(scene)
+    return Step(scene, End(False, Reason.INVALID_SPEC, refused, scene.now))
+
+
+def _trained_already(scene: Scene) -> Step:
+    """A suspended session whose Job was done before it was deleted has succeeded all the same."""
+    job = scene.job
+    if job is None:
+        return Step(scene)
+    if job.complete:
+        return attempts.advance(scene)
+    return Step(scene.recorded(job=job.name))
+
+
+def _timed(scene: Scene) -> Step:
+    return Step(suspension.timed(scene))
+
+
+def _refused_for_good(scene: Scene) -> Step:
+    refused = permanent_refusal(scene)
+    if refused is None:
+        return Step(scene)
+    return Step(scene, End(False, Reason.CHILD_REFUSED, refused, scene.now))
+
+
+def _within_deadlines(scene: Scene) -> Step:
+    return deadlines.bounded(scene, readiness(scene))
+
+
+# -- plans ------------------------------------------------------------------------------------
+
+
+def _going_on(step: Step) -> Plan:
+    scene = step.scene
+    grown = seeds.planned(scene.observed)
+    status = _status(scene, standing.conditions(scene))
+    if suspension.is_asked(scene):
+        return Plan(
+            status=status,
+            delete=(*_deleted(scene.jobs), *_own_controller_removed(scene), *grown.delete),
+            apply=grown.apply,
+            child_statuses=grown.statuses,
+            notices=step.notices,
+            again_in=soonest(step.again_in, grown.again_in),
+        )
+    making = _makes_job(scene)
+    apply: list[Manifest] = [*_service(scene), *_controller(scene)]
+    if making:
+        apply.append(
+            jobs.manifest(scene.session, scene.record.attempt, scene.record.replicas, scene.options)
+        )
+    past = [job for job in scene.jobs if job.attempt < scene.record.attempt]
+    pausing = attempts.due(scene) - scene.now if scene.job is None else 0.0
+    return Plan(
+        status=status,
+        delete=(
+            *_deleted(job for job in past if making or not job.ended),
+            *grown.delete,
+        ),
+        apply=(*apply, *grown.apply),
+        child_statuses=grown.statuses,
+        notices=step.notices,
+        again_in=soonest(
+            step.again_in,
+            grown.again_in,
+            pausing if pausing > 0 else None,
+            REFUSED_SECONDS if scene.observed.refusals else None,
+        ),
+        credentials=not has_secret(scene),
+    )
+
+
+def _ended(step: Step, end: End) -> Plan:
+    """The plan that ends a session: its end is written before what it leaves is cleared away."""
+    scene = step.scene
+    active = scene.record.active_since
+    spent = 0 if active is None else max(0, int(scene.now - active.timestamp()))
+    scene = scene.recorded(
+        completion_time=datetime_of(end.time),
+        start_time=scene.record.start_time or scene.record.attempt_time,
+        active_since=None,
+        active_seconds=scene.record.active_seconds + spent,
+    )
+    grown = seeds.planned(scene.observed)
+    notice = Notice(
+        "Normal" if end.succeeded else "Warning", end.reason, one_line(end.message, MAX_MESSAGE)
+    )
+    return Plan(
+        status=_status(scene, standing.final_conditions(scene, end)),
+        delete=(*_cleared(scene), *grown.delete),
+        apply=grown.apply,
+        child_statuses=grown.statuses,
+        notices=(*step.notices, notice),
+        again_in=soonest(expiry.left(scene), grown.again_in),
+    )
+
+
+def _finished(scene: Scene) -> Plan:
+    """What is left to do for a session that has ended: nothing is made anew but Seeds."""
+    left = expiry.left(scene)
+    if left == 0.0:
+        notice = Notice("Normal", Reason.EXPIRED, "runPolicy.ttlSecondsAfterFinished has passed")
+        return Plan(delete=(expiry.deletion(scene),), notices=(notice,))
+    step = progress.told(scene)
+    scene = step.scene.recorded(workers=0)
+    grown = seeds.planned(scene.observed)
+    return Plan(
+        status=_status(scene, standing.lasting_conditions(scene)),
+        delete=(*_cleared(scene), *grown.delete),
+        apply=grown.apply,
+        child_statuses=grown.statuses,
+        again_in=soonest(left, step.again_in, grown.again_in),
+    )
+
+
+def _unreadable(observed: Observed, record: TrainingSessionStatus, error: ValidationError) -> Plan:
+    """The end of a session whose spec the API server took and the contract refuses."""
+    if is_finished(record):
+        return Plan()
+    session = observed.session
+    refused = first_refusal(error, TrainingSession)
+    message = one_line(
+        f"spec.{refused.field}: got {one_line(refused.came)}; allowed: {refused.allowed}",
+        MAX_MESSAGE,
+    )
+    summary = condition(
+        Kind.SUCCEEDED,
+        "False",
+        Reason.INVALID_SPEC,
+        message,
+        now=observed.now,
+        generation=session.generation,
+    )
+    ended = changed(
+        record,
+        observed_generation=session.generation,
+        conditions=merged(record.conditions, (summary,)),
+        completion_time=datetime_of(observed.now),
+    )
+    own = (job for job in observed.jobs if job.session_uid == session.uid)
+    return Plan(
+        status=to_apply(session, ended),
+        delete=_deleted(own),
+        notices=(Notice("Warning", Reason.INVALID_SPEC, message),),
+    )
+
+
+# -- parts of plans ---------------------------------------------------------------------------
+
+
+def _status(scene: Scene, record: TrainingSessionStatus) -> Manifest | None:
+    written = changed(record, observed_generation=scene.session.generation)
+    return to_apply(scene.session, written)
+
+
+def _makes_job(scene: Scene) -> bool:
+    return scene.job is None and attempts.due(scene) <= scene.now and has_secret(scene)
+
+
+def _service(scene: Scene) -> tuple[Manifest, ...]:
+    manifest = service.manifest(scene.session)
+    wanted = digest_in(manifest)
+    name = manifest["metadata"]["name"]
+    there = any(
+        meta.kind == "Service" and meta.name == name and meta.digest == wanted and not meta.deleting
+        for meta in scene.observed.metas
+    )
+    return () if there else (manifest,)
+
+
+def _controller(scene: Scene) -> tuple[Manifest, ...]:
+    if not controller.is_dedicated(scene.spec):
+        return ()
+    view = scene.observed.tamiyo
+    return controller.dedicated(scene.session, view, scene.options)
+
+
+def _deleted(found: Iterable[JobView]) -> tuple[Deletion, ...]:
+    return tuple(
+        Deletion("batch/v1", "Job", job.namespace, job.name, job.uid)
+        for job in found
+        if not job.deleting
+    )
+
+
+def _own_controller_removed(scene: Scene) -> tuple[Deletion, ...]:
+    view = scene.observed.tamiyo
+    if view is None or view.session_uid != scene.session.uid:
+        return ()
+    return controller.removed(view)
+
+
+def _cleared(scene: Scene) -> tuple[Deletion, ...]:
+    """Jobs that have not ended, whose pods would work on, and a controller for nobody."""
+    unended = (job for job in scene.jobs if not job.ended)
+    return (*_deleted(unended), *_own_controller_removed(scene))

@@ -1,0 +1,161 @@
+"""Whether the workers are ready, and if not, what stands in the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from esper_operator.children import names, secret
+from esper_operator.conditions import Kind, Reason, Truth, found
+from esper_operator.decisions import attempts, suspension
+from esper_operator.decisions.scene import Scene
+from esper_operator.views import JobView, PodView, Said
+
+IMAGE_REASONS = frozenset(
+    {
+        *("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"),
+        *("ImageInspectError", "RegistryUnavailable", "SignatureValidationFailed"),
+    }
+)
+CONTAINER_REASONS = frozenset(
+    {
+        *("CreateContainerConfigError", "CreateContainerError", "RunContainerError"),
+        *("PreCreateHookError", "PreStartHookError", "PostStartHookError"),
+    }
+)
+_PERMANENT = frozenset({"Invalid", "BadRequest"})
+_UNTYPED = "failed to create typed patch object"
+"""What the API server says of a field that no pod has."""
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """The condition WorkersReady."""
+
+    status: Truth
+    reason: Reason
+    message: str = ""
+
+    @property
+    def ready(self) -> bool:
+        """Whether all workers are."""
+        return self.status == "True"
+
+
+def readiness(scene: Scene) -> Readiness:
+    """What there is to say of the workers now."""
+    job = scene.job
+    refused = refusal(scene)
+    if refused is not None and job is None:
+        asked = refused[0].startswith("Secret/")
+        reason = Reason.CREDENTIALS_MISSING if asked else Reason.CHILD_REFUSED
+        return Readiness("False", reason, _refused_text(*refused))
+    if job is None:
+        return _without_job(scene)
+    if suspension.is_queued(scene):
+        return Readiness("False", Reason.WAITING_IN_QUEUE, f"Job {job.name} is suspended")
+    return _of_pods(scene, job)
+
+
+def refusal(scene: Scene) -> tuple[str, Said] | None:
+    """The child of the workers that the API server has refused, and what it said."""
+    wanted = (
+        f"Job/{scene.job_name}",
+        f"Secret/{names.secret(scene.session.name)}",
+        f"Service/{names.service(scene.session.name)}",
+    )
+    refusals = scene.observed.refusals
+    return next(((key, refusals[key]) for key in wanted if key in refusals), None)
+
+
+def permanent_refusal(scene: Scene) -> str | None:
+    """The message of a refusal that stays one, however often it is tried."""
+    refused = refusal(scene)
+    if refused is None or scene.job is not None:
+        return None
+    _, said = refused
+    if said.reason in _PERMANENT or _UNTYPED in said.message:
+        return _refused_text(*refused)
+    return None
+
+
+def has_secret(scene: Scene) -> bool:
+    """Whether the session's Secret is there, and of this spec."""
+    name = names.secret(scene.session.name)
+    wanted = secret.digest(scene.session, scene.options)
+    return any(
+        meta.kind == "Secret"
+        and meta.name == name
+        and meta.digest == wanted
+        and meta.session_uid == scene.session.uid
+        and not meta.deleting
+        for meta in scene.observed.metas
+    )
+
+
+def num_ready(scene: Scene) -> int:
+    """Workers of the attempt that are ready."""
+    job = scene.job
+    if job is None or job.ended:
+        return 0
+    return sum(1 for pod in scene.living(job).values() if pod.ready)
+
+
+def _without_job(scene: Scene) -> Readiness:
+    if attempts.due(scene) > scene.now:
+        number = scene.record.attempt
+        return Readiness("False", Reason.BACKING_OFF, f"attempt {number} begins after a pause")
+    if not has_secret(scene):
+        return Readiness("False", Reason.CREDENTIALS_MISSING, "the hub has not given any yet")
+    return Readiness("False", Reason.STARTING, f"Job {scene.job_name} is being made")
+
+
+def _of_pods(scene: Scene, job: JobView) -> Readiness:
+    if job.ended:
+        return Readiness("False", Reason.FINISHED, f"Job {job.name} has ended")
+    living = scene.living(job)
+    ready = sum(1 for pod in living.values() if pod.ready)
+    count = f"{ready} of {job.completions} workers are ready"
+    if ready >= job.completions:
+        return Readiness("True", Reason.WORKERS_READY, count)
+    kept = _before(scene)
+    for pod in living.values():
+        trouble = _trouble(pod, kept)
+        if trouble is not None:
+            return trouble
+    pods_refused = scene.observed.refusals.get(f"Pod/{job.name}")
+    if len(living) < job.completions:
+        if pods_refused is not None:
+            return Readiness(
+                "False", Reason.PODS_REFUSED, f"Job {job.name}: {pods_refused.message}"
+            )
+        return Readiness("False", Reason.WAITING_FOR_PODS, count)
+    return Readiness("False", Reason.CONTAINERS_STARTING, count)
+
+
+def _trouble(pod: PodView, before: Readiness | None) -> Readiness | None:
+    if pod.waiting is not None and pod.waiting.reason in IMAGE_REASONS:
+        # A pull that is backed off says less than the one that failed before it.
+        backed_off = pod.waiting.reason == "ImagePullBackOff"
+        if backed_off and before is not None and before.reason == Reason.IMAGE_PULL_FAILED:
+            return before
+        return Readiness("False", Reason.IMAGE_PULL_FAILED, _waiting_text(pod, pod.waiting))
+    if pod.waiting is not None and pod.waiting.reason in CONTAINER_REASONS:
+        return Readiness("False", Reason.CONTAINER_REFUSED, _waiting_text(pod, pod.waiting))
+    if pod.unschedulable and not pod.node:
+        return Readiness("False", Reason.UNSCHEDULABLE, f"pod {pod.name}: {pod.unschedulable}")
+    return None
+
+
+def _before(scene: Scene) -> Readiness | None:
+    condition = found(scene.record.conditions, Kind.WORKERS_READY)
+    if condition is None or condition.reason not in set(Reason):
+        return None
+    return Readiness(condition.status, Reason(condition.reason), condition.message)
+
+
+def _waiting_text(pod: PodView, waiting: Said) -> str:
+    return f"pod {pod.name}: {waiting.reason}: {waiting.message}"
+
+
+def _refused_text(key: str, said: Said) -> str:
+    return f"{key}: {said.reason}: {said.message}"

@@ -1,0 +1,105 @@
+"""What this process knows of an object beyond what the API server holds; lost when it ends.
+
+Nothing here decides anything that could not be decided again without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from esper.services.contracts import KernelFigures
+from esper_operator.plans import Manifest, Notice
+from esper_operator.views import Said, digest_of_object
+from esper_operator.work import pause_after
+
+_LASTING = 4
+"""Doublings that a lasting refusal starts at: the API server would say the same for a while."""
+
+_REMEMBERED_NOTICES = 64
+
+
+@dataclass
+class Refusal:
+    """A child that was refused: what it was, how often, and when it is tried again."""
+
+    said: Said
+    digest: str
+    times: int
+    until: float
+
+
+@dataclass
+class Memory:
+    """Of one object."""
+
+    uid: str
+    refused: dict[str, Refusal] = field(default_factory=dict)
+    """By `Kind/name`."""
+    child_statuses: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Statuses of its Seeds as they were last written, by name."""
+    child_times: dict[str, float] = field(default_factory=dict)
+    """When each was written."""
+    stored: Any = None
+    """What the hub said of it last."""
+    figures: KernelFigures | None = None
+    """What was measured of it, where it is a kernel that is compiled."""
+    hub_refusal: Said | None = None
+    """Why the hub did not take it."""
+    told: set[Notice] = field(default_factory=set)
+    """What was told of it: a notice may hold for long, and is told once."""
+    busy_turns: int = 0
+    """Turns in a row that have written something."""
+
+    def refusals(self) -> dict[str, Said]:
+        """The reason and message of each refused child, by `Kind/name`."""
+        return {child: refusal.said for child, refusal in self.refused.items()}
+
+    def refuse(
+        self, child: str, manifest: Manifest, said: Said, now: float, *, lasting: bool
+    ) -> None:
+        """The child of that manifest was refused just now; `lasting` says that it will be again."""
+        digest = digest_of_object(manifest)
+        before = self.refused.get(child)
+        times = before.times + 1 if before is not None and before.digest == digest else 1
+        pause = pause_after(times + (_LASTING if lasting else 0), 1.0)
+        self.refused[child] = Refusal(said, digest, times, now + pause)
+
+    def tells(self, notice: Notice) -> bool:
+        """Whether a notice is to be told; from now on it was."""
+        if notice in self.told:
+            return False
+        if len(self.told) >= _REMEMBERED_NOTICES:
+            self.told.clear()
+        self.told.add(notice)
+        return True
+
+    def accepted(self, child: str) -> None:
+        """The child was taken."""
+        self.refused.pop(child, None)
+
+    def waits(self, child: str, manifest: Manifest, now: float) -> float:
+        """Seconds until a refused child is tried again; 0: now, or it is another manifest."""
+        refusal = self.refused.get(child)
+        if refusal is None or refusal.digest != digest_of_object(manifest):
+            return 0.0
+        return max(0.0, refusal.until - now)
+
+
+class Memories:
+    """By kind, namespace and name; an object made anew has none of the old one's."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, str, str], Memory] = {}
+
+    def of(self, kind: str, namespace: str, name: str, uid: str) -> Memory:
+        """That of the object; a fresh one where there is none."""
+        held = self._held.get((kind, namespace, name))
+        if held is None or held.uid != uid:
+            held = self._held[kind, namespace, name] = Memory(uid)
+        return held
+
+    def forget(self, kind: str, namespace: str, name: str) -> None:
+        """The object is gone."""
+        self._held.pop((kind, namespace, name), None)

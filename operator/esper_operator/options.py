@@ -1,0 +1,41 @@
+"""What the decisions and the manifests take from the operator's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+PullPolicy = Literal["Always", "IfNotPresent", "Never"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """One installation's answers: images, addresses, limits."""
+
+    image: str
+    """Of workers whose session names none, of Tamiyo and of compile Jobs."""
+    image_pull_policy: PullPolicy = "IfNotPresent"
+    image_pull_secrets: tuple[str, ...] = ()
+    """Names of Secrets, added to those of each session."""
+    hub_url: str
+    redis_url: str
+    """With no user: each session has its own."""
+    shared_memory: str = "1Gi"
+    """Size of /dev/shm where a session does not say."""
+    grace_seconds: int = 60
+    """For a worker to write a checkpoint once it is asked to stop, where a session does not say."""
+    tamiyo_requests: tuple[tuple[str, str], ...] = (("cpu", "50m"), ("memory", "256Mi"))
+    tamiyo_limits: tuple[tuple[str, str], ...] = (("memory", "1Gi"),)
+    compile_requests: tuple[tuple[str, str], ...] = (("cpu", "500m"), ("memory", "512Mi"))
+    compile_limits: tuple[tuple[str, str], ...] = (("memory", "5Gi"),)
+    compile_deadline_seconds: int = 900
+    """After which a compile Job is given up."""
+    compile_ttl_seconds: int = 600
+    """How long a compile Job that is done stays for its log."""
+    kernels_per_session: int = 64
+    """CompiledKernels that one session may ask for."""
+    blueprints_per_session: int = 64
+    """Blueprints of its namespace that one session is given."""
+    pod_labels: tuple[tuple[str, str], ...] = field(default=())
+    """Added to every pod, as for a NetworkPolicy."""
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"

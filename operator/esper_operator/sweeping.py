@@ -1,0 +1,83 @@
+"""What lies outside the cluster goes when its session has gone: found by looking, not by waiting.
+
+There is no finalizer: deleting a session, or a whole namespace, needs no operator. Whatever was
+deleted, also while no operator ran, is what the hub knows and the API server does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection
+from datetime import UTC, datetime
+
+from esper.errors import EsperError
+from esper_operator.api import ClusterApi
+from esper_operator.hearing import Reports
+from esper_operator.hub import Hub
+from esper_operator.kinds import SESSION
+
+_log = logging.getLogger(__name__)
+SETTLE_SECONDS = 5.0
+"""After a session has gone, for others of its namespace to go with it."""
+
+
+class Sweep:
+    """Ends at the hub what has no session in the API server any more."""
+
+    def __init__(
+        self,
+        api: ClusterApi,
+        hub: Hub,
+        reports: Reports,
+        *,
+        namespaces: Collection[str],
+        every: float,
+    ) -> None:
+        """`namespaces` are those that are served, none for all; `every` is in seconds."""
+        self._api = api
+        self._hub = hub
+        self._reports = reports
+        self._served = tuple(namespaces)
+        self._every = every
+        self._wake = asyncio.Event()
+
+    def soon(self) -> None:
+        """A session has gone."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Sweep at the beginning, whenever a session has gone, and now and then; for ever."""
+        while True:
+            self._wake.clear()
+            try:
+                await self.once()
+            except EsperError as error:
+                _log.warning("what sessions have left can't be swept at the moment: %s", error)
+            try:
+                await asyncio.wait_for(self._wake.wait(), self._every)
+                await asyncio.sleep(SETTLE_SECONDS)
+            except TimeoutError:
+                """It is time anyway."""
+
+    async def once(self) -> None:
+        """Sweep every namespace that the hub or the API server knows.
+
+        The hub is asked first and the API server afterwards, and it is told when: a session made
+        in between is left alone.
+        """
+        known = set(await self._hub.namespaces())
+        gathered_at = datetime.now(UTC)
+        live: dict[str, list[str]] = {namespace: [] for namespace in known}
+        for served in self._served or (None,):
+            async for chunk, _ in self._api.chunks(SESSION, served, metadata_only=True):
+                for found in chunk:
+                    meta = found["metadata"]
+                    live.setdefault(meta["namespace"], []).append(meta["uid"])
+        for namespace, uids in live.items():
+            if self._served and namespace not in self._served:
+                continue  # another operator's
+            swept = await self._hub.sweep(namespace, uids, gathered_at)
+            if swept.ended:
+                _log.info("swept", extra={"namespace": namespace, "sessions": len(swept.ended)})
+        self._reports.keep_only({uid for uids in live.values() for uid in uids})

@@ -1,0 +1,469 @@
+"""What the decisions know of the API server's objects: small, frozen projections.
+
+Tens of thousands of them live in memory, so each keeps what a decision reads and nothing else;
+specs and statuses are kept as JSON text and read when they are needed. Times are seconds since the
+epoch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from sys import intern
+from typing import Any
+
+from esper.contracts.base import canonical_json, digest_of
+from esper.contracts.resources import (
+    BlueprintSpec,
+    CompiledKernelSpec,
+    TrainingSessionSpec,
+)
+from esper_operator.times import seconds_of
+
+Object = Mapping[str, Any]
+"""An object as JSON, with the API's own names."""
+
+SESSION_LABEL = "esper.dev/session"
+UID_LABEL = "esper.dev/session-uid"
+ROLE_LABEL = "esper.dev/role"
+ATTEMPT_LABEL = "esper.dev/attempt"
+KERNEL_LABEL = "esper.dev/kernel"
+DIGEST_ANNOTATION = "esper.dev/digest"
+INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
+CONTAINER = "worker"
+"""The name of the container that works, in every pod that the operator has made."""
+
+
+def _meta(data: Object) -> Object:
+    found: Object = data["metadata"]
+    return found
+
+
+def _label(data: Object, name: str) -> str:
+    return intern(str((_meta(data).get("labels") or {}).get(name, "")))
+
+
+def _annotation(data: Object, name: str) -> str:
+    return str((_meta(data).get("annotations") or {}).get(name, ""))
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdecimal() else 0
+
+
+def _conditions(data: Object) -> dict[str, Object]:
+    """The conditions of an object that hold, by type."""
+    found = (data.get("status") or {}).get("conditions") or ()
+    return {item["type"]: item for item in found if item.get("status") == "True"}
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A reason and its message."""
+
+    reason: str
+    message: str = ""
+
+    @classmethod
+    def of(cls, item: Object) -> Said:
+        """Those of a condition, or of a container's state."""
+        return cls(intern(str(item.get("reason") or "")), str(item.get("message") or ""))
+
+
+@dataclass(frozen=True, slots=True)
+class MetaView:
+    """An object of which no more than its metadata is known: a Service, a Secret, a Seed."""
+
+    kind: str
+    namespace: str
+    name: str
+    uid: str
+    session: str = ""
+    """The name of the session that it was made for."""
+    session_uid: str = ""
+    role: str = ""
+    digest: str = ""
+    """Hash of the manifest that it was applied from."""
+    deleting: bool = False
+
+    @classmethod
+    def of(cls, data: Object) -> MetaView:
+        """Of an object, or of a PartialObjectMetadata whose `kind` says what it stands for."""
+        meta = _meta(data)
+        return cls(
+            kind=intern(str(data.get("kind", ""))),
+            namespace=intern(meta["namespace"]),
+            name=meta["name"],
+            uid=meta.get("uid", ""),
+            session=_label(data, SESSION_LABEL),
+            session_uid=_label(data, UID_LABEL),
+            role=_label(data, ROLE_LABEL),
+            digest=_annotation(data, DIGEST_ANNOTATION),
+            deleting=meta.get("deletionTimestamp") is not None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SessionView:
+    """A TrainingSession."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    created: float
+    deleting: bool
+    spec_text: bytes = field(repr=False)
+    status_text: bytes = field(default=b"{}", repr=False)
+
+    @classmethod
+    def of(cls, data: Object) -> SessionView:
+        """Of the object."""
+        meta = _meta(data)
+        return cls(
+            namespace=intern(meta["namespace"]),
+            name=meta["name"],
+            uid=meta["uid"],
+            generation=int(meta.get("generation", 1)),
+            created=seconds_of(meta.get("creationTimestamp")) or 0.0,
+            deleting=meta.get("deletionTimestamp") is not None,
+            spec_text=canonical_json(data["spec"]),
+            status_text=canonical_json(data.get("status") or {}),
+        )
+
+    def spec(self) -> TrainingSessionSpec:
+        """The spec as the contract has it.
+
+        Raises:
+            pydantic.ValidationError: the API server took what the contract refuses.
+        """
+        return _session_spec(self.spec_text)
+
+    def status(self) -> dict[str, Any]:
+        """The status as it was last written; empty before the first visit."""
+        found: dict[str, Any] = json.loads(self.status_text)
+        return found
+
+
+@lru_cache(maxsize=512)
+def _session_spec(text: bytes) -> TrainingSessionSpec:
+    return TrainingSessionSpec.model_validate(json.loads(text), by_alias=True, by_name=False)
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """A Job: the workers of one attempt of a session, or a compilation."""
+
+    namespace: str
+    name: str
+    uid: str
+    created: float
+    session: str = ""
+    session_uid: str = ""
+    role: str = ""
+    attempt: int = 0
+    kernel: str = ""
+    """The kernel that it compiles."""
+    digest: str = ""
+    deleting: bool = False
+    suspended: bool = False
+    completions: int = 1
+    active: int = 0
+    """Pods that are pending or running."""
+    started: float | None = None
+    """Since when it has not been suspended."""
+    finished: float | None = None
+    """When it was seen to have succeeded or failed."""
+    complete: bool = False
+    """Whether its work is done, if pods of it may still be ending."""
+    failed: Said | None = None
+
+    @classmethod
+    def of(cls, data: Object) -> JobView:
+        """Of the object."""
+        meta, spec, status = _meta(data), data.get("spec") or {}, data.get("status") or {}
+        holding = _conditions(data)
+        done = holding.get("Complete") or holding.get("SuccessCriteriaMet")
+        failed = holding.get("Failed") or holding.get("FailureTarget")
+        end = done or failed
+        return cls(
+            namespace=intern(meta["namespace"]),
+            name=meta["name"],
+            uid=meta["uid"],
+            created=seconds_of(meta.get("creationTimestamp")) or 0.0,
+            session=_label(data, SESSION_LABEL),
+            session_uid=_label(data, UID_LABEL),
+            role=_label(data, ROLE_LABEL),
+            attempt=_number(_label(data, ATTEMPT_LABEL)),
+            kernel=_label(data, KERNEL_LABEL),
+            digest=_annotation(data, DIGEST_ANNOTATION),
+            deleting=meta.get("deletionTimestamp") is not None,
+            suspended=bool(spec.get("suspend")),
+            completions=int(spec.get("completions") or 1),
+            active=int(status.get("active") or 0),
+            started=seconds_of(status.get("startTime")),
+            finished=None if end is None else seconds_of(end.get("lastTransitionTime")),
+            complete=done is not None,
+            failed=None if done is not None or failed is None else Said.of(failed),
+        )
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has come to its end, good or bad."""
+        return self.complete or self.failed is not None
+
+
+@dataclass(frozen=True, slots=True)
+class PodView:
+    """A pod that the operator's Jobs have made."""
+
+    namespace: str
+    name: str
+    uid: str
+    created: float
+    session: str = ""
+    session_uid: str = ""
+    role: str = ""
+    attempt: int = 0
+    job_uid: str = ""
+    index: int = 0
+    """Its completion index: which of the workers it is."""
+    phase: str = "Pending"
+    ready: bool = False
+    deleting: bool = False
+    node: str = ""
+    waiting: Said | None = None
+    """Why its container does not run yet."""
+    unschedulable: str = ""
+    """What the scheduler says, where it finds no node."""
+    exit_code: int | None = None
+    ended: Said | None = None
+    """Why its container, or the pod as a whole, has ended: OOMKilled, Error, Evicted."""
+    told: Said | None = None
+    """What the worker left in its termination log."""
+    disrupted: Said | None = None
+    """The disruption that ended it from outside, or is about to."""
+    finished: float | None = None
+
+    @classmethod
+    def of(cls, data: Object) -> PodView:
+        """Of the object."""
+        meta, status = _meta(data), data.get("status") or {}
+        state = _container_state(status)
+        waiting, ended = state.get("waiting"), state.get("terminated")
+        holding = _conditions(data)
+        exit_code = None if ended is None else ended.get("exitCode")
+        return cls(
+            namespace=intern(meta["namespace"]),
+            name=meta["name"],
+            uid=meta["uid"],
+            created=seconds_of(meta.get("creationTimestamp")) or 0.0,
+            session=_label(data, SESSION_LABEL),
+            session_uid=_label(data, UID_LABEL),
+            role=_label(data, ROLE_LABEL),
+            attempt=_number(_label(data, ATTEMPT_LABEL)),
+            job_uid=_controller_uid(meta),
+            index=_number(_annotation(data, INDEX_ANNOTATION)),
+            phase=intern(str(status.get("phase") or "Pending")),
+            ready="Ready" in holding,
+            deleting=meta.get("deletionTimestamp") is not None,
+            node=intern(str((data.get("spec") or {}).get("nodeName") or "")),
+            waiting=None if waiting is None else Said.of(waiting),
+            unschedulable=_unschedulable(status),
+            exit_code=None if exit_code is None else int(exit_code),
+            ended=_ended(status, ended),
+            told=None if ended is None else _told(str(ended.get("message") or "")),
+            disrupted=Said.of(holding["DisruptionTarget"])
+            if "DisruptionTarget" in holding
+            else None,
+            finished=None if ended is None else seconds_of(ended.get("finishedAt")),
+        )
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing of it runs any more."""
+        return self.phase in {"Succeeded", "Failed"}
+
+    @property
+    def alive(self) -> bool:
+        """Whether it works, or may come to work."""
+        return not self.over and not self.deleting
+
+
+def _container_state(status: Object) -> Object:
+    for container in status.get("containerStatuses") or ():
+        if container.get("name") == CONTAINER:
+            found: Object = container.get("state") or {}
+            return found
+    return {}
+
+
+def _controller_uid(meta: Object) -> str:
+    owners = meta.get("ownerReferences") or ()
+    return next((owner["uid"] for owner in owners if owner.get("controller")), "")
+
+
+def _unschedulable(status: Object) -> str:
+    for item in status.get("conditions") or ():
+        if item.get("type") == "PodScheduled" and item.get("status") == "False":
+            return str(item.get("message") or item.get("reason") or "")
+    return ""
+
+
+def _ended(status: Object, container: Object | None) -> Said | None:
+    if container is not None:
+        return Said.of(container)
+    if status.get("phase") == "Failed":
+        return Said.of(status)
+    return None
+
+
+def _told(text: str) -> Said | None:
+    """What a worker said last, as JSON; what is none says nothing."""
+    try:
+        data = json.loads(text)
+        return Said(intern(str(data["reason"])), str(data["message"]))
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentView:
+    """A Deployment of Tamiyo: a session's own, or that of its namespace."""
+
+    namespace: str
+    name: str
+    uid: str
+    session: str = ""
+    session_uid: str = ""
+    digest: str = ""
+    deleting: bool = False
+    available: bool = False
+    failure: Said | None = None
+    """Why no pod of it can be made, or why it does not come up in time."""
+
+    @classmethod
+    def of(cls, data: Object) -> DeploymentView:
+        """Of the object."""
+        meta = _meta(data)
+        conditions = (data.get("status") or {}).get("conditions") or ()
+        by_type = {item["type"]: item for item in conditions}
+        failing = [
+            by_type[kind]
+            for kind, status in (("ReplicaFailure", "True"), ("Progressing", "False"))
+            if by_type.get(kind, {}).get("status") == status
+        ]
+        return cls(
+            namespace=intern(meta["namespace"]),
+            name=meta["name"],
+            uid=meta["uid"],
+            session=_label(data, SESSION_LABEL),
+            session_uid=_label(data, UID_LABEL),
+            digest=_annotation(data, DIGEST_ANNOTATION),
+            deleting=meta.get("deletionTimestamp") is not None,
+            available=by_type.get("Available", {}).get("status") == "True",
+            failure=Said.of(failing[0]) if failing else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BlueprintView:
+    """A Blueprint."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    deleting: bool
+    labels: tuple[tuple[str, str], ...]
+    spec_text: bytes = field(repr=False)
+    status_text: bytes = field(default=b"{}", repr=False)
+
+    @classmethod
+    def of(cls, data: Object) -> BlueprintView:
+        """Of the object."""
+        meta = _meta(data)
+        return cls(
+            namespace=intern(meta["namespace"]),
+            name=meta["name"],
+            uid=meta["uid"],
+            generation=int(meta.get("generation", 1)),
+            deleting=meta.get("deletionTimestamp") is not None,
+            labels=tuple(sorted((meta.get("labels") or {}).items())),
+            spec_text=canonical_json(data["spec"]),
+            status_text=canonical_json(data.get("status") or {}),
+        )
+
+    def spec(self) -> BlueprintSpec:
+        """The spec as the contract has it.
+
+        Raises:
+            pydantic.ValidationError: the API server took what the contract refuses, as a graph
+                whose nodes do not fit together.
+        """
+        return BlueprintSpec.model_validate(
+            json.loads(self.spec_text), by_alias=True, by_name=False
+        )
+
+    def status(self) -> dict[str, Any]:
+        """The status as it was last written."""
+        found: dict[str, Any] = json.loads(self.status_text)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class KernelView:
+    """A CompiledKernel."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    created: float
+    deleting: bool
+    blueprint: str
+    session: str
+    """The name of the session that asked for it first."""
+    session_uid: str
+    spec_text: bytes = field(repr=False)
+    status_text: bytes = field(default=b"{}", repr=False)
+
+    @classmethod
+    def of(cls, data: Object) -> KernelView:
+        """Of the object."""
+        meta = _meta(data)
+        return cls(
+            namespace=intern(meta["namespace"]),
+            name=meta["name"],
+            uid=meta["uid"],
+            generation=int(meta.get("generation", 1)),
+            created=seconds_of(meta.get("creationTimestamp")) or 0.0,
+            deleting=meta.get("deletionTimestamp") is not None,
+            blueprint=intern(data["spec"]["blueprint"]),
+            session=_label(data, SESSION_LABEL),
+            session_uid=_label(data, UID_LABEL),
+            spec_text=canonical_json(data["spec"]),
+            status_text=canonical_json(data.get("status") or {}),
+        )
+
+    def spec(self) -> CompiledKernelSpec:
+        """The spec as the contract has it.
+
+        Raises:
+            pydantic.ValidationError: the API server took what the contract refuses.
+        """
+        return CompiledKernelSpec.model_validate(
+            json.loads(self.spec_text), by_alias=True, by_name=False
+        )
+
+    def status(self) -> dict[str, Any]:
+        """The status as it was last written."""
+        found: dict[str, Any] = json.loads(self.status_text)
+        return found
+
+
+def digest_of_object(data: Object) -> str:
+    """What tells one rendering of a manifest, or one status, from another."""
+    return digest_of(data)[:16]

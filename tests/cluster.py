@@ -1,0 +1,74 @@
+"""A real control plane for tests, a node that runs pods as processes, a namespace a test.
+
+Tests that use them are of the group `cluster`, so that one worker has them:
+``pytestmark = pytest.mark.xdist_group("cluster")``. A test that kills, freezes or restarts a part
+asks for a `private_…` one.
+"""
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tools.cluster.control_plane import ControlPlane
+from tools.cluster.kubelet import ProcessKubelet
+
+CRDS = Path(__file__).parents[1] / "crds"
+
+
+@pytest.fixture(scope="session")
+def control_plane(tmp_path_factory):
+    """A control plane that all tests of the group share; what it is asked is audited."""
+    with ControlPlane(tmp_path_factory.mktemp("control-plane"), audit=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def kubelet(control_plane, tmp_path_factory):
+    """The one node of `control_plane`; its crash loops wait for a tenth of a kubelet's time.
+
+    Without it pods stay pending.
+    """
+    folder = tmp_path_factory.mktemp("kubelet")
+    own = tmp_path_factory.getbasetemp()
+    with ProcessKubelet(folder, control_plane, own=[own], backoff_seconds=1) as running:
+        yield running
+
+
+@pytest.fixture
+def private_control_plane(tmp_path):
+    with ControlPlane(tmp_path / "control-plane", audit=True) as running:
+        yield running
+
+
+@pytest.fixture
+def private_kubelet(private_control_plane, tmp_path):
+    folder = tmp_path / "kubelet"
+    with ProcessKubelet(folder, private_control_plane, own=[tmp_path], backoff_seconds=1) as node:
+        yield node
+
+
+def _namespace(plane):
+    name = plane.create_namespace(f"test-{uuid.uuid4().hex[:12]}")
+    yield name
+    if plane.api.running:
+        plane.delete_namespace(name)
+
+
+@pytest.fixture
+def namespace(control_plane):
+    """A namespace that no other test uses; its end is asked for afterwards."""
+    yield from _namespace(control_plane)
+
+
+@pytest.fixture
+def private_namespace(private_control_plane):
+    yield from _namespace(private_control_plane)
+
+
+@pytest.fixture(scope="session")
+def esper_control_plane(control_plane):
+    """`control_plane` with the definitions of Esper's resources."""
+    control_plane.kubectl("apply", "--server-side", "-f", str(CRDS))
+    control_plane.kubectl("wait", "-f", str(CRDS), "--for=condition=Established", "--timeout=30s")
+    return control_plane

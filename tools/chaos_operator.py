@@ -1,0 +1,270 @@
+"""Kill the operator at every single change that it makes in a session's life; nothing is lost.
+
+python -m tools.chaos_operator [--points N…] [--sample N]
+
+A real control plane, hub and bus; between operator and API server an HTTP proxy counts changes, and
+kills the operator (SIGKILL) when the API server has done the N-th and before it can hear of it.
+Another operator starts, waits for the lease, and has to bring the session on. A session's life has
+everything in it: two workers made, run, suspended, resumed, one of them lost, and the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from esper_operator.decisions.attempts import EVIDENCE_SECONDS, FIRST_PAUSE
+from tools.cluster.control_plane import ControlPlane
+from tools.cluster.credentials import write_kubeconfig
+from tools.operator_process import OperatorProcess
+from tools.operator_workers import JOBS, SECRETS, SERVICES, SESSIONS, Workers
+from tools.operator_world import OWN_NAMESPACE, Objects, OperatorWorld
+from tools.servers.http_proxy import HttpProxy
+from tools.servers.process import ServerError
+
+CONVERGE_SECONDS = 10.0
+"""From the lease acquired to everything being as it is to be."""
+LEASE = {
+    "lease_seconds": 2,
+    "renew_seconds": 1.2,
+    "retry_seconds": 0.25,
+    "lease_request_seconds": 1.0,
+    "write_seconds": 1.5,
+}
+"""So short that a campaign of hundreds of deaths is over before dinner."""
+NAME = "life"
+EXIT_LOST = 137
+ATTEMPTS = 3
+"""The first, the one after the suspension, and the one after the failure."""
+
+
+@dataclass(frozen=True)
+class Life:
+    """How a session's life went: changes that the first operator made, and how it ended."""
+
+    changes: int
+    killed_at: str | None
+    slowest_seconds: float
+    """The longest time that something took, with an operator that had the lease."""
+
+
+class Chaos:
+    """Lives of sessions, one after another, each in a namespace of its own."""
+
+    def __init__(self, world: OperatorWorld, *, losing: bool = True) -> None:
+        """`world` runs, without an operator; `losing` says whether lives lose a worker."""
+        self._world = world
+        self._losing = losing
+
+    def live(self, kill_at: int | None) -> Life:
+        """One life, in which the first operator is killed at its change of that number.
+
+        Raises:
+            ServerError: something was not as it is to be, in time.
+        """
+        plane = self._world.plane
+        namespace = plane.create_namespace(f"chaos-{uuid.uuid4().hex[:8]}")
+        objects = Objects(plane, namespace)
+        counted = _in_namespace(namespace)
+        try:
+            with HttpProxy(plane.api.url, plane.api.context(), counts=counted) as proxy:
+                return _Life(self._world, objects, proxy, kill_at, self._losing).run()
+        finally:
+            objects.close()
+            plane.delete_namespace(namespace)
+
+
+class _Life:
+    def __init__(
+        self,
+        world: OperatorWorld,
+        objects: Objects,
+        proxy: HttpProxy,
+        kill_at: int | None,
+        losing: bool,
+    ) -> None:
+        self._losing = losing
+        self._world = world
+        self._objects = objects
+        self._proxy = proxy
+        self._kill_at = kill_at
+        self._killed: str | None = None
+        self._changes = 0
+        self._first = self._operator()
+        self._now = self._first
+        self._slowest = 0.0
+        self._over = threading.Event()
+        proxy.seen = self._seen
+
+    def run(self) -> Life:
+        keeper = threading.Thread(target=self._keep, daemon=True)
+        try:
+            self._first.start()
+            keeper.start()
+            self._drive()
+        finally:
+            self._over.set()
+            keeper.join()
+            self._now.kill()
+        return Life(self._changes, self._killed, round(self._slowest, 2))
+
+    def _operator(self) -> OperatorProcess:
+        plane = self._world.plane
+        path = plane.folder / f"{self._objects.namespace}.kubeconfig"
+        token = plane.token("esper-operator", OWN_NAMESPACE)
+        write_kubeconfig(path, server=self._proxy.url, authority=plane.api.certificate, token=token)
+        return self._world.operator(kubeconfig=path, namespaces=self._objects.namespace, **LEASE)
+
+    def _seen(self, number: int, method: str, path: str) -> None:
+        if self._killed is None:
+            self._changes = number
+        if number == self._kill_at and self._killed is None:
+            self._killed = f"{method} {path.partition(self._objects.namespace)[2]}"
+            self._first.kill()
+
+    def _keep(self) -> None:
+        """Start another operator when the first has died."""
+        while not self._over.wait(0.05):
+            if self._killed is not None and self._now is self._first:
+                second = self._operator()
+                second.start()
+                self._now = second
+
+    def _drive(self) -> None:
+        workers = Workers(self._objects, NAME)
+        self._objects.create(SESSIONS, self._world.session(NAME))
+        self._soon(lambda: self._objects.condition(NAME), "has no condition")
+        self._soon(self._has_children, "has not all its children")
+        self._soon(lambda: len(workers.pods()) == 2, "has not two pods")
+        workers.run()
+        self._soon(lambda: self._is("WorkersReady", "True"), "has no ready workers")
+        self._objects.merge(f"{SESSIONS}/{NAME}", {"spec": {"runPolicy": {"suspend": True}}})
+        self._soon(lambda: self._is("Suspended", "True") and not workers.pods(), "is not suspended")
+        self._objects.merge(f"{SESSIONS}/{NAME}", {"spec": {"runPolicy": {"suspend": False}}})
+        self._soon(lambda: len(self._pending(workers)) == 2, "is not resumed")
+        first = workers.run()[0]
+        if self._losing:
+            self._lose(workers, first)
+        self._soon(lambda: self._is("WorkersReady", "True"), "has no ready workers again")
+        workers.succeed()
+        self._soon(lambda: self._is("Succeeded", "True"), "does not succeed")
+        self._judge(workers)
+
+    def _lose(self, workers: Workers, first: dict[str, Any]) -> None:
+        """One of the workers fails, so that there is another attempt."""
+        workers.end(first, EXIT_LOST, reason="Killed", message="by the test")
+        self._soon(lambda: self._status()["attempt"] == ATTEMPTS, "begins no new attempt")
+        pause = FIRST_PAUSE + EVIDENCE_SECONDS  # which the operator makes after a failure
+        self._soon(lambda: len(self._pending(workers)) == 2, "has no new pods", pause=pause)
+        workers.run()
+
+    def _judge(self, workers: Workers) -> None:
+        """Nothing is there twice, and nothing was counted twice."""
+        status = self._status()
+        found = {
+            "attempt": status["attempt"],
+            "failures": len(status["failures"]),
+            "services": len(self._own(SERVICES)),
+            "secrets": len(self._own(SECRETS)),
+            "jobs of an attempt": max(Counter(_attempt(job) for job in workers.jobs()).values()),
+        }
+        lost = int(self._losing)
+        allowed = {"attempt": ATTEMPTS - 1 + lost, "failures": lost, "services": 1, "secrets": 1}
+        allowed["jobs of an attempt"] = 1
+        if found != allowed:
+            raise ServerError(f"got {found}; allowed: {allowed}")
+
+    def _soon(self, holds: Callable[[], Any], otherwise: str, *, pause: float = 0.0) -> None:
+        """Wait; only while an operator has the lease does the time count."""
+        counted, last = 0.0, time.monotonic()
+        while not holds():
+            time.sleep(0.05)
+            now = time.monotonic()
+            if self._now.running and self._now.leads:
+                counted += now - last
+            last = now
+            if counted > CONVERGE_SECONDS + pause:
+                words = self._now.log.read_text()[-2000:]
+                raise ServerError(f"{NAME} {otherwise} after {counted:.1f} s: {words}")
+        self._slowest = max(self._slowest, counted - pause)
+
+    def _has_children(self) -> bool:
+        return bool(self._own(SERVICES) and self._own(SECRETS) and self._own(JOBS))
+
+    def _own(self, path: str) -> list[dict[str, Any]]:
+        label = "esper.dev/session"
+        found = self._objects.items(path)
+        return [f for f in found if (f["metadata"].get("labels") or {}).get(label) == NAME]
+
+    def _pending(self, workers: Workers) -> list[dict[str, Any]]:
+        return [pod for pod in workers.pods() if pod["status"].get("phase") == "Pending"]
+
+    def _is(self, kind: str, status: str) -> bool:
+        return self._objects.condition(NAME, kind).get("status") == status
+
+    def _status(self) -> dict[str, Any]:
+        found: dict[str, Any] = (self._objects.get(f"{SESSIONS}/{NAME}") or {}).get("status", {})
+        return found
+
+
+def _attempt(job: dict[str, Any]) -> str:
+    return str(job["metadata"]["labels"]["esper.dev/attempt"])
+
+
+def _in_namespace(namespace: str) -> Callable[[str, str], bool]:
+    def counts(method: str, path: str) -> bool:
+        return f"/namespaces/{namespace}/" in path
+
+    return counts
+
+
+def points_of(changes: int, sample: int | None) -> Sequence[int]:
+    """Every change, or so many of them by lot, the first and the last among them."""
+    every = range(1, changes + 1)
+    if sample is None or sample >= changes:
+        return every
+    inner = random.Random(changes).sample(range(2, changes), sample - 2)
+    return [1, *sorted(inner), changes]
+
+
+def main() -> int:
+    """Run the campaign; 1 if a life went wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--points", type=int, nargs="+", help="changes to die at; default: each")
+    parser.add_argument("--sample", type=int, help="so many of them, by lot")
+    arguments = parser.parse_args()
+    wrong = 0
+    with (
+        tempfile.TemporaryDirectory(prefix="esper-chaos-") as folder,
+        ControlPlane(Path(folder) / "plane") as plane,
+        OperatorWorld(Path(folder), plane) as world,
+    ):
+        chaos = Chaos(world)
+        whole = chaos.live(None)
+        sys.stdout.write(f"a life without a death: {whole.changes} changes\n")
+        for point in arguments.points or points_of(whole.changes, arguments.sample):
+            try:
+                life = chaos.live(point)
+                said = f"{life.killed_at}: lived on, slowest {life.slowest_seconds} s"
+            except ServerError as error:
+                wrong += 1
+                said = f"WRONG: {error}"
+            sys.stdout.write(f"{point}/{whole.changes} {said}\n")
+            sys.stdout.flush()
+    sys.stdout.write(json.dumps({"changes": whole.changes, "wrong": wrong}) + "\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
