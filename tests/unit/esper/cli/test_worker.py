@@ -15,6 +15,7 @@ from esper.cli.worker import newest_checkpoint, placement_of, rank_program
 from esper.configs import TORCHRUN
 from esper.contracts.manifests import load_manifest
 from esper.errors import ConfigError
+from esper.services.tolaria.reporting import SessionReport
 from esper.services.tolaria.status import StatusFile
 
 MANIFEST = {
@@ -137,9 +138,8 @@ def test_progress_is_the_newest_checkpoint_that_the_status_names(tmp_path):
 
 def test_where_it_gives_up_the_status_says_so(manifest, tmp_path, monkeypatch, capsys):
     session = load_manifest(manifest).session
-    running = StatusFile(
-        tmp_path / "status.yaml", session, layers={}, refused={}, parameters_base=3
-    )
+    report = SessionReport("small", layers={}, refused={}, parameters_base=3, epochs=2, threads=1)
+    running = StatusFile(tmp_path / "status.yaml", session, report)
     running.write()
     crashed = Ended(Outcome.CRASHED, "RankCrashed", "rank 1 was killed by SIGKILL; given up")
     monkeypatch.setattr(Supervisor, "run", lambda *_: crashed)
