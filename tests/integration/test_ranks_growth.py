@@ -92,14 +92,14 @@ def lived(ranks: Ranks, manifest: str) -> dict[str, Any]:
         (Path(folder) / "of_growth.py").write_text(MODULE)
         prepared = prepare(parse_manifest(manifest, "test"), Path(folder), processes=ranks.size)
         config = EsperConfig().inside(Path(folder))
+        attention = Attention(ranks=ranks)
 
         async def live() -> dict[str, Any]:
             if ranks.rank:
                 async with following_trainer(
-                    prepared, config, progress=Progress(), ranks=ranks
+                    prepared, config, progress=Progress(), attention=attention
                 ) as trainer:
                     return await life(trainer)
-            attention = Attention(ranks=ranks)
             async with embedded_trainer(prepared, config, attention=attention) as trainer:
                 return await life(trainer)
 
