@@ -11,7 +11,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from esper.cli.preparing import prepare
 from esper.cli.trainers import Attention, Progress, embedded_trainer, following_trainer
@@ -20,8 +23,10 @@ from esper.contracts.blueprints import CATALOGUE
 from esper.contracts.enums import DecisionAction, SeedState
 from esper.contracts.manifests import parse_manifest
 from esper.contracts.operational import AdaptationDecision
+from esper.execution.isolation import RandomState
 from esper.services.tolaria.distribution import Alone, Ranks
-from esper.services.tolaria.snapshots import parts_of, snapshot_of
+from esper.services.tolaria.model_state import whole
+from esper.services.tolaria.snapshots import Snapshot, parts_of, snapshot_of
 from esper.services.tolaria.trainer import TolariaTrainer
 from tests.integration.rank_sessions import differences, of_type, session, train
 from tests.integration.sessions import Watching
@@ -157,13 +162,13 @@ async def life(trainer: TolariaTrainer) -> dict[str, Any]:
 
 
 def test_every_blueprint_grows_in_a_sharded_model_as_in_a_whole_one() -> None:
-    whole = lived(Alone(), every_blueprint("none"))
+    alone = lived(Alone(), every_blueprint("none"))
     names = {document.name for document in CATALOGUE}
-    assert set(whole["blueprints"]) == names | {f"born-{name}" for name in BORN}
-    assert whole["kinds"] == ["Conv2d", "LayerNorm", "Linear"]
+    assert set(alone["blueprints"]) == names | {f"born-{name}" for name in BORN}
+    assert alone["kinds"] == ["Conv2d", "LayerNorm", "Linear"]
     sharded, other = run_ranks(2, lived, every_blueprint("full"))
     assert sharded == other
-    assert list(differences(sharded, whole)) == []
+    assert list(differences(sharded, alone)) == []
 
 
 # -- on from another way's checkpoint -------------------------------------------------------------
@@ -183,15 +188,37 @@ def part(ranks: Ranks, way: str, parts: dict[str, bytes] | None) -> dict[str, An
 
 def test_a_session_goes_on_in_another_way() -> None:
     """From a whole model's checkpoint with a sharded one, and back; by other numbers of ranks."""
-    (whole,) = run_ranks(1, part, "data", None)
-    assert {"grafting", "fossilized"} <= {seed["state"] for seed in structure(whole, 4, 8)}
-    sharded = run_ranks(2, part, "full", whole["kept"][4])[0]
+    (alone,) = run_ranks(1, part, "data", None)
+    assert {"grafting", "fossilized"} <= {seed["state"] for seed in structure(alone, 4, 8)}
+    sharded = run_ranks(2, part, "full", alone["kept"][4])[0]
     again = run_ranks(2, part, "none", sharded["kept"][8])[0]
     for found, first in ((sharded, 5), (again, 9)):
         assert [row["epoch"] for row in found["rows"]] == list(range(first, 13))
-        assert list(differences(found["rows"], whole["rows"][first - 1 :])) == []
-        assert list(differences(found["test"], whole["test"])) == []
+        assert list(differences(found["rows"], alone["rows"][first - 1 :])) == []
+        assert list(differences(found["test"], alone["test"])) == []
 
 
 def structure(found: dict[str, Any], *epochs: int) -> list[dict[str, Any]]:
     return [seed for epoch in epochs for seed in json.loads(found["kept"][epoch]["structure.json"])]
+
+
+def made_whole(ranks: Ranks) -> dict[str, list[float]]:
+    """Two tensors shared out over the ranks, which hold them in an order of their own."""
+    mesh = init_device_mesh("cpu", (ranks.size,))
+    tensors = {
+        name: distribute_tensor(first + torch.arange(4.0), mesh, [Shard(0)])
+        for name, first in (("mean", 0.0), ("square", 10.0))
+    }
+    snapshot = Snapshot(
+        epoch=1,
+        tensors=dict(sorted(tensors.items(), reverse=ranks.rank > 0)),
+        structure=[],
+        state={},
+        randomness=RandomState.capture(),
+    )
+    return {name: tensor.tolist() for name, tensor in whole(snapshot).tensors.items()}
+
+
+def test_parts_of_one_tensor_are_put_together_whatever_their_order() -> None:
+    expected = {"mean": [0.0, 1.0, 2.0, 3.0], "square": [10.0, 11.0, 12.0, 13.0]}
+    assert run_ranks(2, made_whole) == [expected, expected]
