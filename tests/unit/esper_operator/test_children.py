@@ -263,15 +263,18 @@ def test_without_a_claim_the_run_lies_with_the_pod() -> None:
 
 def test_keys_of_a_bucket_come_from_the_users_own_secret() -> None:
     (container,) = pod_of(worker(storage={"uri": "s3://b", "secretName": "keys"}))["containers"]
-    taken = {i["name"]: i["valueFrom"]["secretKeyRef"] for i in container["env"] if "valueFrom" in i}
+    taken = {
+        i["name"]: i["valueFrom"]["secretKeyRef"] for i in container["env"] if "valueFrom" in i
+    }
     assert taken["ESPER_STORAGE__SECRET_ACCESS_KEY"] == {
         "name": "keys",
         "key": "secretAccessKey",
         "optional": True,
     }
-    EsperConfig.load(environment=dict.fromkeys(taken, "us-east-1") | {
-        "ESPER_STORAGE__ENDPOINT_URL": "http://store:9000"
-    })
+    EsperConfig.load(
+        environment=dict.fromkeys(taken, "us-east-1")
+        | {"ESPER_STORAGE__ENDPOINT_URL": "http://store:9000"}
+    )
 
 
 # -- Secrets ----------------------------------------------------------------------------------
