@@ -388,12 +388,8 @@ class OperatorConfig(Section):
             description="names of Secrets with which images are pulled, separated by commas",
         ),
     ] = ""
-    stop_seconds: Whole = _whole(
-        60, "seconds for a worker to write a checkpoint", least=1, most=3600
-    )
-    kernels_per_session: Whole = _whole(
-        64, "kernels that a session may ask for", least=0, most=1000
-    )
+    stop_seconds: Whole = _whole(60, "seconds to write a checkpoint", least=1, most=3600)
+    kernels_per_session: Whole = _whole(64, "kernels of one session", least=0, most=1000)
     compile_seconds: Whole = _whole(900, "seconds for a compile Job", least=1, most=86_400)
 
 

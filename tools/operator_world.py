@@ -90,12 +90,16 @@ class OperatorWorld:
         folder: where everything is kept.
         plane: a control plane that runs.
         namespaces: those that the operator may serve; none for the whole cluster.
+        own: the namespace of the operator itself, of its account and its lease.
     """
 
-    def __init__(self, folder: Path, plane: ControlPlane, *, namespaces: str = "") -> None:
+    def __init__(
+        self, folder: Path, plane: ControlPlane, *, namespaces: str = "", own: str = OWN_NAMESPACE
+    ) -> None:
         self.folder = folder
         self.plane = plane
         self.namespaces = namespaces
+        self.own = own
         self.hub = HubAndBus(folder / "hub")
         self._stack = ExitStack()
         self._made = 0
@@ -118,15 +122,12 @@ class OperatorWorld:
     def install(self) -> None:
         """The CustomResourceDefinitions and what the operator may do."""
         with self.plane.client() as client:
-            if (
-                client.get(f"/api/v1/namespaces/{OWN_NAMESPACE}").status_code
-                == httpx.codes.NOT_FOUND
-            ):
-                self.plane.create_namespace(OWN_NAMESPACE)
+            if client.get(f"/api/v1/namespaces/{self.own}").status_code == httpx.codes.NOT_FOUND:
+                self.plane.create_namespace(self.own)
         for path in sorted((SOURCES / "crds").glob("*.yaml")):
             self.plane.kubectl("apply", "--server-side", "-f", str(path))
         self.plane.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
-        config = OperatorConfig(namespaces=self.namespaces)
+        config = OperatorConfig(namespaces=self.namespaces, lease_namespace=self.own)
         roles = manifests(config, namespaced=bool(self.namespaces))
         self.plane.kubectl("apply", "-f", "-", given=yaml.safe_dump_all(roles))
 
@@ -135,10 +136,13 @@ class OperatorWorld:
     ) -> OperatorProcess:
         """An operator, not started; `settings` are of its section, the way may be a proxy's."""
         self._made += 1
-        config = kubeconfig or self.plane.kubeconfig(
-            "esper-operator", OWN_NAMESPACE, through=through
-        )
-        section = {"kubeconfig": str(config), "namespaces": self.namespaces, **settings}
+        config = kubeconfig or self.plane.kubeconfig("esper-operator", self.own, through=through)
+        section = {
+            "kubeconfig": str(config),
+            "namespaces": self.namespaces,
+            "lease_namespace": self.own,
+            **settings,
+        }
         given: dict[str, Mapping[str, Any]] = {**self.hub.settings(), "operator": section}
         return OperatorProcess(self.folder / f"operator-{self._made}", given)
 

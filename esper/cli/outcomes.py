@@ -18,7 +18,7 @@ MOST_CHARACTERS = 1000
 """Of a message."""
 OUT_OF_MEMORY = "OutOfMemory"
 
-_STOPPING, _BEGUN, _MET = "stopping", "begun", "met"
+_STOPPING, _BEGUN, _MET, _REACHED = "stopping", "begun", "met", "reached"
 
 
 class Outcome(StrEnum):
@@ -124,6 +124,12 @@ class Outcomes:
         """This rank has met all others: from now on there is work that must not be lost."""
         (self._folder / f"{_MET}-{rank}").touch()
 
+    def reach(self, rank: int, epoch: int) -> None:
+        """This rank, which is not the first, has come to a checkpoint of that epoch."""
+        partial = self._folder / f".{_REACHED}-{rank}"
+        partial.write_text(str(epoch), encoding="utf-8")
+        partial.replace(self._folder / f"{_REACHED}-{rank}")
+
     def tell(self, rank: int, ended: Ended) -> None:
         """Leave this rank's end; complete or not at all."""
         partial = self._file(rank).with_suffix(".partial")
@@ -143,6 +149,11 @@ class Outcomes:
     def met(self) -> set[int]:
         """Those of them that have met all others since."""
         return self._marked(_MET)
+
+    def reached(self) -> int:
+        """The epoch of the last checkpoint that ranks here came to, -1 without one."""
+        found = self._folder.glob(f"{_REACHED}-*")
+        return max((int(path.read_text(encoding="utf-8")) for path in found), default=-1)
 
     def notes(self) -> list[Note]:
         """What ranks told so far, in their order."""

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return told(
             outcomes,
             rank,
-            lambda: _train(arguments, tolaria.stopping, lambda: outcomes.meet(rank)),
+            lambda: _train(arguments, tolaria.stopping, outcomes, rank),
             debug=arguments.debug,
         )
 
@@ -71,7 +71,7 @@ def told(outcomes: Outcomes, rank: int, work: Callable[[], object], *, debug: bo
 
 
 def _train(
-    arguments: argparse.Namespace, stopping: Callable[[], bool], meet: Callable[[], None]
+    arguments: argparse.Namespace, stopping: Callable[[], bool], outcomes: Outcomes, rank: int
 ) -> None:
     from esper.cli.main import logged, settings_of
 
@@ -82,13 +82,14 @@ def _train(
 
         seconds = config.tolaria.collective_timeout_seconds
         with process_group(stopping, timeout_seconds=seconds) as ranks:
-            meet()
+            outcomes.meet(rank)
             run_rank(
                 arguments.file,
                 arguments.output_dir,
                 ranks,
                 json_output=arguments.json,
                 config=config,
+                reached=lambda epoch: outcomes.reach(rank, epoch),
             )
         sys.stdout.flush()
 

@@ -7,7 +7,7 @@ prepare the same session, take their part in its training, and write nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -20,20 +20,34 @@ from esper.cli.embedded import Shown, carry_out, show_end
 from esper.cli.finished import tell_again
 from esper.cli.preparing import SOURCE_ANNOTATION, Prepared, own_manifest, prepare, uid_of
 from esper.cli.run_checkpoints import keep_results, newest_checkpoint, run_checkpoints
-from esper.cli.trainers import following_trainer, share_progress
+from esper.cli.trainers import Attention, following_trainer, share_progress
 from esper.configs import EsperConfig
 from esper.contracts.manifests import load_manifest, parse_manifest, session_document
+from esper.contracts.operational import AdaptationDecision, SeedTransition
 from esper.contracts.resources import TrainingSession
 from esper.contracts.resources.cluster import GPU
 from esper.errors import AcceleratorMissing
 from esper.services.tolaria.distribution import Ranks, as_wire, first_failure
-from esper.services.tolaria.run_directory import MANIFEST, RunDirectory, refuse_unusable
+from esper.services.tolaria.run_directory import (
+    MANIFEST,
+    RunDirectory,
+    refuse_unusable,
+)
+from esper.services.tolaria.snapshots import Snapshot
 
 
 def run_rank(
-    path: Path, directory: Path, ranks: Ranks, *, json_output: bool, config: EsperConfig
+    path: Path,
+    directory: Path,
+    ranks: Ranks,
+    *,
+    json_output: bool,
+    config: EsperConfig,
+    reached: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Train the session of the manifest at `path`, or go on with the run in `directory`.
+
+    A rank that is not the first tells `reached` the epoch of each checkpoint.
 
     Raises:
         BadInput: the manifest, the directory, a checkpoint or a setting can't be used.
@@ -52,7 +66,7 @@ def run_rank(
     if ranks.rank == 0:
         _lead(prepared, directory, ranks, shown, config, new=begun["new"])
     else:
-        asyncio.run(_follow(prepared, ranks, config))
+        asyncio.run(_follow(prepared, ranks, config, reached))
     # No rank counts as done before rank 0 has written what the session came to.
     ranks.led(lambda: None)
 
@@ -165,8 +179,39 @@ def _lead(
             carry_out(prepared, run, checkpoints, found, config, shown, ranks)
 
 
-async def _follow(prepared: Prepared, ranks: Ranks, config: EsperConfig) -> None:
+async def _follow(
+    prepared: Prepared, ranks: Ranks, config: EsperConfig, reached: Callable[[int], None]
+) -> None:
     """The other ranks' part."""
     progress = share_progress(ranks)
-    async with following_trainer(prepared, config, progress=progress, ranks=ranks) as trainer:
+    attention = Attention(observers=[Reaching(reached)], ranks=ranks)
+    async with following_trainer(
+        prepared, config, progress=progress, attention=attention
+    ) as trainer:
         await trainer.run()
+
+
+class Reaching:
+    """An observer of a rank that is not the first: it tells the epoch of each checkpoint.
+
+    A worker counts restarts without a newer one, and sees the run's directory where rank 0 is.
+    """
+
+    def __init__(self, reached: Callable[[int], None]) -> None:
+        self._reached = reached
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """Epochs are rank 0's to tell."""
+
+    def transition(self, transition: SeedTransition) -> None:
+        """Transitions are rank 0's to tell."""
+
+    def decision(self, decision: AdaptationDecision, applied: bool, outcome: str) -> None:
+        """Decisions are rank 0's to tell."""
+
+    def event(self, epoch: int, reason: str, message: str) -> None:
+        """Events are rank 0's to tell."""
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        """Rank 0 writes it from now on."""
+        self._reached(snapshot.epoch)

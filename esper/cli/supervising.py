@@ -170,7 +170,8 @@ class Supervisor:
                 ended = judged(notes, at_work, requests.number, stopped=launch.stopped)
                 if ended is not None:
                     return ended
-                now = self._progress()
+                # The run's directory may be another node's: rank 0's.
+                now = self._progress() if 0 in begun else max(reached, outcomes.reached())
                 if now > reached:
                     reached, used = now, 0
                 elif launch.status == CRASHED:

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from esper.cli.closing import Closing
 from esper.cli.wiring import bus_elsewhere
@@ -27,7 +27,8 @@ LOOK_SECONDS = 0.2
 HEARTBEAT_SECONDS = 30.0
 AGAIN_SECONDS = 2.0
 """Until a bus that refuses is tried once more."""
-FAREWELL_SECONDS = 3.0
+FAREWELL_SECONDS = 2.0
+CLOSING_SECONDS = 1.0
 SUCCESS_SECONDS = 30.0
 """For the last snapshot of a session that succeeded: nothing else tells its figures."""
 
@@ -49,7 +50,7 @@ def telling(report: SessionReport, config: EsperConfig, scope: str) -> Iterator[
         yield
     finally:
         ending.set()
-        thread.join(SUCCESS_SECONDS + 2 * FAREWELL_SECONDS)
+        thread.join(SUCCESS_SECONDS + FAREWELL_SECONDS + CLOSING_SECONDS)
 
 
 class Teller:
@@ -110,19 +111,26 @@ class Teller:
         self._version, self._steps, self._since = version, steps, now
 
 
+async def _look_again(teller: Teller, ending: threading.Event) -> None:
+    while not (ending.is_set() and teller.up_to_date):
+        await teller.look()
+        await asyncio.sleep(LOOK_SECONDS)
+
+
 def _tell(report: SessionReport, config: EsperConfig, scope: str, ending: threading.Event) -> None:
     async def life() -> None:
-        async with bus_elsewhere(config, scope, Closing(FAREWELL_SECONDS)) as bus:
+        async with bus_elsewhere(config, scope, Closing(CLOSING_SECONDS)) as bus:
             teller = Teller(report, bus, scope)
-            while not ending.is_set():
-                await teller.look()
-                await asyncio.sleep(LOOK_SECONDS)
+            # A look may take as long as a bus that is away is asked; the end is not to wait for it.
+            looking = asyncio.create_task(_look_again(teller, ending), name="status")
+            await asyncio.to_thread(ending.wait)
             succeeded = report.snapshot().outcome is SessionOutcome.SUCCEEDED
-            with suppress(TimeoutError):
-                async with asyncio.timeout(SUCCESS_SECONDS if succeeded else FAREWELL_SECONDS):
-                    while not teller.up_to_date:
-                        await teller.look()
-                        await asyncio.sleep(0 if teller.up_to_date else LOOK_SECONDS)
+            seconds = SUCCESS_SECONDS if succeeded else FAREWELL_SECONDS
+            await asyncio.wait({looking}, timeout=seconds)
+            looking.cancel()
+            await asyncio.wait({looking})
+            if not looking.cancelled():
+                looking.result()
 
     try:
         asyncio.run(life())

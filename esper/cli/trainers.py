@@ -215,9 +215,10 @@ async def _trainer(
 
 @asynccontextmanager
 async def following_trainer(
-    prepared: Prepared, config: EsperConfig, *, progress: Progress, ranks: Ranks
+    prepared: Prepared, config: EsperConfig, *, progress: Progress, attention: Attention
 ) -> AsyncIterator[TolariaTrainer]:
     """The trainer of a rank that is not the first: it hears of bus and hub from that one."""
+    ranks = attention.ranks
 
     async def done_elsewhere() -> None:
         raise AssertionError("rank 0 alone talks to bus and hub")
@@ -228,7 +229,7 @@ async def following_trainer(
         SharedController(ranks, None),
         _shared(prepared, config, ranks, None),
         progress,
-        Attention(ranks=ranks),
+        attention,
     )
     await ranks.awaited(done_elsewhere)  # its success is told
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
 from esper.contracts.blueprints import BlueprintDocument, BuiltinBlueprint
 from esper.contracts.refusals import first_refusal
@@ -126,11 +126,16 @@ def session_document(resource: Resource) -> str:
     Every default stands written out, as the API server would store it; of the metadata, only what
     is set.
     """
+    return write_document(document_data(resource))
+
+
+def document_data(resource: Resource) -> dict[str, JsonValue]:
+    """What `session_document` writes, as JSON."""
     data = resource.to_wire()
     metadata = data["metadata"]
     assert isinstance(metadata, dict)
     data["metadata"] = {key: value for key, value in metadata.items() if value not in ({}, [])}
-    return write_document(data)
+    return data
 
 
 def select_blueprints(

@@ -113,7 +113,8 @@ class Carrier:
             _log.info("refused: %s", error)
         else:
             memory.accepted(child)
-            self._store.put(kind, answer)
+            # Its own event will be old news: whom it concerns besides has to learn of it here.
+            self._enqueue(self._store.put(kind, answer))
         outcome.wrote = True
 
     async def secret(

@@ -140,7 +140,7 @@ class Stop:
 
 def _answers(api: ClusterApi) -> Check:
     async def answers() -> bool:
-        await api.send("GET", "/readyz?verbose=false", seconds=CHECK_SECONDS)
+        await api.send("GET", "/version", seconds=CHECK_SECONDS)
         return True
 
     return answers

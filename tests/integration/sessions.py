@@ -115,7 +115,7 @@ def trained_rank(
         config = EsperConfig().inside(folder)
         if ranks.rank:
             async with following_trainer(
-                prepared, config, progress=Progress(), ranks=ranks
+                prepared, config, progress=Progress(), attention=Attention(ranks=ranks)
             ) as trainer:
                 return await trainer.run()
         attention = Attention(observers=[watching], ranks=ranks)

@@ -11,11 +11,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import yaml
+from pydantic import SecretStr
 
-from esper.configs import EsperConfig
+from esper.configs import EsperConfig, HubConfig
 from esper.contracts.blueprints import KernelTarget, LayerGeometry, builtin
 from esper.services.urza.auth import Role
 from esper.services.urza.http_client import HttpUrza
@@ -179,6 +181,63 @@ def kernel(stack: Stack, width: int) -> str:
 def state(stack: Stack, kernel: str) -> str:
     query = f"SELECT state FROM compiled_kernels WHERE kernel = '{kernel}'"
     return stack.postgres.execute(query, DATABASE).strip()
+
+
+def test_a_kernel_that_can_never_be_compiled_is_told_apart(
+    server: Server, stack: Stack, tmp_path: Path
+) -> None:
+    stack.workers[0].stop()
+    asked_for, log = kernel(stack, 43), tmp_path / "log"
+
+    async def failed() -> None:
+        config = EsperConfig.load(file=stack.client_settings)
+        async with HttpUrza(config.hub) as hub:
+            assert await hub.claim_kernel(asked_for, "somebody")
+            await hub.fail_kernel(asked_for, "its graph does not fit")
+
+    asyncio.run(failed())
+    command = ("compile", "--kernel", asked_for, "--config", stack.client_settings)
+    ended = server.run(*command, "--termination-log", log, folder=ROOT)
+    message = f"kernel {asked_for}: its graph does not fit"
+    assert (ended.status, ended.err) == (78, f"esper: error: {message}\n")
+    assert json.loads(log.read_text()) == {"reason": "KernelFailed", "message": message}
+
+
+def test_a_namespaces_tamiyo_shows_its_health_on_the_address_of_its_pod(
+    stack: Stack, tmp_path: Path
+) -> None:
+    """With the credentials of its namespace alone, and probed as a kubelet does."""
+
+    async def issued() -> dict[str, str]:
+        token = SecretStr(stack.token(Role.ADMIN))
+        async with HttpUrza(HubConfig(url=stack.urza.url, token=token)) as hub:
+            given = await hub.namespace_credentials("team-b")
+        assert given.redis_username is not None
+        user = quote(given.redis_username, safe="")
+        where = f"127.0.0.1:{stack.redis.port}/0"
+        url = f"redis://{user}:{given.redis_password}@{where}"
+        return {"url": url, "namespace": "team-b"}
+
+    redis = asyncio.run(issued())
+    service = EsperProcess(
+        tmp_path / "tamiyo-b",
+        "tamiyo",
+        lambda port: {
+            "redis": redis,
+            "component": {"health_host": "0.0.0.0", "health_port": port},
+        },
+    )
+    with service:
+        until(lambda: service.ready() is None)
+        for address in ("127.0.0.1", "127.0.0.3"):
+            url = f"http://{address}:{service.port}/healthz"
+            headers = {"User-Agent": "kube-probe/1.36", "Connection": "close"}
+            request = urllib.request.Request(url, headers=headers)
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                assert answer.status == 200
+        since = time.monotonic()
+        service.stop()
+        assert time.monotonic() - since < ENDING_SECONDS
 
 
 def test_one_kernel_is_compiled_by_its_id_and_given_back_at_a_signal(

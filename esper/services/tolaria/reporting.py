@@ -322,6 +322,8 @@ def fitted(snapshot: SessionSnapshot, most: int = MAX_SNAPSHOT_BYTES) -> Session
 def _shortened(seed: SeedSnapshot, characters: int, transitions: int) -> SeedSnapshot:
     kept = tuple(
         step.model_copy(update={"reason": one_line(step.reason, characters)})
+        if len(step.reason) > characters
+        else step
         for step in seed.transitions[-transitions:]
     )
     return seed.model_copy(update={"transitions": kept})

@@ -430,3 +430,10 @@ def test_labels_and_pull_secrets_of_the_installation_reach_every_pod() -> None:
         assert labels["net"] == "esper"
         assert labels["esper.dev/role"] in ("worker", "tamiyo", "compile")
         assert pod_of(manifest)["imagePullSecrets"] == [{"name": "pull"}]
+
+
+def test_numbers_in_a_sessions_manifest_stay_what_they_are() -> None:
+    view = session(training={"optimizer": {"name": "sgd", "learningRate": 1e-5}})
+    found = files(secret.manifest(view, ISSUED, OPTIONS))["session.yaml"]
+    parsed = parse_manifest(found, "session.yaml").session
+    assert parsed.spec.training.optimizer.learning_rate == 1e-5

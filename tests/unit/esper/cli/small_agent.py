@@ -31,14 +31,16 @@ def main():
     ranks = []
     try:
         for _ in range(options.max_restarts + 1):
-            ranks = [start(sys.argv[at + 1 :], rank) for rank in range(options.nproc_per_node)]
+            first = int(os.environ.get("FIRST_RANK", "0"))
+            numbers = range(first, first + options.nproc_per_node)
+            ranks = [start(sys.argv[at + 1 :], rank) for rank in numbers]
             crashed = first_crash(ranks)
             if crashed is None:
                 return 0
             end(ranks)
         code = ranks[crashed].returncode
         name = signal.Signals(-code).name if code < 0 else ""
-        tell_crash(Outcomes(Path(sys.argv[2])), crashed, code, name)
+        tell_crash(Outcomes(Path(sys.argv[2])), first + crashed, code, name)
         return CRASHED
     except AskedError:
         end(ranks)

@@ -20,7 +20,10 @@ SMALL_AGENT = (sys.executable, str(HERE / "small_agent.py"))
 class Worker:
     """One node at work in `place`, with what its ranks are to do."""
 
-    def __init__(self, place, plan=None, *, agent=SMALL_AGENT, restarts=1, name="", **placement):
+    def __init__(
+        self, place, plan=None, *, agent=SMALL_AGENT, restarts=1, name="", first=0, **placement
+    ):
+        """The small agent's ranks begin with the number `first`."""
         self.place, self.name = place, name
         if plan is not None:
             (place / "plan.json").write_text(json.dumps(plan))
@@ -34,7 +37,8 @@ class Worker:
             stderr=subprocess.PIPE,
             text=True,
             # Folders of launches lie here, to be counted.
-            env=os.environ | {"TMPDIR": str(place), "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | {"TMPDIR": str(place), "OMP_NUM_THREADS": "1", "FIRST_RANK": str(first)},
         )
 
     def signal(self, number):

@@ -105,6 +105,22 @@ def test_how_ranks_end_and_how_often_they_start(tmp_path, plan, status, reason, 
         assert "given up after 1 restarts without a newer checkpoint" in worker.ended["message"]
 
 
+@pytest.mark.parametrize(
+    ("plan", "status", "starts"),
+    [
+        (["agent", "reach agent", "done"], 0, 3),
+        (["agent", "reach agent", "agent", "done"], 1, 3),
+        (["progress agent", "progress agent", "done"], 1, 2),  # that folder is none of its own
+    ],
+)
+def test_a_node_without_rank_0_counts_the_checkpoints_that_its_ranks_come_to(
+    tmp_path, plan, status, starts
+):
+    worker = Worker(tmp_path, {"1": plan}, first=1)
+    assert worker.wait() == status, worker.err
+    assert len(worker.lines("starts-1")) == starts
+
+
 def test_what_one_rank_can_not_do_ends_all(tmp_path):
     # Rank 0 finds that a rank is gone, and is started again.
     worker = Worker(tmp_path, {"0": ["wait raise", "hang"], "1": ["meet refuse"]}, processes=2)

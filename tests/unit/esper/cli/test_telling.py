@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from esper.cli.telling import AGAIN_SECONDS, HEARTBEAT_SECONDS, Teller, telling
-from esper.configs import EsperConfig
+from esper.configs import EsperConfig, RedisConfig
 from esper.contracts.enums import SessionOutcome
 from esper.contracts.messages import OonaMessage, TopicNames
 from esper.contracts.operational import SessionSnapshot
@@ -141,4 +141,18 @@ def test_a_bus_that_is_away_holds_up_the_end_of_a_session_that_broke_off_for_sec
     with telling(report, settings, "uid"):
         report.begun(lambda: 1)
         report.finish(SessionOutcome.INTERRUPTED, "asked to stop")
-    assert time.monotonic() - since < 10
+    assert time.monotonic() - since < 5
+
+
+def test_nor_does_one_that_hangs(private_redis: Any, redis_namespace: str) -> None:
+    report = report_of()
+    settings = EsperConfig(redis=RedisConfig(url=private_redis.url, namespace=redis_namespace))
+    with telling(report, settings, "uid"):
+        report.begun(lambda: 1)
+        private_redis.freeze()
+        report.event(1, "Changed", "a")
+        time.sleep(1)  # it is being told
+        since = time.monotonic()
+        report.finish(SessionOutcome.FAILED, "so")
+    assert time.monotonic() - since < 5
+    private_redis.thaw()

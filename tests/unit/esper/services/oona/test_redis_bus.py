@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from esper.configs import RedisConfig
-from esper.contracts.messages import OonaMessage
 from esper.errors import BadInput, BusUnavailable, ConfigError
 from esper.services.oona.streams import FIELD, stream_key
 from esper.services.oona_client import OonaClient
@@ -141,74 +140,6 @@ def test_an_answer_goes_to_the_scope_of_its_question(server, redis_namespace):
             assert await is_idle(elsewhere)
 
     run(life())
-
-
-def test_everywhere_all_namespaces_are_heard_and_each_is_answered(server, redis_namespace):
-    namespaces = [f"{redis_namespace}-{letter}" for letter in "ab"]
-
-    async def life():
-        async with (
-            client_of(server, namespaces[0], "uid-a") as first,
-            client_of(server, namespaces[1], "uid-b") as second,
-        ):
-            everywhere = OonaClient(config_of(server, redis_namespace), scope=None, everywhere=True)
-            try:
-                answers = await second.subscribe({READY}, "tolaria")
-                await first.publish(event(1, "uid-a"))
-                heard = await everywhere.subscribe({EVENTS}, redis_namespace)
-                mine = {"uid-a", "uid-b"}
-                await second.publish(event(2, "uid-b"))
-                found = []
-                while len(found) < 2:  # other tests have namespaces in this Redis, too
-                    message = await heard.receive()
-                    await heard.acknowledge(message)
-                    found += [message] if message.scope in mine else []
-                assert sorted(message.scope for message in found) == ["uid-a", "uid-b"]
-                with pytest.raises(BadInput, match="namespace"):
-                    await everywhere.publish(ready(1, "uid-b"))
-                await everywhere.publish(ready(1, "uid-b"), namespace=namespaces[1])
-                assert numbers(await drained(answers, 1)) == [1]
-                kept = [m async for m in everywhere.history({EVENTS}, scope="uid-a")]
-                assert numbers(kept) == [1]
-                await everywhere.check()
-            finally:
-                await everywhere.close()
-
-    run(life())
-    with pytest.raises(BadInput, match="scope"):
-        OonaClient(config_of(server, redis_namespace), scope="uid", everywhere=True)
-
-
-def test_over_many_streams_as_many_messages_are_read_ahead_as_asked_for(server, redis_namespace):
-    """Redis counts each stream by itself."""
-
-    async def life():
-        async with client_of(server, redis_namespace, None) as sender:
-            await sender.publish(*[ready(n, f"s{n % 4}") for n in range(200)])
-            async with client_of(server, redis_namespace, None) as bus:
-                heard = await bus.subscribe({READY}, "g", prefetch=8)
-                first = await heard.receive()
-                names = [entry.name for entry in heard._ready]
-                assert len(names) == 7
-                assert {key for key, _ in names} == set(heard._group.keys)
-                await heard.acknowledge(first)
-                rest = await drained(heard, 199)
-                assert sorted(numbers([first, *rest])) == list(range(200))
-
-    run(life())
-
-
-def test_of_snapshots_a_stream_keeps_few(server, redis_namespace):
-    async def life():
-        async with client_of(server, redis_namespace) as bus:
-            for number in range(50):
-                text = str(number) + " " * 5000
-                values = ready(number).model_dump() | {"topic": "sessions.status"}
-                values["payload"] = {"kernel": text}
-                await bus.publish(OonaMessage.model_validate(values))
-
-    run(life())
-    assert raw(server, "XLEN", stream_key(redis_namespace, SCOPE, "sessions.status")) <= 20
 
 
 def test_streams_that_are_deleted_are_forgotten_and_found_again(server, redis_namespace):

@@ -238,6 +238,54 @@ def test_the_bus_works_with_the_credentials_alone(place, any_redis, redis_namesp
     asyncio.run(life())
 
 
+def test_the_operator_hears_over_the_bus_with_its_credentials_alone(
+    place, any_redis, redis_namespace
+):
+    async def life() -> None:
+        async with serving(settings(place, any_redis.url)) as client:
+            issued = (await client.post("/internal/operator/credentials")).json()
+            url = (
+                f"redis://{issued['redisUsername']}:{issued['redisPassword']}"
+                f"@127.0.0.1:{any_redis.port}/0"
+            )
+            config = config_of(any_redis, "none", url=url, claim_idle_seconds=0.3)
+            session = await made(client, "uid-1", redis_namespace)
+            user = quote(session["redisUsername"], safe="")
+            own = f"redis://{user}:{session['redisPassword']}@127.0.0.1:{any_redis.port}/0"
+            mine = OonaClient(config_of(any_redis, redis_namespace, url=own), scope="uid-1")
+            buses = [OonaClient(config, scope=None, everywhere=True) for _ in range(2)]
+            try:
+                ready = await mine.subscribe({TopicNames.KERNEL_READY}, "tolaria")
+                group = f"operator-{redis_namespace}"
+                topics = {TopicNames.STATUS, TopicNames.KERNEL_REQUESTED}
+                left = await buses[0].subscribe(topics, group)
+                told = message(TopicNames.STATUS)
+                await mine.publish(told)
+
+                async def mine_of(heard: Any) -> OonaMessage:
+                    while True:  # this Redis has other tests' namespaces, too
+                        came = await asyncio.wait_for(heard.receive(), 30)
+                        if came.id == told.id:
+                            return came
+                        await heard.acknowledge(came)
+
+                came = await mine_of(left)
+                assert came.scope == "uid-1"
+                await left.close()  # a leader that ends; the next one takes over
+                taken = await buses[1].subscribe(topics, group)
+                again = await mine_of(taken)
+                await taken.acknowledge(again)
+                answer = message(TopicNames.KERNEL_READY)
+                await buses[1].publish(answer, namespace=redis_namespace)
+                assert (await asyncio.wait_for(ready.receive(), 30)).id == answer.id
+                await buses[1].check()
+            finally:
+                for bus in (mine, *buses):
+                    await bus.close()
+
+    asyncio.run(life())
+
+
 def test_what_can_not_be_read_or_was_left_behind_is_dealt_with(place, any_redis, redis_namespace):
     """Taking over, giving back and dead letters need no more than the users may do."""
     at = OWN.format(redis_namespace, TopicNames.DECISIONS)
