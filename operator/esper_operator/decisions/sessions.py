@@ -159,7 +159,7 @@ def _going_on(step: Step) -> Plan:
             jobs.manifest(scene.session, scene.record.attempt, scene.record.replicas, scene.options)
         )
     past = [job for job in scene.jobs if job.attempt < scene.record.attempt]
-    pausing = attempts.due(scene) - scene.now if scene.job is None else 0.0
+    pausing = max(attempts.due(scene) - scene.now, attempts.held_up(scene))
     return Plan(
         status=status,
         delete=(
@@ -172,7 +172,7 @@ def _going_on(step: Step) -> Plan:
         again_in=soonest(
             step.again_in,
             grown.again_in,
-            pausing if pausing > 0 else None,
+            pausing if pausing > 0 and scene.job is None else None,
             REFUSED_SECONDS if scene.observed.refusals else None,
         ),
         credentials=not has_secret(scene),
@@ -263,7 +263,9 @@ def _status(scene: Scene, record: TrainingSessionStatus) -> Manifest | None:
 
 
 def _makes_job(scene: Scene) -> bool:
-    return scene.job is None and attempts.due(scene) <= scene.now and has_secret(scene)
+    if scene.job is not None or attempts.due(scene) > scene.now:
+        return False
+    return has_secret(scene) and not attempts.held_up(scene)
 
 
 def _service(scene: Scene) -> tuple[Manifest, ...]:

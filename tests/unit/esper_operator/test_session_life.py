@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from tests.unit.esper_operator.objects import (
     deployment,
     job,
     made,
+    observed,
     pod,
     running,
     session,
@@ -297,3 +299,15 @@ def test_the_shared_controller_is_not_the_sessions_to_delete() -> None:
         tamiyo=deployment("esper-tamiyo"),
     )
     assert deleted(ended) == []
+
+
+def test_an_operator_of_a_later_release_restarts_no_pod() -> None:
+    view = session()
+    objects = {"jobs": (job(view),), "pods": (pod(view, ready=True),), "snapshot": snapshot()}
+    seen = observed(session(status=running(view)), **objects)
+    later = replace(OPTIONS, image="registry.example/esper:2", grace_seconds=90, log_level="info")
+    plan = sessions.decide(seen, later)
+    assert applied(plan) == []
+    assert deleted(plan) == []
+    assert plan.credentials  # the settings file is another one; pods read theirs once
+    assert written(plan).attempt == 1

@@ -186,11 +186,19 @@ def test_another_size_is_another_attempt_that_counts_as_no_failure(before: int, 
     record = written(plan)
     assert (record.attempt, record.failed_attempts, record.disruptions) == (2, 0, 0)
     assert record.replicas == after
-    manifest = plan.apply[0]
-    assert manifest["spec"]["completions"] == after
-    arguments = manifest["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert arguments[arguments.index("--nodes") + 1] == str(after)
     assert len(deleted(plan)) == 1
+    # Its workers write a checkpoint first, from which the next ones go on.
+    assert applied(plan) == []
+    assert plan.again_in == pytest.approx(60)
+    resized = session(status=dict(plan.status or {}), workers=elastic(after), generation=2)
+    ending = tuple(pod(view, index, deleting=True) for index in range(before))
+    assert applied(decided(resized, pods=ending, now=NOW + 59)) == []
+    lost = decided(resized, pods=ending, now=NOW + 60)
+    for plan in (lost, decided(resized, pods=(pod(view, exit_code=75),), now=NOW + 5)):
+        (manifest,) = plan.apply
+        assert manifest["spec"]["completions"] == after
+        arguments = manifest["spec"]["template"]["spec"]["containers"][0]["args"]
+        assert arguments[arguments.index("--nodes") + 1] == str(after)
 
 
 def no_room(least: int | None, waited: float, placed: int = 2, **sections: Any) -> tuple[Any, Plan]:
