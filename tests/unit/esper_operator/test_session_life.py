@@ -182,6 +182,7 @@ def test_a_spec_that_the_contract_refuses_ends_the_session_with_the_field() -> N
     plan = decided_raw(view)
     assert summary(plan) == ("False", "InvalidSpec")
     assert "epochs" in condition_of(plan, Kind.SUCCEEDED)[2]
+    assert written(plan).observed_generation == 1
     again = session(raw_spec=broken, status=dict(plan.status or {}))
     assert decided_raw(again) == Plan()
 

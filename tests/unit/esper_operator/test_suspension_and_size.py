@@ -147,14 +147,14 @@ def test_time_in_a_queue_does_not_count() -> None:
 
 def test_a_queue_that_takes_its_room_back_fails_nothing_and_goes_on_later() -> None:
     view = session(runPolicy=QUEUE)
-    leaving = pod(view, deleting=True)
+    leaving = tuple(pod(view, name=name, deleting=True) for name in "abc")
     plan = decided(
         session(status=running(view), runPolicy=QUEUE),
         jobs=(job(view, suspended=True),),
-        pods=(leaving,),
+        pods=leaving,
     )
     status = written(plan)
-    assert (status.attempt, status.failed_attempts, status.disruptions) == (1, 0, 1)
+    assert (status.attempt, status.failed_attempts, status.disruptions) == (1, 0, 3)
     assert deleted(plan) == []
     admitted = decided(
         session(status=dict(plan.status or {}), runPolicy=QUEUE),
