@@ -218,11 +218,12 @@ class Leader:
 
     async def _show(self) -> None:
         """Judge the work and show the numbers, every few seconds."""
+        states = States()
         while True:
             busy = self._queue.busy()
             self._metrics.show_queue(self._queue.depth(), self._queue.delayed(), len(busy))
             self._metrics.show_watches(self._resync.ages())
-            self._metrics.show_sessions(states_of(self._store.sessions()))
+            self._metrics.show_sessions(states.of(self._store.sessions()))
             stuck = [key for key, since in busy.items() if since > STUCK_SECONDS]
             complaint = self._resync.complaint()
             if stuck:
@@ -246,14 +247,30 @@ async def _until_one_ends(lasting: Iterable[Coroutine[Any, Any, object]]) -> Non
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def states_of(sessions: Iterable[SessionView]) -> dict[str, int]:
-    """How many sessions there are for each reason of their condition Succeeded."""
-    states: Counter[str] = Counter()
-    for session in sessions:
-        conditions = session.status().get("conditions", ())
-        reason = next((item["reason"] for item in conditions if item["type"] == "Succeeded"), "")
-        states[reason or "New"] += 1
-    return dict(states)
+class States:
+    """How many sessions there are for each reason of their condition Succeeded.
+
+    Statuses that have not changed are not read again.
+    """
+
+    def __init__(self) -> None:
+        self._read: dict[str, tuple[bytes, str]] = {}
+
+    def of(self, sessions: Iterable[SessionView]) -> dict[str, int]:
+        """The numbers now."""
+        before, self._read = self._read, {}
+        for session in sessions:
+            known = before.get(session.uid)
+            if known is None or known[0] is not session.status_text:
+                known = (session.status_text, _reason_of(session))
+            self._read[session.uid] = known
+        return dict(Counter(reason for _, reason in self._read.values()))
+
+
+def _reason_of(session: SessionView) -> str:
+    conditions = session.status().get("conditions", ())
+    reasons = (item["reason"] for item in conditions if item["type"] == "Succeeded")
+    return next(reasons, "New")
 
 
 def options_of(config: EsperConfig) -> Options:
