@@ -312,3 +312,27 @@ def test_an_operator_of_a_later_release_restarts_no_pod() -> None:
     assert deleted(plan) == []
     assert plan.credentials  # the settings file is another one; pods read theirs once
     assert written(plan).attempt == 1
+
+
+@pytest.mark.parametrize(("kind", "name"), [("Service", "digits-workers"), ("Secret", "")])
+def test_a_child_that_was_deleted_is_made_anew_and_its_job_goes_on(kind: str, name: str) -> None:
+    view = session()
+    left = tuple(meta for meta in made(view) if meta.kind != kind)
+    plan = decided(
+        session(status=running(view)),
+        jobs=(job(view),),
+        pods=(pod(view, ready=True),),
+        metas=left,
+    )
+    assert applied(plan) == ([f"{kind}/{name}"] if name else [])
+    assert plan.credentials is (kind == "Secret")
+    assert deleted(plan) == []
+    assert written(plan).attempt == 1
+
+
+def test_a_child_that_is_being_deleted_is_made_anew_too() -> None:
+    view = session()
+    leaving = tuple(replace(meta, deleting=True) for meta in made(view))
+    plan = decided(session(status=running(view)), jobs=(job(view),), metas=leaving)
+    assert applied(plan) == ["Service/digits-workers"]
+    assert plan.credentials
