@@ -1,7 +1,7 @@
 """One object at a time: what is known of it, a pure decision, and what that asks for.
 
-A turn carries out one plan. If that wrote anything, the object lines up again behind the others: a
-session with much to be made does not keep the rest waiting.
+A turn carries out one plan, or what of it fits into a moment. If that wrote anything, the object
+lines up again behind the others: a session with much to be made does not keep the rest waiting.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from esper_operator.views import JobView, MetaView, PodView, Said, SessionView
 from esper_operator.work import Key, WorkQueue
 
 NO_STATUS = b"{}"
-MAX_BUSY_TURNS = 50
+MAX_BUSY_TURNS = 500
 """Turns in a row that may write; a decision that never comes to rest is at fault."""
 _log = logging.getLogger(__name__)
 
