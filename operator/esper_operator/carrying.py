@@ -21,6 +21,8 @@ from esper_operator.writing import Writer
 TURN_SECONDS = 0.05
 """A turn that has written something makes no more children after that: while the API server is
 slow, for many want something of it, each object gets a little at a time."""
+HUB_REQUESTS, HUB_SECONDS = 6, 0.1
+"""Objects for which the hub is asked at once; others come again, and keep no worker waiting."""
 _log = logging.getLogger(__name__)
 
 
@@ -66,6 +68,7 @@ class Carrier:
         self._enqueue = enqueue
         self._writer = writer
         self._store = store
+        self._asking = 0
         self._clock = clock
 
     async def status(self, about: About, plan: Plan, outcome: Outcome) -> bool:
@@ -140,9 +143,12 @@ class Carrier:
         """Apply the Secret that the hub fills; where it does not, that is remembered."""
         child = f"{SECRET.name}/{name}"
         waits = memory.waits(child, {}, self._clock())
+        if self._asking >= HUB_REQUESTS:
+            waits = max(waits, HUB_SECONDS)
         if waits > 0:
             outcome.soon(waits)
             return
+        self._asking += 1
         try:
             manifest = await asked()
         except EsperError as error:
@@ -150,6 +156,8 @@ class Carrier:
             memory.refuse(child, {}, said, self._clock(), lasting=error.permanent)
             outcome.wrote = True
             return
+        finally:
+            self._asking -= 1
         await self.child(memory, manifest, outcome)
 
     async def _child_status(self, memory: Memory, manifest: Manifest, outcome: Outcome) -> None:
