@@ -140,6 +140,16 @@ def test_a_cluster_that_evicts_for_ever_does_not_hold_a_session_for_ever() -> No
     assert summary(world) == ("False", "ProgressDeadlineExceeded")
 
 
+def test_a_session_costs_five_writes_until_its_workers_are_up() -> None:
+    world = World(SECTIONS)
+    world.settle()
+    assert world.num_writes == 5  # two of its status, Service, Secret and Job
+    world.step(1.0)
+    world.settle()
+    assert len(world.pods) == 2
+    assert world.num_writes == 5
+
+
 def pick(world: World, number: int) -> dict[str, Any] | None:
     pods = sorted(world.alive(), key=lambda pod: str(pod["metadata"]["name"]))
     return pods[number % len(pods)] if pods else None
