@@ -144,7 +144,7 @@ def test_a_session_costs_five_writes_until_its_workers_are_up() -> None:
     world = World(SECTIONS)
     world.settle()
     assert world.num_writes == 5  # two of its status, Service, Secret and Job
-    world.step(1.0)
+    world.control(world.jobs()[0])
     world.settle()
     assert len(world.pods) == 2
     assert world.num_writes == 5

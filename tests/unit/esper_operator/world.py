@@ -240,7 +240,7 @@ class World:
         """Time passes, and every controller but the operator does its work."""
         self.now += seconds
         for job in self.jobs():
-            self._control(job)
+            self.control(job)
         for pod in list(self.pods.values()):
             self._run(pod)
 
@@ -249,7 +249,7 @@ class World:
         over = ("Succeeded", "Failed")
         return [pod for pod in self.pods.values() if pod["status"]["phase"] not in over]
 
-    def _control(self, job: Object) -> None:
+    def control(self, job: Object) -> None:
         """What the Job controller does."""
         content, status = job["spec"], job["status"]
         if status.get("conditions"):
