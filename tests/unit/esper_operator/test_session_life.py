@@ -25,6 +25,7 @@ from tests.unit.esper_operator.objects import (
     made,
     observed,
     pod,
+    rests,
     running,
     session,
     snapshot,
@@ -230,7 +231,7 @@ def test_nothing_is_written_where_nothing_has_changed() -> None:
     objects = {"jobs": (job(view),), "pods": (pod(view, ready=True),), "snapshot": snapshot()}
     first = decided(session(status=running(view)), **objects)
     second = decided(session(status=dict(first.status or {})), **objects, now=NOW + 1)
-    assert second.nothing_to_write()
+    assert rests(second)
     assert second.again_in is not None
 
 

@@ -29,7 +29,16 @@ from esper_operator.views import (
     Said,
     SessionView,
 )
-from tests.unit.esper_operator.objects import ISSUED, NAMESPACE, NOW, OPTIONS, UID, snapshot, spec
+from tests.unit.esper_operator.objects import (
+    ISSUED,
+    NAMESPACE,
+    NOW,
+    OPTIONS,
+    UID,
+    rests,
+    snapshot,
+    spec,
+)
 
 JOB_BACKOFF = 10.0
 STEP_SECONDS = 5.0
@@ -140,7 +149,7 @@ class World:
             plan = self.decide()
             if plan.credentials and not self.hub_answers and self.refusals and not plan.apply:
                 return plan
-            if plan.nothing_to_write():
+            if rests(plan):
                 return plan
             before = self._state()
             self.carry_out(plan)
