@@ -193,8 +193,9 @@ class ControlPlane:
         `user` is whole, such as ``system:serviceaccount:NAMESPACE:NAME``; None means everyone.
         """
         lines = self.api.audit_log.read_text().splitlines()
-        events = [json.loads(line) for line in lines if line.endswith("}")]
-        return [e for e in events if user is None or e["user"]["username"] == user]
+        # The last may be half written; what asks for no object names none.
+        events = [{"objectRef": {}, **json.loads(line)} for line in lines if line.endswith("}")]
+        return [e for e in events if user is None or e["user"].get("username") == user]
 
     def _write(
         self, path: Path, token: str, *, namespace: str = "default", port: int | None = None
