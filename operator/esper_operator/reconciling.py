@@ -162,17 +162,19 @@ class Reconciler:
     def _observed(self, session: SessionView, memory: Memory) -> Observed:
         own = self._store.deployment(session.namespace, names.tamiyo(session.name))
         shared = self._store.deployment(session.namespace, names.TAMIYO)
+        jobs = self._store.children(session.uid, JobView)
+        no_pods = {f"Pod/{job.name}": self._store.pod_refusal(job) for job in jobs}
         return Observed(
             session=session,
             now=self._clock(),
-            jobs=self._store.children(session.uid, JobView),
+            jobs=jobs,
             pods=self._store.children(session.uid, PodView),
             metas=self._store.children(session.uid, MetaView),
             tamiyo=own or shared,
             snapshot=self._reports.snapshot(session.uid),
             seed_statuses=memory.child_statuses,
             seed_times=memory.child_times,
-            refusals=memory.refusals(),
+            refusals=memory.refusals() | {k: said for k, said in no_pods.items() if said},
             hearing_since=self._reports.hearing_since,
         )
 
