@@ -54,17 +54,14 @@ class Reason(StrEnum):
     CREDENTIALS_MISSING = "CredentialsMissing"
     CHILD_REFUSED = "ChildRefused"
     PODS_REFUSED = "PodsRefused"
-    WAITING_FOR_PODS = "WaitingForPods"
     UNSCHEDULABLE = "Unschedulable"
     IMAGE_PULL_FAILED = "ImagePullFailed"
     CONTAINER_REFUSED = "ContainerRefused"
-    CONTAINERS_STARTING = "ContainersStarting"
+    WORKERS_STARTING = "WorkersStarting"
     BACKING_OFF = "BackingOff"
     FINISHED = "Finished"
 
     # -- how an attempt ended -----------------------------------------------------------------
-    WORKER_FAILED = "WorkerFailed"
-    JOB_FAILED = "JobFailed"
     JOB_DELETED = "JobDeleted"
     DISRUPTED = "Disrupted"
     INTERRUPTED_TOO_OFTEN = "InterruptedTooOften"

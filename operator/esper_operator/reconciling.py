@@ -1,7 +1,7 @@
 """One object at a time: what is known of it, a pure decision, and what that asks for.
 
-A turn carries out one plan. If that wrote anything, the object lines up again behind the others: a
-session with much to be made does not keep the rest waiting.
+A turn carries out one plan, or what of it fits into a moment. If that wrote anything, the object
+lines up again behind the others: a session with much to be made does not keep the rest waiting.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from esper_operator.views import JobView, MetaView, PodView, Said, SessionView
 from esper_operator.work import Key, WorkQueue
 
 NO_STATUS = b"{}"
-MAX_BUSY_TURNS = 50
+MAX_BUSY_TURNS = 500
 """Turns in a row that may write; a decision that never comes to rest is at fault."""
 _log = logging.getLogger(__name__)
 
@@ -126,14 +126,17 @@ class Reconciler:
         outcome = Outcome()
         await self._order(session, memory, outcome)
         plan = sessions.decide(self._observed(session, memory), self._options)
-        first = session.status_text == NO_STATUS
         about = About(SESSION, key.namespace, key.name, session.uid)
-        there = await self._carrier.status(about, plan, outcome)
-        if there and not (first and plan.status):  # of a burst, each is acknowledged first
+        first = session.status_text == NO_STATUS and plan.status is not None
+        later = not first and tells_only(session, plan)
+        there = later or await self._carrier.status(about, plan, outcome)
+        if there and not first:  # of a burst, each is acknowledged first
             if plan.credentials:
-                secret = names.secret(key.name)
-                await self._carrier.secret(memory, secret, self._of_session(session), outcome)
+                child = names.secret(key.name)
+                await self._carrier.secret(memory, child, self._of_session(session), outcome)
             await self._carrier.rest(about, memory, plan, outcome)
+            if later and not outcome.wrote:
+                await self._carrier.status(about, plan, outcome)
         return self._settled(memory, plan, outcome)
 
     async def _order(self, session: SessionView, memory: Memory, outcome: Outcome) -> None:
@@ -159,17 +162,19 @@ class Reconciler:
     def _observed(self, session: SessionView, memory: Memory) -> Observed:
         own = self._store.deployment(session.namespace, names.tamiyo(session.name))
         shared = self._store.deployment(session.namespace, names.TAMIYO)
+        jobs = self._store.children(session.uid, JobView)
+        no_pods = {f"Pod/{job.name}": self._store.pod_refusal(job) for job in jobs}
         return Observed(
             session=session,
             now=self._clock(),
-            jobs=self._store.children(session.uid, JobView),
+            jobs=jobs,
             pods=self._store.children(session.uid, PodView),
             metas=self._store.children(session.uid, MetaView),
             tamiyo=own or shared,
             snapshot=self._reports.snapshot(session.uid),
             seed_statuses=memory.child_statuses,
             seed_times=memory.child_times,
-            refusals=memory.refusals(),
+            refusals=memory.refusals() | {k: said for k, said in no_pods.items() if said},
             hearing_since=self._reports.hearing_since,
         )
 
@@ -308,6 +313,18 @@ class Reconciler:
             memory.busy_turns = 0
             raise WorkFailed(f"got {MAX_BUSY_TURNS} turns in a row that wrote; allowed: fewer")
         return outcome
+
+
+def tells_only(session: SessionView, plan: Plan) -> bool:
+    """Whether a plan's status is for people to read: its conditions differ, and nothing else.
+
+    It can wait until what is to be made is made; most of what it says is over by then. What counts
+    attempts, times and ends is written first, for whoever decides again after a crash.
+    """
+    if plan.status is None:
+        return False
+    before = session.status()
+    return all(before.get(k) == value for k, value in plan.status.items() if k != "conditions")
 
 
 def _named(key: Key) -> tuple[str, str, str]:

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from esper_operator.status import CONTROLLER_NAME
+from tests.unit.esper_operator.objects import rests
 from tests.unit.esper_operator.world import Crash, World
 
 SECTIONS: dict[str, Any] = {
@@ -51,7 +52,7 @@ def live_on(world: World, seconds: float = LONGEST) -> None:
 def check_rest(world: World) -> None:
     """Nothing is left to write, and nothing is there twice."""
     plan = world.decide()
-    assert plan.nothing_to_write(), plan
+    assert rests(plan), plan
     unended = [job for job in world.jobs() if not job["status"].get("conditions")]
     assert unended == []
     assert len(world.jobs()) <= 1
@@ -123,6 +124,31 @@ def test_a_crash_after_any_write_changes_nothing_of_the_outcome(behaviour: str) 
         assert summary(world) == summary(whole), writes
         assert world.made_jobs == whole.made_jobs, writes
         check_rest(world)
+
+
+def test_a_cluster_that_evicts_for_ever_does_not_hold_a_session_for_ever() -> None:
+    policy = {"startupDeadlineSeconds": 120, "progressDeadlineSeconds": 120, "backoffLimit": 1}
+    world = World({**SECTIONS, "runPolicy": policy}, behaviour="hangs")
+    began = world.now
+    world.settle()
+    while summary(world)[0] == "Unknown":
+        world.settle()
+        for pod in world.alive():
+            world.disrupt(pod)
+        world.step(1.0)
+        assert world.now < began + 1000
+    assert world.statuses[-1].failed_attempts == 0
+    assert summary(world) == ("False", "ProgressDeadlineExceeded")
+
+
+def test_a_session_costs_five_writes_until_its_workers_are_up() -> None:
+    world = World(SECTIONS)
+    world.settle()
+    assert world.num_writes == 5  # two of its status, Service, Secret and Job
+    world.control(world.jobs()[0])
+    world.settle()
+    assert len(world.pods) == 2
+    assert world.num_writes == 5
 
 
 def pick(world: World, number: int) -> dict[str, Any] | None:
@@ -261,7 +287,7 @@ def test_a_suspended_session_has_no_pod_and_comes_to_rest(events: list[tuple[str
     for _ in range(10):
         world.settle()
         world.step()
-    assert world.settle().nothing_to_write()
+    assert rests(world.settle())
     assert world.jobs() == [] or summary(world)[0] != "Unknown"
     assert world.alive() == []
     status = world.statuses[-1]
