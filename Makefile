@@ -51,7 +51,7 @@ demo: setup ## Train example 01 until it has grown; the report is runs/demo/repo
 PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --timeout=900
 # Being measured slows all Python down, so only the tests of what is measured are.
 MEASURED := contracts services/tamiyo services/tolaria
-MEASURED_TESTS := $(MEASURED:%=tests/unit/esper/%)
+MEASURED_TESTS := $(MEASURED:%=tests/unit/esper/%) tests/unit/esper_operator
 
 # Built before the tests run: within one, its time would be up.
 .PHONY: programs
@@ -61,11 +61,12 @@ programs: setup ## Build the programs of a Kubernetes control plane (once on a m
 .PHONY: test
 test: programs ## Run every test; unit coverage of contracts, decisions and gates must reach 90 %
 	@rm -f .coverage .coverage.*
-	@$(PYTEST) --cov-report= $(MEASURED:%=--cov=esper/%) $(MEASURED_TESTS)
+	@$(PYTEST) --cov-report= $(MEASURED:%=--cov=esper/%) --cov=esper_operator $(MEASURED_TESTS)
 	@$(BIN)/coverage report
 	@$(BIN)/coverage report --include='esper/contracts/*' --fail-under=90
 	@$(BIN)/coverage report --include='esper/services/tamiyo/*' --fail-under=90
 	@$(BIN)/coverage report --include='esper/services/tolaria/gates.py' --fail-under=90
+	@$(BIN)/coverage report --include='operator/esper_operator/decisions/*' --fail-under=90
 	@$(PYTEST) $(MEASURED_TESTS:%=--ignore=%) tests
 
 .PHONY: verify

@@ -249,7 +249,7 @@ async def _session(
         progress = replace(progress, snapshot=found.snapshot, told=run.told(session))
         records = SeedBook.from_state(found.snapshot.state["book"]).records.values()
         # With the checkpoint's name: restarts are counted by it.
-        report.resumed(records, run.transitions(session), found.written)
+        report.resumed(records, run.transitions(session), found.written, run.last_row())
     tolaria = TolariaService()
     observers: list[Observer] = [log, status]
     if shown.health is not None:

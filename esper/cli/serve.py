@@ -25,6 +25,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="D",
         help="tolaria: where the run writes, and goes on (default: runs/<session>)",
     )
+    command.add_argument(
+        "--session",
+        metavar="UID",
+        help="tamiyo: decide for this session only (default: for all of redis.namespace)",
+    )
 
 
 def execute(arguments: argparse.Namespace, config: EsperConfig) -> int:
@@ -37,6 +42,8 @@ def execute(arguments: argparse.Namespace, config: EsperConfig) -> int:
     from esper.cli import serving
     from esper.errors import BadInput
 
+    if arguments.session is not None and arguments.service != "tamiyo":
+        raise BadInput("--session", arguments.session, "with tamiyo only")
     if arguments.service == "tolaria":
         if arguments.file is None:
             raise BadInput("FILE", "nothing", "the manifest of the session that tolaria trains")
@@ -44,9 +51,7 @@ def execute(arguments: argparse.Namespace, config: EsperConfig) -> int:
     for name in ("file", "output_dir"):
         if getattr(arguments, name) is not None:
             raise BadInput("FILE, --output-dir", str(getattr(arguments, name)), "with tolaria only")
-    serve = {
-        "urza": serving.serve_urza,
-        "tezzeret": serving.serve_tezzeret,
-        "tamiyo": serving.serve_tamiyo,
-    }[arguments.service]
+    if arguments.service == "tamiyo":
+        return serving.serve_tamiyo(config, arguments.session)
+    serve = {"urza": serving.serve_urza, "tezzeret": serving.serve_tezzeret}[arguments.service]
     return serve(config)

@@ -59,13 +59,17 @@ def serve_urza(config: EsperConfig) -> int:
     return 0
 
 
-def serve_tamiyo(config: EsperConfig) -> int:
-    """The controller of a namespace, until a signal stops it."""
+def serve_tamiyo(config: EsperConfig, session: str | None = None) -> int:
+    """The controller of a namespace, or of the session of that uid, until a signal stops it.
+
+    Raises:
+        BadInput: `session` is no uid that a message may have.
+    """
     from esper.services.tamiyo.main import TamiyoService
 
     async def life() -> None:
         closing = Closing()
-        async with bus_elsewhere(config, None, closing) as bus:
+        async with bus_elsewhere(config, session, closing) as bus:
             service = TamiyoService(bus, lasting=True)
             checks: dict[str, Check] = {"redis.url": lambda: bus_answers(bus)}
             await attend("tamiyo", service, checks, config, closing)

@@ -63,8 +63,6 @@ class Reason(StrEnum):
     FINISHED = "Finished"
 
     # -- how an attempt ended -----------------------------------------------------------------
-    WORKER_FAILED = "WorkerFailed"
-    JOB_FAILED = "JobFailed"
     JOB_DELETED = "JobDeleted"
     DISRUPTED = "Disrupted"
     INTERRUPTED_TOO_OFTEN = "InterruptedTooOften"

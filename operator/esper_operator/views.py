@@ -113,7 +113,6 @@ class SessionView:
     name: str
     uid: str
     generation: int
-    created: float
     deleting: bool
     spec_text: bytes = field(repr=False)
     status_text: bytes = field(default=b"{}", repr=False)
@@ -127,7 +126,6 @@ class SessionView:
             name=meta["name"],
             uid=meta["uid"],
             generation=int(meta.get("generation", 1)),
-            created=seconds_of(meta.get("creationTimestamp")) or 0.0,
             deleting=meta.get("deletionTimestamp") is not None,
             spec_text=canonical_json(data["spec"]),
             status_text=canonical_json(data.get("status") or {}),
@@ -170,8 +168,6 @@ class JobView:
     deleting: bool = False
     suspended: bool = False
     completions: int = 1
-    active: int = 0
-    """Pods that are pending or running."""
     started: float | None = None
     """Since when it has not been suspended."""
     finished: float | None = None
@@ -202,7 +198,6 @@ class JobView:
             deleting=meta.get("deletionTimestamp") is not None,
             suspended=bool(spec.get("suspend")),
             completions=int(spec.get("completions") or 1),
-            active=int(status.get("active") or 0),
             started=seconds_of(status.get("startTime")),
             finished=None if end is None else seconds_of(end.get("lastTransitionTime")),
             complete=done is not None,
@@ -421,7 +416,6 @@ class KernelView:
     name: str
     uid: str
     generation: int
-    created: float
     deleting: bool
     blueprint: str
     session: str
@@ -439,7 +433,6 @@ class KernelView:
             name=meta["name"],
             uid=meta["uid"],
             generation=int(meta.get("generation", 1)),
-            created=seconds_of(meta.get("creationTimestamp")) or 0.0,
             deleting=meta.get("deletionTimestamp") is not None,
             blueprint=intern(data["spec"]["blueprint"]),
             session=_label(data, SESSION_LABEL),

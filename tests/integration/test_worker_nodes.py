@@ -25,31 +25,33 @@ from esper.contracts.enums import SeedState, SessionOutcome
 from esper.contracts.messages import TopicNames
 from esper.contracts.operational import SessionSnapshot
 from esper.services.oona_client import OonaClient
+from esper.services.tolaria.checkpoint_manifest import attempt_of, newest_first
 from esper.services.urza.auth import Role
 from esper.services.urza.http_client import HttpUrza
 from esper.services.urza.http_objects import HubObjects
 from tests.integration.processes import ROOT
 from tests.integration.spirals import SESSION, SPIRALS, changed
 from tests.integration.test_services import timeless
-from tools.stack import Stack
+from tools.stack import DATABASE, Stack
 
 pytestmark = pytest.mark.xdist_group("services")
 
 NAMESPACE = "default"
-SECONDS = 180
+SECONDS = 600
 
 
 class Session:
     """A session as the operator has it: its manifest, and what opens the hub and the bus to it."""
 
-    def __init__(self, folder: Path, stack: Stack) -> None:
+    def __init__(self, folder: Path, stack: Stack, *, nodes: int = 2, epochs: int = 8) -> None:
         self.uid = str(uuid4())
         self.folder = folder
         self.stack = stack
         manifest = changed(
             SESSION,
             metadata={"name": "spirals", "namespace": NAMESPACE, "uid": self.uid},
-            spec__workers={"replicas": 2},
+            spec__workers={"replicas": nodes},
+            spec__training__epochs=epochs,
         )
         (folder / "spirals.py").write_text(SPIRALS)
         self.manifest = folder / "session.yaml"
@@ -87,6 +89,14 @@ class Session:
             "ESPER_TOLARIA__REPUBLISH_SECONDS": "1",
             "ESPER_TOLARIA__KERNEL_POLL_SECONDS": "0.2",
         }
+
+    def reaches(self, name: str, pods: list[subprocess.Popen[str]]) -> None:
+        """Wait until the hub has a checkpoint whose name begins so."""
+        end = time.monotonic() + SECONDS
+        while not any(name in found for found in self.objects("checkpoints")):
+            assert time.monotonic() < end
+            assert [pod.poll() for pod in pods] == [None] * len(pods)
+            time.sleep(0.05)
 
     def pod(self, index: int, attempt: int) -> subprocess.Popen[str]:
         """`esper worker` as the pod of that index runs it."""
@@ -158,11 +168,7 @@ def test_two_pods_that_are_lost_and_come_again_train_as_one_node_does(
     assert status == 0, err
     session = Session(tmp_path, stack)
     first = [session.pod(index, attempt=1) for index in (0, 1)]
-    end = time.monotonic() + SECONDS
-    while not any("epoch-000003" in name for name in session.objects("checkpoints")):
-        assert time.monotonic() < end
-        assert [pod.poll() for pod in first] == [None, None]
-        time.sleep(0.05)
+    session.reaches("epoch-000003", first)
     for pod in first:
         pod.send_signal(signal.SIGKILL)
         assert ended(pod)[0] == -signal.SIGKILL
@@ -189,6 +195,8 @@ def test_two_pods_that_are_lost_and_come_again_train_as_one_node_does(
     assert {snapshot.session for snapshot in heard} == {"spirals"}
     order = [(snapshot.attempt, snapshot.sequence) for snapshot in heard]
     assert order == sorted(set(order))
+    again = next(snapshot for snapshot in heard if snapshot.attempt == 2)
+    assert again.epoch >= 3, "it begins where the checkpoint stands"
     last = heard[-1]
     assert (last.attempt, last.outcome) == (2, SessionOutcome.SUCCEEDED)
     assert (last.epoch, last.epochs, last.processes) == (8, 8, 2)
@@ -206,6 +214,46 @@ def test_two_pods_that_are_lost_and_come_again_train_as_one_node_does(
         assert states[-4:] == ["germinated", "training", "grafting", "fossilized"]
         times = [step.time for step in fossil.transitions]
         assert times == sorted(times)
+
+
+def test_a_pod_that_was_cut_off_and_comes_back_changes_nothing(
+    stack: Stack, tmp_path: Path
+) -> None:
+    session = Session(tmp_path, stack, nodes=1, epochs=40)
+    older = session.pod(0, attempt=1)
+    session.reaches("epoch-000003", [older])
+    frozen = tree(older.pid)
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        newer = session.pod(0, attempt=2)
+        status, err = ended(newer)
+        assert status == 0, err
+        checkpoints, results = session.objects("checkpoints"), session.objects("results")
+    finally:
+        for pid in reversed(frozen):
+            os.kill(pid, signal.SIGCONT)
+    status, err = ended(older)
+    assert status == 1, err
+    assert left(tmp_path / "pod-1-0")["reason"] == "Superseded"
+    assert session.objects("results") == results
+    # One that it was writing may be whole now; it is its own, and counts less than the newer ones.
+    after = session.objects("checkpoints")
+    assert checkpoints.items() <= after.items()
+    late = {name.split("/")[1] for name in after.keys() - checkpoints.keys()}
+    assert len(late) <= 1
+    names = {name.split("/")[1] for name in after if "epoch" in name}
+    assert attempt_of(newest_first(names)[0]) == 2
+    query = f"SELECT outcome FROM training_sessions WHERE uid = '{session.uid}'"
+    assert stack.postgres.execute(query, DATABASE).strip() == "Succeeded"
+    newest = max(session.snapshots(), key=lambda one: (one.attempt, one.sequence))
+    assert (newest.attempt, newest.outcome) == (2, SessionOutcome.SUCCEEDED)
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all below it, parents first."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(found for child in children for found in tree(int(child)))]
 
 
 def write(path: Path) -> Path:

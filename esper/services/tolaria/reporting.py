@@ -6,6 +6,7 @@ lies in this process alone and changes nothing in training.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -120,9 +121,17 @@ class SessionReport:
         records: Iterable[SeedRecord],
         history: Iterable[tuple[datetime, SeedTransition]],
         written: Written,
+        row: Mapping[str, Any] | None = None,
     ) -> None:
-        """The session goes on from the checkpoint `written`, with these seeds and that history."""
+        """The session goes on from the checkpoint `written`, with these seeds and that history.
+
+        `row` is the line of metrics.jsonl of that epoch.
+        """
         with self._lock:  # it is news once the session has begun
+            self._fields["epoch"] = written.epoch
+            if row is not None:
+                # The records know the seeds better than a line of the log, which lacks numbers.
+                self._take({**row, "active": ()})
             for time, transition in history:
                 self._move(transition, time)
             for record in records:
@@ -137,24 +146,7 @@ class SessionReport:
     def epoch(self, row: Mapping[str, Any]) -> None:
         """Take over an epoch's figures; at boundaries those of layers and seeds too."""
         with self._changing():
-            for layer in row.get("layers", ()):
-                self._health[layer["layer"]] = round(100 * layer["healthScore"])
-            for wire in row.get("active", ()):
-                fields = {name: value for name, value in wire.items() if name != "reason"}
-                seen = SeedObservation.model_validate(fields)
-                self._seed(seen.layer, seen.slot).observe(seen)
-            counts = {SeedState(state): number for state, number in row["seeds"].items()}
-            self._fields |= {
-                "epoch": row["epoch"],
-                "metrics": {
-                    "trainLoss": decimal_text(row["trainLoss"]),
-                    "validationLoss": decimal_text(row["validationLoss"]),
-                    "validationMetric": decimal_text(row["validationMetric"]),
-                },
-                "parameters": row["parameters"],
-                "flops": row["flops"],
-                "seed_counts": SeedCounts.of(counts),
-            }
+            self._take(row)
 
     def transition(self, transition: SeedTransition) -> None:
         """A seed has moved."""
@@ -232,6 +224,25 @@ class SessionReport:
             yield
             self._time = self._clock()
             self.version += 1
+
+    def _take(self, row: Mapping[str, Any]) -> None:
+        for layer in row.get("layers", ()):
+            self._health[layer["layer"]] = round(100 * layer["healthScore"])
+        for wire in row.get("active", ()):
+            fields = {name: value for name, value in wire.items() if name != "reason"}
+            seen = SeedObservation.model_validate(fields)
+            self._seed(seen.layer, seen.slot).observe(seen)
+        counts = {SeedState(state): number for state, number in row["seeds"].items()}
+        names = ("trainLoss", "validationLoss", "validationMetric")
+        # A line of the log has nothing where a number was not finite.
+        values = {name: math.nan if row[name] is None else row[name] for name in names}
+        self._fields |= {
+            "epoch": row["epoch"],
+            "metrics": {name: decimal_text(value) for name, value in values.items()},
+            "parameters": row["parameters"],
+            "flops": row["flops"],
+            "seed_counts": SeedCounts.of(counts),
+        }
 
     def _seed(self, layer: str, slot: int) -> _Seed:
         new = _Seed(layer, slot, SeedState.DORMANT, 0)

@@ -106,11 +106,16 @@ class RunDirectory:
 
     def told(self, session: str) -> list[SeedTransition | SessionEvent]:
         """The transitions and events in events.jsonl, in order; after a rewind."""
-        return [_news(line, session) for line in self._events()]
+        return [_news(line, session) for line in self._lines("events.jsonl")]
+
+    def last_row(self) -> dict[str, Any] | None:
+        """The last line of metrics.jsonl, None without one; after a rewind."""
+        rows = self._lines("metrics.jsonl")
+        return rows[-1] if rows else None
 
     def transitions(self, session: str) -> list[tuple[datetime, SeedTransition]]:
         """The transitions in events.jsonl with their times, in order; after a rewind."""
-        told = ((line["time"], _news(line, session)) for line in self._events())
+        told = ((line["time"], _news(line, session)) for line in self._lines("events.jsonl"))
         return [
             (datetime.fromisoformat(time), item)
             for time, item in told
@@ -129,8 +134,8 @@ class RunDirectory:
         """Keep the result: from now on the run counts as finished."""
         write_atomically(self.path / "result.json", (json.dumps(result, indent=1) + "\n").encode())
 
-    def _events(self) -> list[dict[str, Any]]:
-        path = self.path / "events.jsonl"
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / name
         lines = path.read_bytes().splitlines() if path.exists() else []
         return [json.loads(line) for line in lines]
 

@@ -12,6 +12,8 @@ from esper_operator.views import CONTAINER, SessionView
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 QUEUE_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 RUN_FOLDER = "/var/lib/esper"
+"""Where the run's directory lies, with its pod; what outlives a pod lies elsewhere."""
+CLAIM_FOLDER = "/var/lib/esper-claim"
 
 INTERRUPTED = 75
 BAD_INPUT = (2, 78)
@@ -101,7 +103,8 @@ def _pod(
         "volumeMounts": [
             pods.settings_mount(),
             *pods.temporary_mounts(shared_memory=True),
-            _run_mount(session, spec.storage),
+            {"name": "esper-run", "mountPath": RUN_FOLDER},
+            *_claim_mount(spec.storage),
         ],
     }
     resources = workers.resources.to_wire()
@@ -110,7 +113,8 @@ def _pod(
     volumes = [
         pods.settings_volume(names.secret(session.name)),
         *pods.temporary_volumes(shared_memory),
-        _run_volume(spec.storage),
+        {"name": "esper-run", "emptyDir": {}},
+        *_claim_volume(spec.storage),
     ]
     pod = pods.pod_spec(container, volumes, options)
     pod["restartPolicy"] = "Never"
@@ -130,26 +134,26 @@ def _arguments(session: SessionView, attempt: int, replicas: int, processes: int
     return [word for option in options.items() for word in option]
 
 
-def _run_volume(storage: StorageSpec) -> Json:
-    """Where the run's directory lies: on the session's claim, else with the pod."""
-    if storage.claim_name is not None:
-        return {
-            "name": "esper-run",
-            "persistentVolumeClaim": {"claimName": storage.claim_name},
-        }
-    return {"name": "esper-run", "emptyDir": {}}
+def _claim_volume(storage: StorageSpec) -> list[Json]:
+    """The session's claim, which others may share: below it each session has a place of its own."""
+    if storage.claim_name is None:
+        return []
+    return [{"name": "esper-claim", "persistentVolumeClaim": {"claimName": storage.claim_name}}]
 
 
-def _run_mount(session: SessionView, storage: StorageSpec) -> Json:
-    """On a claim that many sessions may share, each has a folder that no other one ever had."""
-    mount: Json = {"name": "esper-run", "mountPath": RUN_FOLDER}
-    if storage.claim_name is not None:
-        mount["subPath"] = f"{session.name}-{session.uid}"
-    return mount
+def _claim_mount(storage: StorageSpec) -> list[Json]:
+    mount = {"name": "esper-claim", "mountPath": CLAIM_FOLDER}
+    return [] if storage.claim_name is None else [mount]
 
 
 def _storage_environment(storage: StorageSpec) -> list[Json]:
-    """The keys of `storage.uri`: no settings file can take them from a Secret of the user's."""
+    """Where checkpoints and results go, and the keys of a bucket.
+
+    No settings file can take those from a Secret of the user's.
+    """
+    if storage.uri is None:
+        place = "hub" if storage.claim_name is None else f"file://{CLAIM_FOLDER}"
+        return [{"name": "ESPER_TOLARIA__STORAGE", "value": place}]
     if storage.secret_name is None:
         return []
     return [

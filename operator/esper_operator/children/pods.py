@@ -22,7 +22,7 @@ NOT_READY_SECONDS = 60
 _USER = 65_532
 """Any but root; images need not know it."""
 _UNREACHABLE = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
-_OWN_VOLUMES = ("esper-settings", "esper-tmp", "esper-shm", "esper-run")
+_OWN_VOLUMES = ("esper-settings", "esper-tmp", "esper-shm", "esper-run", "esper-claim")
 
 _KEPT_SECURITY = {"runAsUser", "runAsGroup", "fsGroup", "fsGroupChangePolicy", "supplementalGroups"}
 """What `extra.securityContext` may say: who the pod is, as long as that is not root."""

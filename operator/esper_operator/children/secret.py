@@ -46,7 +46,7 @@ def digest(session: SessionView, options: Options) -> str:
 @lru_cache(maxsize=2048)
 def _digest(namespace: str, name: str, uid: str, spec_text: bytes, options: Options) -> str:
     # Without the status, of which there are many in a session's life.
-    bare = SessionView(namespace, name, uid, 0, 0.0, deleting=False, spec_text=spec_text)
+    bare = SessionView(namespace, name, uid, 0, deleting=False, spec_text=spec_text)
     return digest_of_object(_known_by(bare, options))
 
 

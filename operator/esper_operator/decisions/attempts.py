@@ -29,6 +29,8 @@ EVIDENCE_SECONDS = 5.0
 """How long the pods of a failed Job may take to be seen: the two are watched apart."""
 DISRUPTIONS_A_JOB = 3
 """Pods that a Job may lose before a new one is quicker than its own back-off."""
+FOLLOWING = frozenset({Reason.RETRYING, Reason.INTERRUPTED})
+"""Said of a session from the end of an attempt on until the next one's workers are ready."""
 
 _FAILED_BY_RULE = "PodFailurePolicy"
 _MAX_TEXT = 1024
@@ -77,6 +79,22 @@ def due(scene: Scene) -> float:
         return decided.timestamp()
     doubled = FIRST_PAUSE * 2.0 ** min(max(scene.record.failed_attempts - 1, 0), 10)
     return decided.timestamp() + min(doubled, LONGEST_PAUSE)
+
+
+def held_up(scene: Scene) -> float:
+    """Seconds for which the Job waits for workers of the attempt before, which are being ended.
+
+    Where the operator itself has ended them, the checkpoint that they write then is the one to go
+    on from. Those of a node that is lost are not waited for longer than they may take.
+    """
+    decided, summary = scene.record.attempt_time, summary_of(scene.record)
+    if decided is None or (summary is not None and summary.reason in FOLLOWING):
+        return 0.0
+    if all(pod.over or pod.attempt >= scene.record.attempt for pod in scene.pods):
+        return 0.0
+    own = scene.spec.workers.pod_template.termination_grace_period_seconds
+    grace = scene.options.grace_seconds if own is None else own
+    return max(0.0, decided.timestamp() + grace - scene.now)
 
 
 # -- what became of a Job ---------------------------------------------------------------------

@@ -7,6 +7,9 @@
 
 A session reports as long as it makes progress. While the bus does not answer nobody can tell, so
 time runs from its return; workers that do not come up are seen without it.
+
+Disruptions may begin attempt after attempt. So that they end some time, a session has failed too
+that is active and reports nothing for as long as all of its attempts might have taken.
 """
 
 from __future__ import annotations
@@ -36,7 +39,12 @@ def bounded(scene: Scene, workers: Readiness) -> Step:
     if not suspension.is_active(scene) and scene.job is not None:
         return Step(scene, again_in=active)
     step = _progressing(scene, workers) if _has_reported(scene) else _starting(scene, workers)
-    return Step(step.scene, step.end, step.notices, soonest(active, step.again_in))
+    stalled = _stalled(scene)
+    if step.end is None and stalled is not None and stalled <= 0:
+        limit = _longest(scene)
+        message = f"no progress within {limit:.0f} s, over {scene.record.attempt} attempts"
+        return Step(scene, End(False, Reason.PROGRESS_DEADLINE_EXCEEDED, message, scene.now))
+    return Step(step.scene, step.end, step.notices, soonest(active, stalled, step.again_in))
 
 
 def _active(scene: Scene) -> float | None:
@@ -45,6 +53,24 @@ def _active(scene: Scene) -> float | None:
     if limit is None or since is None:
         return None
     return limit - scene.record.active_seconds - (scene.now - since.timestamp())
+
+
+def _stalled(scene: Scene) -> float | None:
+    """Seconds that are left for any attempt to report; None where that can't be said."""
+    since, heard = scene.record.active_since, scene.observed.hearing_since
+    if since is None or heard is None:
+        return None
+    told, written = scene.observed.snapshot, scene.record.last_heartbeat_time
+    times = [since.timestamp(), heard]
+    times += [] if told is None else [told.time.timestamp()]
+    times += [] if written is None else [written.timestamp()]
+    return max(times) + _longest(scene) - scene.now
+
+
+def _longest(scene: Scene) -> float:
+    policy = scene.spec.run_policy
+    attempt = max(policy.startup_deadline_seconds, policy.progress_deadline_seconds)
+    return float(attempt * (policy.backoff_limit + 1))
 
 
 def _starting(scene: Scene, workers: Readiness) -> Step:

@@ -6,6 +6,8 @@ few seconds; what a person waits for is written at once: its end, a checkpoint, 
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from esper.contracts.enums import SessionOutcome
 from esper.contracts.operational import SessionSnapshot
 from esper.contracts.resources import TrainingSessionStatus
@@ -17,26 +19,34 @@ FIGURES_SECONDS = 5.0
 
 
 def told(scene: Scene) -> Step:
-    """The scene with what the newest report says, or when it will be taken over.
+    """The scene with what the newest report says, or when that will be taken over.
 
-    The first report of an attempt is taken over at once, whatever the clocks of its machine say.
+    The first report of an attempt is taken over at once, whatever the clock of its machine says.
     """
     snapshot = scene.observed.snapshot
     if snapshot is None or not 0 < snapshot.attempt <= scene.record.attempt:
         return Step(scene)
+    current = snapshot.attempt == scene.record.attempt
     time = snapshot.time.replace(microsecond=0)
     written = scene.record.last_heartbeat_time
-    if written is not None and time < written:
-        return Step(scene)
-    if written is not None and not _urgent(scene.record, snapshot):
-        waiting = written.timestamp() + FIGURES_SECONDS - snapshot.time.timestamp()
-        if waiting > 0:
-            return Step(scene, again_in=waiting)
+    if written is not None and not (current and _is_past(scene, written)):
+        if time < written:
+            return Step(scene)
+        due = written.timestamp() + FIGURES_SECONDS
+        # The newest report is taken over though none may follow it, and though clocks differ.
+        waiting = due - max(scene.now, snapshot.time.timestamp())
+        if waiting > 0 and not _urgent(scene.record, snapshot):
+            return Step(scene, again_in=min(waiting, FIGURES_SECONDS))
     fields = snapshot.observed()
     # Else a report that an earlier attempt has left would pass for a sign of this one.
-    current = snapshot.attempt == scene.record.attempt
     fields["last_heartbeat_time"] = time if current else written
     return Step(scene.recorded(**fields))
+
+
+def _is_past(scene: Scene, written: datetime) -> bool:
+    """Whether the report that was written last is one of an attempt before."""
+    decided = scene.record.attempt_time
+    return decided is not None and written <= decided
 
 
 def _urgent(record: TrainingSessionStatus, snapshot: SessionSnapshot) -> bool:

@@ -141,41 +141,45 @@ def _within_deadlines(scene: Scene) -> Step:
 
 def _going_on(step: Step) -> Plan:
     scene = step.scene
-    grown = seeds.planned(scene.observed)
-    status = _status(scene, standing.conditions(scene))
     if suspension.is_asked(scene):
-        return Plan(
-            status=status,
-            delete=(*_deleted(scene.jobs), *_own_controller_removed(scene), *grown.delete),
-            apply=grown.apply,
-            child_statuses=grown.statuses,
-            notices=step.notices,
-            again_in=soonest(step.again_in, grown.again_in),
-        )
+        return _suspended(step)
+    grown = seeds.planned(scene.observed)
     making = _makes_job(scene)
-    apply: list[Manifest] = [*_service(scene), *_controller(scene)]
-    if making:
-        apply.append(
-            jobs.manifest(scene.session, scene.record.attempt, scene.record.replicas, scene.options)
-        )
-    past = [job for job in scene.jobs if job.attempt < scene.record.attempt]
-    pausing = attempts.due(scene) - scene.now if scene.job is None else 0.0
+    # What has failed stays for its log until the next attempt begins.
+    past = (job for job in scene.jobs if job.attempt < scene.record.attempt)
+    gone = _deleted(job for job in past if making or not job.ended)
     return Plan(
-        status=status,
-        delete=(
-            *_deleted(job for job in past if making or not job.ended),
-            *grown.delete,
+        status=_status(scene, standing.conditions(scene)),
+        delete=(*gone, *grown.delete),
+        apply=(
+            *_service(scene),
+            *_controller(scene),
+            *([_job(scene)] if making else []),
+            *grown.apply,
         ),
-        apply=(*apply, *grown.apply),
         child_statuses=grown.statuses,
         notices=step.notices,
         again_in=soonest(
             step.again_in,
             grown.again_in,
-            pausing if pausing > 0 else None,
+            _paused(scene),
             REFUSED_SECONDS if scene.observed.refusals else None,
         ),
         credentials=not has_secret(scene),
+    )
+
+
+def _suspended(step: Step) -> Plan:
+    """The plan of a session that is to have no pod; its Service and its Secret may stay."""
+    scene = step.scene
+    grown = seeds.planned(scene.observed)
+    return Plan(
+        status=_status(scene, standing.conditions(scene)),
+        delete=(*_deleted(scene.jobs), *_own_controller_removed(scene), *grown.delete),
+        apply=grown.apply,
+        child_statuses=grown.statuses,
+        notices=step.notices,
+        again_in=soonest(step.again_in, grown.again_in),
     )
 
 
@@ -263,7 +267,20 @@ def _status(scene: Scene, record: TrainingSessionStatus) -> Manifest | None:
 
 
 def _makes_job(scene: Scene) -> bool:
-    return scene.job is None and attempts.due(scene) <= scene.now and has_secret(scene)
+    if scene.job is not None or attempts.due(scene) > scene.now:
+        return False
+    return has_secret(scene) and not attempts.held_up(scene)
+
+
+def _paused(scene: Scene) -> float | None:
+    """Seconds until the attempt's Job may be made; None where it is there, or may be made now."""
+    seconds = max(attempts.due(scene) - scene.now, attempts.held_up(scene))
+    return seconds if seconds > 0 and scene.job is None else None
+
+
+def _job(scene: Scene) -> Manifest:
+    record = scene.record
+    return jobs.manifest(scene.session, record.attempt, record.replicas, scene.options)
 
 
 def _service(scene: Scene) -> tuple[Manifest, ...]:

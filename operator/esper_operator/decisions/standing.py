@@ -5,14 +5,11 @@ from __future__ import annotations
 from esper.contracts.resources import Condition, TrainingSessionStatus
 from esper_operator.children import names
 from esper_operator.conditions import Kind, Reason, Truth, condition, merged
-from esper_operator.decisions import controller, suspension
+from esper_operator.decisions import attempts, controller, suspension
 from esper_operator.decisions.ends import End
 from esper_operator.decisions.scene import Scene
 from esper_operator.decisions.workers import Readiness, num_ready, readiness
 from esper_operator.status import changed, summary_of
-
-_STAYING = frozenset({Reason.RETRYING, Reason.INTERRUPTED})
-"""Said of an attempt until the next one's workers are ready."""
 
 
 def conditions(scene: Scene) -> TrainingSessionStatus:
@@ -78,7 +75,7 @@ def _summary(scene: Scene, workers: Readiness) -> tuple[str, str]:
     if scene.job is not None and scene.record.interrupted_pods:
         lost = len(scene.record.interrupted_pods)
         return Reason.INTERRUPTED, f"{lost} pods were ended from outside; {workers.message}"
-    if before is not None and before.reason in _STAYING:
+    if before is not None and before.reason in attempts.FOLLOWING:
         return before.reason, before.message
     if scene.job is None and (before is None or before.reason == Reason.CREATED):
         return Reason.CREATED, workers.message

@@ -83,11 +83,7 @@ def has_secret(scene: Scene) -> bool:
     name = names.secret(scene.session.name)
     wanted = secret.digest(scene.session, scene.options)
     return any(
-        meta.kind == "Secret"
-        and meta.name == name
-        and meta.digest == wanted
-        and meta.session_uid == scene.session.uid
-        and not meta.deleting
+        meta.kind == "Secret" and meta.name == name and meta.digest == wanted and not meta.deleting
         for meta in scene.observed.metas
     )
 

@@ -249,7 +249,7 @@ def blueprint(content: dict[str, Any], **fields: Any) -> BlueprintView:
 
 def kernel(name: str, content: dict[str, Any], **fields: Any) -> KernelView:
     """A CompiledKernel with that spec."""
-    given = {"uid": "kernel-1", "generation": 1, "created": NOW - 60, "deleting": False}
+    given = {"uid": "kernel-1", "generation": 1, "deleting": False}
     given |= {"session": "digits", "session_uid": UID, **fields}
     status = canonical_json(given.pop("status", {}))
     text = canonical_json(content)

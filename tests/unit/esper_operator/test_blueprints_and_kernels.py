@@ -110,7 +110,11 @@ def test_a_blueprint_that_cannot_be_is_refused_with_its_field(
 def test_what_the_hub_refuses_shows_and_is_tried_again_later() -> None:
     said = Said("Unauthorized", "the token has ended")
     plan = blueprints.decide(BlueprintObserved(blueprint(AFFINE), NOW, refused=said), OPTIONS)
-    assert told(plan, BlueprintStatus)[1] == ("False", "Refused", "Unauthorized: the token has ended")
+    assert told(plan, BlueprintStatus)[1] == (
+        "False",
+        "Refused",
+        "Unauthorized: the token has ended",
+    )
     assert plan.submit is not None
     assert plan.again_in == 60
 
@@ -373,5 +377,3 @@ def test_a_session_may_ask_for_so_many(owned: int, made: int) -> None:
 def test_a_session_that_is_being_deleted_may_ask_for_nothing() -> None:
     observed = RequestsObserved(session(deleting=True), (request(),))
     assert requests.decide(observed, OPTIONS) == Plan()
-
-

@@ -252,26 +252,45 @@ def test_who_the_pod_is_may_be_said() -> None:
     assert security["securityContext"]["runAsNonRoot"] is True
 
 
-def test_without_a_claim_the_run_lies_with_the_pod() -> None:
-    assert {"name": "esper-run", "emptyDir": {}} in pod_of(worker())["volumes"]
-    claimed = pod_of(worker(storage={"claimName": "shared"}))
-    claim = {"name": "esper-run", "persistentVolumeClaim": {"claimName": "shared"}}
-    assert claim in claimed["volumes"]
-    mounts = {m["name"]: m for m in claimed["containers"][0]["volumeMounts"]}
-    assert mounts["esper-run"]["subPath"] == f"digits-{UID}"
+@pytest.mark.parametrize(
+    ("storage", "place"),
+    [
+        ({}, "hub"),
+        ({"claimName": "shared"}, "file:///var/lib/esper-claim"),
+        ({"uri": "s3://bucket"}, None),
+    ],
+)
+def test_what_outlives_a_pod_lies_elsewhere(storage: dict[str, Any], place: str | None) -> None:
+    pod = pod_of(worker(storage=storage))
+    (container,) = pod["containers"]
+    values = {item["name"]: item.get("value") for item in container["env"]}
+    assert values.get("ESPER_TOLARIA__STORAGE") == place
+    EsperConfig.load(environment={"ESPER_TOLARIA__STORAGE": place or ""})
+    mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert volumes[mounts["/var/lib/esper"]]["emptyDir"] == {}
+    claim = volumes.get(mounts.get("/var/lib/esper-claim", ""))
+    if "claimName" in storage:
+        assert claim is not None
+        assert claim["persistentVolumeClaim"] == {"claimName": "shared"}
+    else:
+        assert claim is None
 
 
 def test_keys_of_a_bucket_come_from_the_users_own_secret() -> None:
     (container,) = pod_of(worker(storage={"uri": "s3://b", "secretName": "keys"}))["containers"]
-    taken = {i["name"]: i["valueFrom"]["secretKeyRef"] for i in container["env"] if "valueFrom" in i}
+    taken = {
+        i["name"]: i["valueFrom"]["secretKeyRef"] for i in container["env"] if "valueFrom" in i
+    }
     assert taken["ESPER_STORAGE__SECRET_ACCESS_KEY"] == {
         "name": "keys",
         "key": "secretAccessKey",
         "optional": True,
     }
-    EsperConfig.load(environment=dict.fromkeys(taken, "us-east-1") | {
-        "ESPER_STORAGE__ENDPOINT_URL": "http://store:9000"
-    })
+    EsperConfig.load(
+        environment=dict.fromkeys(taken, "us-east-1")
+        | {"ESPER_STORAGE__ENDPOINT_URL": "http://store:9000"}
+    )
 
 
 # -- Secrets ----------------------------------------------------------------------------------

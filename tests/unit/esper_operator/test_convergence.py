@@ -125,6 +125,21 @@ def test_a_crash_after_any_write_changes_nothing_of_the_outcome(behaviour: str) 
         check_rest(world)
 
 
+def test_a_cluster_that_evicts_for_ever_does_not_hold_a_session_for_ever() -> None:
+    policy = {"startupDeadlineSeconds": 120, "progressDeadlineSeconds": 120, "backoffLimit": 1}
+    world = World({**SECTIONS, "runPolicy": policy}, behaviour="hangs")
+    began = world.now
+    world.settle()
+    while summary(world)[0] == "Unknown":
+        world.settle()
+        for pod in world.alive():
+            world.disrupt(pod)
+        world.step(1.0)
+        assert world.now < began + 1000
+    assert world.statuses[-1].failed_attempts == 0
+    assert summary(world) == ("False", "ProgressDeadlineExceeded")
+
+
 def pick(world: World, number: int) -> dict[str, Any] | None:
     pods = sorted(world.alive(), key=lambda pod: str(pod["metadata"]["name"]))
     return pods[number % len(pods)] if pods else None

@@ -233,3 +233,26 @@ def test_a_hub_that_does_not_answer_shows_and_ends_the_session_in_time() -> None
         now=NOW + 5000,
     )
     assert summary(late) == ("False", "CredentialsMissing")
+
+
+@pytest.mark.parametrize(
+    ("since", "told", "ended"),
+    [(599, 5000, False), (600, 5000, True), (5000, 599, False), (5000, 600, True)],
+)
+def test_disruptions_without_any_progress_end_some_time(
+    since: float, told: float, ended: bool
+) -> None:
+    view = session(runPolicy=POLICY)
+    status = running(
+        view,
+        attempt=40,
+        attempt_time=datetime_of(NOW - 3),
+        active_since=datetime_of(NOW - since),
+        last_heartbeat_time=datetime_of(NOW - told),
+        disruptions=99,
+    )
+    plan = decided(session(runPolicy=POLICY, status=status), jobs=(job(view, 40, created=NOW - 2),))
+    assert (summary(plan) == ("False", "ProgressDeadlineExceeded")) is ended
+    if ended:
+        assert "40 attempts" in condition_of(plan, Kind.SUCCEEDED)[2]
+    assert written(plan).failed_attempts == 0

@@ -18,19 +18,21 @@ from tests.unit.esper_operator.objects import (
     written,
 )
 
-OLD = NOW - 60
+OLD = NOW
 
 
-def after(report: Any, heartbeat: float | None, **status: Any) -> Any:
+def after(report: Any, heartbeat: float | None, now: float = NOW, **status: Any) -> Any:
     """The status after a report, where the last one written had that time."""
     view = session()
     time = None if heartbeat is None else datetime_of(heartbeat)
-    record = running(view, last_heartbeat_time=time, epoch=1, **status)
+    decided_on = datetime_of(NOW - 100)
+    record = running(view, last_heartbeat_time=time, epoch=1, attempt_time=decided_on, **status)
     return decided(
         session(status=record),
         jobs=(job(view, created=NOW - 100),),
         pods=(pod(view, ready=True),),
         snapshot=report,
+        now=now,
     )
 
 
@@ -54,8 +56,16 @@ def test_figures_are_written_every_few_seconds_and_news_at_once(
 
 
 def test_figures_that_wait_are_looked_at_when_they_are_due() -> None:
-    plan = after(snapshot(time=OLD, epoch=2), OLD - 3)
-    assert plan.again_in == pytest.approx(2)
+    report = snapshot(time=OLD, epoch=2)
+    assert after(report, OLD - 3).again_in == pytest.approx(2)
+    assert written(after(report, OLD - 3, now=NOW + 1.9)).epoch == 1
+    assert written(after(report, OLD - 3, now=NOW + 2)).epoch == 2
+
+
+def test_a_clock_that_is_ahead_holds_nothing_up() -> None:
+    ahead = NOW + 3600
+    assert after(snapshot(time=ahead + 1, epoch=2), ahead).again_in == pytest.approx(4)
+    assert written(after(snapshot(time=ahead + 5, epoch=2), ahead)).epoch == 2
 
 
 @pytest.mark.parametrize(("attempt", "taken"), [(0, False), (1, True), (2, False)])
@@ -84,3 +94,22 @@ def test_every_figure_is_taken_over() -> None:
         if name != "last_heartbeat_time":
             assert getattr(status, name) == value, name
     assert status.last_heartbeat_time == datetime_of(OLD)
+
+
+def test_the_first_report_of_an_attempt_counts_though_its_clock_is_behind() -> None:
+    view = session()
+    before = NOW - 50
+    record = running(
+        view,
+        attempt=2,
+        attempt_time=datetime_of(NOW - 40),
+        last_heartbeat_time=datetime_of(before),
+        epoch=1,
+    )
+    plan = decided(
+        session(status=record),
+        jobs=(job(view, 2, created=NOW - 30),),
+        pods=(pod(view, attempt=2, ready=True),),
+        snapshot=snapshot(2, time=before - 600, epoch=2),
+    )
+    assert written(plan).epoch == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from tests.unit.esper_operator.objects import (
     deployment,
     job,
     made,
+    observed,
     pod,
     running,
     session,
@@ -180,6 +182,7 @@ def test_a_spec_that_the_contract_refuses_ends_the_session_with_the_field() -> N
     plan = decided_raw(view)
     assert summary(plan) == ("False", "InvalidSpec")
     assert "epochs" in condition_of(plan, Kind.SUCCEEDED)[2]
+    assert written(plan).observed_generation == 1
     again = session(raw_spec=broken, status=dict(plan.status or {}))
     assert decided_raw(again) == Plan()
 
@@ -297,3 +300,39 @@ def test_the_shared_controller_is_not_the_sessions_to_delete() -> None:
         tamiyo=deployment("esper-tamiyo"),
     )
     assert deleted(ended) == []
+
+
+def test_an_operator_of_a_later_release_restarts_no_pod() -> None:
+    view = session()
+    objects = {"jobs": (job(view),), "pods": (pod(view, ready=True),), "snapshot": snapshot()}
+    seen = observed(session(status=running(view)), **objects)
+    later = replace(OPTIONS, image="registry.example/esper:2", grace_seconds=90, log_level="info")
+    plan = sessions.decide(seen, later)
+    assert applied(plan) == []
+    assert deleted(plan) == []
+    assert plan.credentials  # the settings file is another one; pods read theirs once
+    assert written(plan).attempt == 1
+
+
+@pytest.mark.parametrize(("kind", "name"), [("Service", "digits-workers"), ("Secret", "")])
+def test_a_child_that_was_deleted_is_made_anew_and_its_job_goes_on(kind: str, name: str) -> None:
+    view = session()
+    left = tuple(meta for meta in made(view) if meta.kind != kind)
+    plan = decided(
+        session(status=running(view)),
+        jobs=(job(view),),
+        pods=(pod(view, ready=True),),
+        metas=left,
+    )
+    assert applied(plan) == ([f"{kind}/{name}"] if name else [])
+    assert plan.credentials is (kind == "Secret")
+    assert deleted(plan) == []
+    assert written(plan).attempt == 1
+
+
+def test_a_child_that_is_being_deleted_is_made_anew_too() -> None:
+    view = session()
+    leaving = tuple(replace(meta, deleting=True) for meta in made(view))
+    plan = decided(session(status=running(view)), jobs=(job(view),), metas=leaving)
+    assert applied(plan) == ["Service/digits-workers"]
+    assert plan.credentials

@@ -147,14 +147,14 @@ def test_time_in_a_queue_does_not_count() -> None:
 
 def test_a_queue_that_takes_its_room_back_fails_nothing_and_goes_on_later() -> None:
     view = session(runPolicy=QUEUE)
-    leaving = pod(view, deleting=True)
+    leaving = tuple(pod(view, name=name, deleting=True) for name in "abc")
     plan = decided(
         session(status=running(view), runPolicy=QUEUE),
         jobs=(job(view, suspended=True),),
-        pods=(leaving,),
+        pods=leaving,
     )
     status = written(plan)
-    assert (status.attempt, status.failed_attempts, status.disruptions) == (1, 0, 1)
+    assert (status.attempt, status.failed_attempts, status.disruptions) == (1, 0, 3)
     assert deleted(plan) == []
     admitted = decided(
         session(status=dict(plan.status or {}), runPolicy=QUEUE),
@@ -186,11 +186,19 @@ def test_another_size_is_another_attempt_that_counts_as_no_failure(before: int, 
     record = written(plan)
     assert (record.attempt, record.failed_attempts, record.disruptions) == (2, 0, 0)
     assert record.replicas == after
-    manifest = plan.apply[0]
-    assert manifest["spec"]["completions"] == after
-    arguments = manifest["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert arguments[arguments.index("--nodes") + 1] == str(after)
     assert len(deleted(plan)) == 1
+    # Its workers write a checkpoint first, from which the next ones go on.
+    assert applied(plan) == []
+    assert plan.again_in == pytest.approx(60)
+    resized = session(status=dict(plan.status or {}), workers=elastic(after), generation=2)
+    ending = tuple(pod(view, index, deleting=True) for index in range(before))
+    assert applied(decided(resized, pods=ending, now=NOW + 59)) == []
+    lost = decided(resized, pods=ending, now=NOW + 60)
+    for plan in (lost, decided(resized, pods=(pod(view, exit_code=75),), now=NOW + 5)):
+        (manifest,) = plan.apply
+        assert manifest["spec"]["completions"] == after
+        arguments = manifest["spec"]["template"]["spec"]["containers"][0]["args"]
+        assert arguments[arguments.index("--nodes") + 1] == str(after)
 
 
 def no_room(least: int | None, waited: float, placed: int = 2, **sections: Any) -> tuple[Any, Plan]:

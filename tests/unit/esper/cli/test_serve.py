@@ -37,6 +37,11 @@ def refused(capsys, argv, *said):
         (["serve", "tolaria"], "FILE"),
         (["serve", "tamiyo", "session.yaml"], "with tolaria only"),
         (["serve", "urza", "--output-dir", "D"], "with tolaria only"),
+        (["serve", "urza", "--session", "uid"], "with tamiyo only"),
+        (
+            ["serve", "tamiyo", "--session", "a:b", "--set", "redis.url=redis://127.0.0.1:1"],
+            "scope",
+        ),
         (["compile", "--kernel", "0" * 40], "hub.url"),
         (["serve", "tamiyo", "--set", "tamiyo.speed=1"], "tamiyo.speed"),
         (["serve", "tamiyo", "--set", "redis.url=http://x"], "redis.url"),

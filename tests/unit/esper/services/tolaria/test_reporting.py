@@ -167,7 +167,11 @@ def test_a_session_that_goes_on_knows_its_seeds_and_their_history() -> None:
     report = report_of()
     written = Written(where="checkpoints/epoch-000003", epoch=3, time=NOON)
     history = [(NOON, moved(S.DORMANT, S.GERMINATED)), (NOON, moved(S.GERMINATED, S.TRAINING))]
-    report.resumed([record(alpha=0.5, cycle=2)], history, written)
+    # As the log has what is not finite.
+    seen = record(measurement=MEASURED).observation().to_wire() | {"reason": "so"}
+    seen["measurement"] = {"mean": None}
+    logged = row() | {"trainLoss": None, "active": [seen]}
+    report.resumed([record(alpha=0.5, cycle=2)], history, written, logged)
     assert report.version == 0, "it is news once training begins"
     snapshot = report.snapshot()
     (seed,) = snapshot.seeds
@@ -175,6 +179,9 @@ def test_a_session_that_goes_on_knows_its_seeds_and_their_history() -> None:
     assert [step.time for step in seed.transitions] == [NOON, NOON]
     assert snapshot.checkpoint is not None
     assert snapshot.checkpoint.name == "checkpoints/epoch-000003"
+    assert (snapshot.epoch, snapshot.parameters) == (3, 150)
+    assert snapshot.metrics["trainLoss"] == "NaN"
+    assert snapshot.seed_counts.grafting == 1
 
 
 def size(snapshot: SessionSnapshot) -> int:

@@ -17,7 +17,7 @@ from redis.exceptions import ConnectionError as RedisAway
 from esper.services.urza.auth import Tokens
 from esper.services.urza.credentials import Secrets
 from esper.services.urza.redis_upkeep import RedisUpkeep
-from esper.services.urza.redis_users import RedisUsers
+from esper.services.urza.redis_users import OPERATOR_USER, RedisUsers
 from tests.unit.esper.services.urza.hubs import Clock, Place, opened
 from tests.unit.esper.services.urza.issuing import made, redis_of, until
 from tests.unit.esper.services.urza.serving import KEY, serving, settings, trained
@@ -58,8 +58,8 @@ def while_applying(users: RedisUsers, meanwhile: Any) -> None:
 
     async def late(found: Any) -> None:
         given = list(found)
-        # The hub's own first look may come only now; it finds no rows and sets nobody.
-        if given:
+        # The hub's own first look may come only now; it finds no rows, and sets the operator's.
+        if any(user.name != OPERATOR_USER for user in given):
             users.apply = apply  # type: ignore[method-assign]
             await meanwhile()
         await apply(given)
