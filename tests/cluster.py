@@ -69,6 +69,5 @@ def private_namespace(private_control_plane):
 @pytest.fixture(scope="session")
 def esper_control_plane(control_plane):
     """`control_plane` with the definitions of Esper's resources."""
-    control_plane.kubectl("apply", "--server-side", "-f", str(CRDS))
-    control_plane.kubectl("wait", "-f", str(CRDS), "--for=condition=Established", "--timeout=30s")
+    control_plane.install(CRDS)
     return control_plane

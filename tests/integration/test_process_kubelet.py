@@ -276,7 +276,10 @@ def test_init_containers_run_first_and_in_order(control_plane, namespace):
         pod("two", code, container=mount, volumes=volumes, initContainers=fails),
     )
     wait_for_phase(control_plane, namespace, "one", "Succeeded")
-    assert control_plane.kubectl("logs", "-n", namespace, "one").split() == ["first", "second"]
+    assert control_plane.kubectl("logs", "-c", "main", "-n", namespace, "one").split() == [
+        "first",
+        "second",
+    ]
     failed = wait_for_phase(control_plane, namespace, "two", "Failed")
     assert state(failed) == ("waiting", {"reason": "PodInitializing"})
     assert conditions(failed)["Initialized"] == "False"

@@ -7,10 +7,12 @@ pending until a `ProcessKubelet` runs them.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -70,6 +72,10 @@ class ControlPlane:
         return (self.etcd, self.api, self.manager)
 
     @property
+    def _kubectl_cache(self) -> Path:
+        return self.folder / "kubectl"
+
+    @property
     def admin(self) -> Path:
         """The kubeconfig of one who may do everything."""
         return self.folder / "admin.kubeconfig"
@@ -126,7 +132,7 @@ class ControlPlane:
         self, *words: str, given: str | None = None, config: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         """As `kubectl`; how it ended is for the caller to judge."""
-        cache = f"--cache-dir={self.folder / 'kubectl'}"
+        cache = f"--cache-dir={self._kubectl_cache}"
         return subprocess.run(
             [
                 str(cluster_program("kubectl")),
@@ -144,6 +150,21 @@ class ControlPlane:
     def get(self, *words: str) -> Any:
         """What `kubectl get WORDS` finds, as an object."""
         return json.loads(self.kubectl("get", *words, "-o", "json"))
+
+    def install(self, definitions: Path) -> None:
+        """Apply CustomResourceDefinitions; returns once their resources can be used."""
+        self.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(definitions))
+        self.kubectl(
+            *("wait", "-f", str(definitions), "--for=condition=Established", "--timeout=30s")
+        )
+        crds = self.get("-f", str(definitions))
+        specs = [crd["spec"] for crd in crds.get("items", [crds])]
+        with self.client() as client:
+            wait_for(
+                lambda: all(map(partial(_lists, client), specs)),
+                "the API server does not list all that it has accepted",
+            )
+        shutil.rmtree(self._kubectl_cache, ignore_errors=True)  # what it knows is out of date
 
     def create_namespace(self, name: str, labels: Mapping[str, str] | None = None) -> str:
         """Make a namespace; returns its name once pods can be made in it."""
@@ -193,7 +214,8 @@ class ControlPlane:
         `user` is whole, such as ``system:serviceaccount:NAMESPACE:NAME``; None means everyone.
         """
         lines = self.api.audit_log.read_text().splitlines()
-        events = [json.loads(line) for line in lines if line.endswith("}")]
+        # The last may be half written; what asks for no object names none.
+        events = [{"objectRef": {}, **json.loads(line)} for line in lines if line.endswith("}")]
         return [e for e in events if user is None or e["user"].get("username") == user]
 
     def _write(
@@ -214,6 +236,13 @@ class ControlPlane:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
+
+
+def _lists(client: httpx.Client, spec: Document) -> bool:
+    """Whether discovery knows the first version of a CustomResourceDefinition."""
+    found = client.get(f"/apis/{spec['group']}/{spec['versions'][0]['name']}")
+    resources = found.json()["resources"] if found.is_success else []
+    return spec["names"]["plural"] in {each["name"] for each in resources}
 
 
 def wait_for(holds: Callable[[], Any], otherwise: str, *, seconds: float = WAIT_SECONDS) -> Any:

@@ -150,6 +150,7 @@ class ApiServer(ServerProcess):
             f"--secure-port={self.port}",
             f"--advertise-address={HOST}",
             "--endpoint-reconciler-type=none",  # the address of a loopback is no endpoint
+            "--kubelet-preferred-address-types=InternalIP",  # names of nodes are looked up nowhere
             f"--cert-dir={self.folder / 'pki'}",
             f"--token-auth-file={self.folder / 'tokens.csv'}",
             "--anonymous-auth=false",

@@ -101,6 +101,10 @@ class Node:
                 for task in tasks:
                     task.cancel()
         finally:
+            # First those who would start again what ends.
+            for worker in self._tasks:
+                worker.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
             if keeper.stdin is not None:
                 keeper.stdin.close()  # without a word: it ends what is left
             await asyncio.to_thread(keeper.wait)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ class Container:
             self._ended(statuses.NEVER_STARTED, since=since, message=message, reason="StartError")
             return statuses.NEVER_STARTED
         self._running(since)
-        async with self._probed(process):
+        async with self._probed(process, paths):
             code = statuses.exit_code(await process.wait())
         message = statuses.termination_message(
             end.read_bytes() if end.is_file() else b"",
@@ -196,20 +196,21 @@ class Container:
         )
 
     @contextlib.asynccontextmanager
-    async def _probed(self, process: ContainerProcess) -> Any:
-        tasks = {asyncio.create_task(self._probe(process))}
+    async def _probed(self, process: ContainerProcess, paths: PathMap) -> AsyncIterator[None]:
+        asking = asyncio.create_task(self._probe(process, paths))
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
 
-    async def _probe(self, process: ContainerProcess) -> None:
+    async def _probe(self, process: ContainerProcess, paths: PathMap) -> None:
         """Ask whether it has started, and then whether it is alive and ready."""
         if "startupProbe" in self.spec:
             started = asyncio.Event()
-            asking = asyncio.create_task(self._asked("startupProbe", process, started.set).ask_on())
+            asking = asyncio.create_task(
+                self._asked("startupProbe", process, paths, started.set).ask_on()
+            )
             try:
                 await started.wait()
             finally:
@@ -220,10 +221,14 @@ class Container:
         async with asyncio.TaskGroup() as group:
             for name in ("livenessProbe", "readinessProbe"):
                 if name in self.spec:
-                    group.create_task(self._asked(name, process).ask_on())
+                    group.create_task(self._asked(name, process, paths).ask_on())
 
     def _asked(
-        self, name: str, process: ContainerProcess, started: Callable[[], None] | None = None
+        self,
+        name: str,
+        process: ContainerProcess,
+        paths: PathMap,
+        started: Callable[[], None] | None = None,
     ) -> Probe:
         kind = name.removesuffix("Probe")
 
@@ -240,13 +245,16 @@ class Container:
                 self._around.event("Normal", "Killing", message)
                 self._kill_later(process)
 
+        async def run(command: Sequence[str], seconds: float) -> int | None:
+            return await process.run_beside([paths.rewritten(word) for word in command], seconds)
+
         return Probe(
             self.spec[name],
             address=self._around.address,
             ports={
                 p["name"]: p["containerPort"] for p in self.spec.get("ports", ()) if "name" in p
             },
-            run=process.run_beside,
+            run=run,
             told=told,
             first=kind == "liveness",
         )

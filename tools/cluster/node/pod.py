@@ -126,10 +126,10 @@ class PodWorker:
             await self._until_the_end()
             if not self._gone:
                 await self._delete()
+            await asyncio.to_thread(self._volumes.remove)
         finally:
             writing.cancel()
             await asyncio.gather(writing, return_exceptions=True)
-            await asyncio.to_thread(self._volumes.remove)
 
     async def _until_the_end(self) -> None:
         life = asyncio.create_task(self._live())

@@ -17,7 +17,7 @@ NODE_MARK = "ESPER_NODE"
 
 _KEEPER = """
 read word; [ "$word" = done ] && exit
-while found=$(grep -lzsF "$1" /proc/[0-9]*/environ); do
+while found=$(grep -lzsF "$1" /proc/[0-9]*/environ); [ -n "$found" ]; do
   for path in $found; do path=${path#/proc/}; kill -KILL "${path%/environ}" 2>/dev/null; done
 done
 """
