@@ -28,7 +28,7 @@ COLUMNS = {
     "ts": "NAME STATE EPOCH METRIC PARAMS SEEDS FOSSILIZED WORKERS AGE",
     "seeds": "NAME SESSION LAYER STATE BLUEPRINT ALPHA HEALTH GAIN AGE",
     "bp": "NAME STATE BUILTIN PARAMS KERNELS AGE",
-    "ck": "NAME READY BLUEPRINT BYTES PARAMS AGE",
+    "ck": "NAME BLUEPRINT LAYER READY BYTES PARAMS AGE",
 }
 """What `kubectl get` shows of each kind."""
 
@@ -115,7 +115,7 @@ class Demo:
         jobs = {job["metadata"]["name"] for job in plane.get("jobs")["items"]}
         made = [k for k in ready if f"compile-{k['metadata']['name']}" in jobs]
         self._checks["a kernel made by a compile Job"] = bool(made)
-        selected = "--field-selector=spec.session={},status.state=fossilized".format(self._name)
+        selected = f"--field-selector=spec.session={self._name},status.state=fossilized"
         seeds = self._kubectl("get", "seeds", selected, "-o", "name").split()
         counted = plane.get("ts", self._name)["status"]["seeds"]["fossilized"]
         self._checks["get seeds --field-selector"] = 0 < len(seeds) == counted
