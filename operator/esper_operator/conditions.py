@@ -54,11 +54,10 @@ class Reason(StrEnum):
     CREDENTIALS_MISSING = "CredentialsMissing"
     CHILD_REFUSED = "ChildRefused"
     PODS_REFUSED = "PodsRefused"
-    WAITING_FOR_PODS = "WaitingForPods"
     UNSCHEDULABLE = "Unschedulable"
     IMAGE_PULL_FAILED = "ImagePullFailed"
     CONTAINER_REFUSED = "ContainerRefused"
-    CONTAINERS_STARTING = "ContainersStarting"
+    WORKERS_STARTING = "WorkersStarting"
     BACKING_OFF = "BackingOff"
     FINISHED = "Finished"
 

@@ -70,7 +70,3 @@ class Plan:
     """Whether its Secret has to be made, which only the hub can fill."""
     submit: Submission | None = None
     order: KernelOrder | None = None
-
-    def nothing_to_write(self) -> bool:
-        """Whether carrying it out makes no request."""
-        return self == Plan(again_in=self.again_in)

@@ -126,14 +126,17 @@ class Reconciler:
         outcome = Outcome()
         await self._order(session, memory, outcome)
         plan = sessions.decide(self._observed(session, memory), self._options)
-        first = session.status_text == NO_STATUS
         about = About(SESSION, key.namespace, key.name, session.uid)
-        there = await self._carrier.status(about, plan, outcome)
-        if there and not (first and plan.status):  # of a burst, each is acknowledged first
+        first = session.status_text == NO_STATUS and plan.status is not None
+        later = not first and tells_only(session, plan)
+        there = later or await self._carrier.status(about, plan, outcome)
+        if there and not first:  # of a burst, each is acknowledged first
             if plan.credentials:
-                secret = names.secret(key.name)
-                await self._carrier.secret(memory, secret, self._of_session(session), outcome)
+                child = names.secret(key.name)
+                await self._carrier.secret(memory, child, self._of_session(session), outcome)
             await self._carrier.rest(about, memory, plan, outcome)
+            if later and not outcome.wrote:
+                await self._carrier.status(about, plan, outcome)
         return self._settled(memory, plan, outcome)
 
     async def _order(self, session: SessionView, memory: Memory, outcome: Outcome) -> None:
@@ -308,6 +311,18 @@ class Reconciler:
             memory.busy_turns = 0
             raise WorkFailed(f"got {MAX_BUSY_TURNS} turns in a row that wrote; allowed: fewer")
         return outcome
+
+
+def tells_only(session: SessionView, plan: Plan) -> bool:
+    """Whether a plan's status is for people to read: its conditions differ, and nothing else.
+
+    It can wait until what is to be made is made; most of what it says is over by then. What counts
+    attempts, times and ends is written first, for whoever decides again after a crash.
+    """
+    if plan.status is None:
+        return False
+    before = session.status()
+    return all(before.get(k) == value for k, value in plan.status.items() if k != "conditions")
 
 
 def _named(key: Key) -> tuple[str, str, str]:

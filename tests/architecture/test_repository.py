@@ -51,7 +51,7 @@ COMMANDS = {
     "report": {"--json", "D"},
     "crds": {"--output-dir", "--check"},
     "doctor": {"--json"},
-    "serve": {"SERVICE", "FILE", "--output-dir"},
+    "serve": {"SERVICE", "FILE", "--output-dir", "--session"},
     "worker": {
         *("FILE", "--output-dir", "--processes", "--nodes", "--node-rank", "--rendezvous"),
         *("--rendezvous-id", "--local-address", "--restarts", "--termination-log", "--json"),

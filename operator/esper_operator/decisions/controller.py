@@ -32,7 +32,7 @@ def standing(
     refused = refusals.get(f"Deployment/{name}")
     if refused is not None:
         return "False", Reason.CONTROLLER_FAILED, f"Deployment {name}: {refused.message}"
-    if view is None or view.deleting:
+    if view is None or view.deleting or view.name != name:
         return "False", Reason.CONTROLLER_STARTING, f"Deployment {name} is being made"
     if view.available:
         return "True", Reason.CONTROLLER_AVAILABLE, f"Deployment {name}"

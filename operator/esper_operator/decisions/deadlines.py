@@ -41,8 +41,8 @@ def bounded(scene: Scene, workers: Readiness) -> Step:
     step = _progressing(scene, workers) if _has_reported(scene) else _starting(scene, workers)
     stalled = _stalled(scene)
     if step.end is None and stalled is not None and stalled <= 0:
-        limit = _longest(scene)
-        message = f"no progress within {limit:.0f} s, over {scene.record.attempt} attempts"
+        spent = f"{_longest(scene):.0f} s, over {scene.record.attempt} attempts"
+        message = f"no progress within {spent}"
         return Step(scene, End(False, Reason.PROGRESS_DEADLINE_EXCEEDED, message, scene.now))
     return Step(step.scene, step.end, step.notices, soonest(active, stalled, step.again_in))
 

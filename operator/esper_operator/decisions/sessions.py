@@ -148,9 +148,10 @@ def _going_on(step: Step) -> Plan:
     # What has failed stays for its log until the next attempt begins.
     past = (job for job in scene.jobs if job.attempt < scene.record.attempt)
     gone = _deleted(job for job in past if making or not job.ended)
+    unneeded = () if controller.is_dedicated(scene.spec) else _own_controller_removed(scene)
     return Plan(
         status=_status(scene, standing.conditions(scene)),
-        delete=(*gone, *grown.delete),
+        delete=(*gone, *unneeded, *grown.delete),
         apply=(
             *_service(scene),
             *_controller(scene),

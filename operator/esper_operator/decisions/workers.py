@@ -100,8 +100,7 @@ def _without_job(scene: Scene) -> Readiness:
     if attempts.due(scene) > scene.now:
         number = scene.record.attempt
         return Readiness("False", Reason.BACKING_OFF, f"attempt {number} begins after a pause")
-    if not has_secret(scene):
-        return Readiness("False", Reason.CREDENTIALS_MISSING, "the hub has not given any yet")
+    # The same for every step on the way to it: each change would be one more write a session.
     return Readiness("False", Reason.STARTING, f"Job {scene.job_name} is being made")
 
 
@@ -119,13 +118,10 @@ def _of_pods(scene: Scene, job: JobView) -> Readiness:
         if trouble is not None:
             return trouble
     pods_refused = scene.observed.refusals.get(f"Pod/{job.name}")
-    if len(living) < job.completions:
-        if pods_refused is not None:
-            return Readiness(
-                "False", Reason.PODS_REFUSED, f"Job {job.name}: {pods_refused.message}"
-            )
-        return Readiness("False", Reason.WAITING_FOR_PODS, count)
-    return Readiness("False", Reason.CONTAINERS_STARTING, count)
+    if len(living) < job.completions and pods_refused is not None:
+        text = f"Job {job.name}: {pods_refused.message}"
+        return Readiness("False", Reason.PODS_REFUSED, text)
+    return Readiness("False", Reason.WORKERS_STARTING, count)
 
 
 def _trouble(pod: PodView, before: Readiness | None) -> Readiness | None:

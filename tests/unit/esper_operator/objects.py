@@ -316,3 +316,8 @@ def applied(plan: Plan) -> list[str]:
 def deleted(plan: Plan) -> list[str]:
     """Kind and name of what a plan deletes, in order."""
     return [f"{item.kind}/{item.name}" for item in plan.delete]
+
+
+def rests(plan: Plan) -> bool:
+    """Whether carrying a plan out makes no request."""
+    return plan == Plan(again_in=plan.again_in)

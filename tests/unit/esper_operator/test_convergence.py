@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from esper_operator.status import CONTROLLER_NAME
+from tests.unit.esper_operator.objects import rests
 from tests.unit.esper_operator.world import Crash, World
 
 SECTIONS: dict[str, Any] = {
@@ -51,7 +52,7 @@ def live_on(world: World, seconds: float = LONGEST) -> None:
 def check_rest(world: World) -> None:
     """Nothing is left to write, and nothing is there twice."""
     plan = world.decide()
-    assert plan.nothing_to_write(), plan
+    assert rests(plan), plan
     unended = [job for job in world.jobs() if not job["status"].get("conditions")]
     assert unended == []
     assert len(world.jobs()) <= 1
@@ -138,6 +139,16 @@ def test_a_cluster_that_evicts_for_ever_does_not_hold_a_session_for_ever() -> No
         assert world.now < began + 1000
     assert world.statuses[-1].failed_attempts == 0
     assert summary(world) == ("False", "ProgressDeadlineExceeded")
+
+
+def test_a_session_costs_five_writes_until_its_workers_are_up() -> None:
+    world = World(SECTIONS)
+    world.settle()
+    assert world.num_writes == 5  # two of its status, Service, Secret and Job
+    world.control(world.jobs()[0])
+    world.settle()
+    assert len(world.pods) == 2
+    assert world.num_writes == 5
 
 
 def pick(world: World, number: int) -> dict[str, Any] | None:
@@ -276,7 +287,7 @@ def test_a_suspended_session_has_no_pod_and_comes_to_rest(events: list[tuple[str
     for _ in range(10):
         world.settle()
         world.step()
-    assert world.settle().nothing_to_write()
+    assert rests(world.settle())
     assert world.jobs() == [] or summary(world)[0] != "Unknown"
     assert world.alive() == []
     status = world.statuses[-1]

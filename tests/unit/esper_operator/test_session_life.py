@@ -25,6 +25,7 @@ from tests.unit.esper_operator.objects import (
     made,
     observed,
     pod,
+    rests,
     running,
     session,
     snapshot,
@@ -230,7 +231,7 @@ def test_nothing_is_written_where_nothing_has_changed() -> None:
     objects = {"jobs": (job(view),), "pods": (pod(view, ready=True),), "snapshot": snapshot()}
     first = decided(session(status=running(view)), **objects)
     second = decided(session(status=dict(first.status or {})), **objects, now=NOW + 1)
-    assert second.nothing_to_write()
+    assert rests(second)
     assert second.again_in is not None
 
 
@@ -290,6 +291,21 @@ def test_a_controller_of_its_own_is_made_with_the_session_and_goes_with_its_end(
         metas=made(view),
     )
     assert deleted(ended) == ["Deployment/digits-tamiyo"]
+
+
+def test_a_controller_of_its_own_goes_when_nobody_asks_for_it_any_more() -> None:
+    view = session()
+    own = deployment("digits-tamiyo", session_uid=view.uid)
+    plan = decided(session(status=running(view)), jobs=(job(view),), tamiyo=own)
+    assert deleted(plan) == ["Deployment/digits-tamiyo"]
+    assert condition_of(plan, Kind.CONTROLLER_READY)[1] == "ControllerStarting"
+
+
+def test_the_shared_controller_does_not_stand_for_one_of_its_own() -> None:
+    view = session(growth={"controller": {"dedicated": True}})
+    plan = decided(view, tamiyo=deployment("esper-tamiyo"))
+    assert condition_of(plan, Kind.CONTROLLER_READY)[:2] == ("False", "ControllerStarting")
+    assert "Deployment/digits-tamiyo" in applied(plan)
 
 
 def test_the_shared_controller_is_not_the_sessions_to_delete() -> None:

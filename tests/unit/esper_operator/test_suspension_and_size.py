@@ -19,6 +19,7 @@ from tests.unit.esper_operator.objects import (
     deployment,
     job,
     pod,
+    rests,
     running,
     session,
     snapshot,
@@ -55,7 +56,7 @@ def suspended(**fields: Any) -> Plan:
 
 def test_a_suspended_session_comes_to_rest() -> None:
     plan = decided(session(status=dict(suspended().status or {}), runPolicy=SUSPENDED))
-    assert plan.nothing_to_write()
+    assert rests(plan)
     assert plan.again_in is None
 
 

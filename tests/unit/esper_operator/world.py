@@ -29,7 +29,16 @@ from esper_operator.views import (
     Said,
     SessionView,
 )
-from tests.unit.esper_operator.objects import ISSUED, NAMESPACE, NOW, OPTIONS, UID, snapshot, spec
+from tests.unit.esper_operator.objects import (
+    ISSUED,
+    NAMESPACE,
+    NOW,
+    OPTIONS,
+    UID,
+    rests,
+    snapshot,
+    spec,
+)
 
 JOB_BACKOFF = 10.0
 STEP_SECONDS = 5.0
@@ -140,7 +149,7 @@ class World:
             plan = self.decide()
             if plan.credentials and not self.hub_answers and self.refusals and not plan.apply:
                 return plan
-            if plan.nothing_to_write():
+            if rests(plan):
                 return plan
             before = self._state()
             self.carry_out(plan)
@@ -240,7 +249,7 @@ class World:
         """Time passes, and every controller but the operator does its work."""
         self.now += seconds
         for job in self.jobs():
-            self._control(job)
+            self.control(job)
         for pod in list(self.pods.values()):
             self._run(pod)
 
@@ -249,7 +258,7 @@ class World:
         over = ("Succeeded", "Failed")
         return [pod for pod in self.pods.values() if pod["status"]["phase"] not in over]
 
-    def _control(self, job: Object) -> None:
+    def control(self, job: Object) -> None:
         """What the Job controller does."""
         content, status = job["spec"], job["status"]
         if status.get("conditions"):
