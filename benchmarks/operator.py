@@ -167,6 +167,7 @@ def measure_load(
         "reconcileSeconds": spread(before, after, BURST[0]),
         "queueWaitSeconds": spread(before, after, BURST[1]),
         "writes": total(after, WRITES) - total(before, WRITES),
+        "meanWriteSeconds": means(after, "esper_operator_api_write_seconds"),
         "errors": total(after, "esper_operator_reconcile_errors_total"),
         "cpuSeconds": round(process.cpu() - cpu, 2),
         "cpuSecondsOf": {n: round(s - all_cpu[n], 2) for n, s in cpu_of(world).items()},
@@ -229,6 +230,13 @@ def measure_idle(operator: OperatorProcess, process: Process) -> dict[str, Any]:
 def total(samples: Samples, name: str) -> float:
     """The sum of all samples of that name."""
     return sum(value for sample, _, value in samples if sample == name)
+
+
+def means(samples: Samples, name: str) -> dict[str, float]:
+    """The mean of a histogram by verb and kind."""
+    sums = {tuple(labels.values()): v for n, labels, v in samples if n == f"{name}_sum"}
+    counts = {tuple(labels.values()): v for n, labels, v in samples if n == f"{name}_count"}
+    return {" ".join(sorted(key)): round(sums[key] / counts[key], 4) for key in sums}
 
 
 def spread(before: Samples, after: Samples, name: str) -> dict[str, float]:

@@ -24,6 +24,8 @@ Schema = dict[str, Any]
 
 CATEGORY = "esper"
 PRESERVED: Schema = {"x-kubernetes-preserve-unknown-fields": True}
+ANY: Schema = {**PRESERVED, "nullable": True}
+"""Any JSON value: null is one too, and is not pruned."""
 INT_OR_STRING: Schema = {"x-kubernetes-int-or-string": True}
 
 _KEPT = (
@@ -162,8 +164,9 @@ def _own_keywords(node: Schema) -> Schema:
         return schema
     if "const" in node:
         schema["enum"] = [node["const"]]
-    # A fixed tuple of the IR may also be written as one number.
-    if "type" not in schema or "prefixItems" in node:
+    if "type" not in schema:
+        return {**ANY, **_annotations(schema)}
+    if "prefixItems" in node:  # a fixed tuple of the IR may also be written as one number
         return {**PRESERVED, **_annotations(schema)}
     for bound in ("Minimum", "Maximum"):
         if f"exclusive{bound}" in node:
@@ -217,7 +220,7 @@ def _union(node: Schema, branches: list[Schema], definitions: dict[str, Schema])
         merged = _one_object(parts, node["discriminator"]["propertyName"])
     else:
         merged = reduce(_either, parts)
-    extras = {key: value for key, value in _own_keywords(beside).items() if key not in PRESERVED}
+    extras = {key: value for key, value in _own_keywords(beside).items() if key not in ANY}
     return {**merged, **extras}
 
 
@@ -255,8 +258,8 @@ def _one_object(parts: list[Schema], tag: str) -> Schema:
 
 def _int_or_string(number: Schema, text: Schema) -> Schema:
     """Bounds hold for a number alone and patterns for a text alone: both can stand."""
-    bounds = {key: number[key] for key in ("minimum", "maximum") if key in number}
-    words = {key: text[key] for key in ("pattern", "minLength", "maxLength") if key in text}
+    bounds: Schema = {key: number[key] for key in ("minimum", "maximum") if key in number}
+    words: Schema = {key: text[key] for key in ("pattern", "minLength", "maxLength") if key in text}
     if "enum" in text:
         words["pattern"] = f"^({'|'.join(map(re.escape, text['enum']))})$"
     return {**INT_OR_STRING, **bounds, **words}

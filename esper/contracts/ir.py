@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic.config import JsonDict
 
 from esper.contracts.base import Contract, canonical_json, digest_of
 from esper.contracts.nodes import (
@@ -108,10 +109,17 @@ MAX_FLOPS = 10_000_000_000
 MAX_ACTIVATION_ELEMENTS = 100_000_000
 
 
+def _whole(value: object) -> object:
+    """Refuse true and 1.0, which Python takes for 1, as any reader of JSON would."""
+    if type(value) is not int:
+        raise ValueError("not a whole number")
+    return value
+
+
 class Graph(Contract):
     """Nodes in the order they are computed, and the id of the one that is the result."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Annotated[Literal[1], BeforeValidator(_whole)] = 1
     nodes: Annotated[tuple[Node, ...], Field(min_length=1, max_length=MAX_NODES)]
     output: NodeId
 
@@ -191,6 +199,14 @@ def source_of(graph: Graph) -> GraphSource:
 Window = tuple[Positive] | tuple[Positive, Positive]
 
 
+def _without_default(schema: JsonDict) -> None:
+    schema.pop("default", None)
+
+
+_BY_KIND = Field(json_schema_extra=_without_default)
+"""Another default for each kind of layer: whoever writes out a schema's defaults writes none."""
+
+
 class LayerGeometry(Contract):
     """A layer's kind and sizes, as torch names them.
 
@@ -204,9 +220,11 @@ class LayerGeometry(Contract):
     outputs: Positive
     bias: Flag = True
     kernel_size: Window | None = None
-    stride: Window = (1, 1)
-    padding: tuple[NonNegative] | tuple[NonNegative, NonNegative] | Literal["same"] = (0, 0)
-    dilation: Window = (1, 1)
+    stride: Annotated[Window, _BY_KIND] = (1, 1)
+    padding: Annotated[
+        tuple[NonNegative] | tuple[NonNegative, NonNegative] | Literal["same"], _BY_KIND
+    ] = (0, 0)
+    dilation: Annotated[Window, _BY_KIND] = (1, 1)
     groups: Positive = 1
     padding_mode: PaddingMode = "zeros"
 

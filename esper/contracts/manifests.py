@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import JsonValue, ValidationError
+from pydantic import ValidationError
 
 from esper.contracts.blueprints import BlueprintDocument, BuiltinBlueprint
 from esper.contracts.refusals import first_refusal
@@ -129,7 +129,7 @@ def session_document(resource: Resource) -> str:
     return write_document(document_data(resource))
 
 
-def document_data(resource: Resource) -> dict[str, JsonValue]:
+def document_data(resource: Resource) -> dict[str, object]:
     """What `session_document` writes, as JSON."""
     data = resource.to_wire()
     metadata = data["metadata"]

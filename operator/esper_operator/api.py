@@ -106,12 +106,15 @@ class ClusterApi:
         self,
         kind: Kind,
         namespace: str | None,
+        selecting: Mapping[str, str],
         *,
-        selector: str = "",
         metadata_only: bool = False,
     ) -> AsyncIterator[tuple[list[Object], str]]:
-        """All objects of a kind, a few hundred at a time, each time with the list's version."""
-        query = {"limit": str(CHUNK)} | ({"labelSelector": selector} if selector else {})
+        """All objects of a kind, a few hundred at a time, each time with the list's version.
+
+        `selecting` are selectors, as in ``{"labelSelector": "a=b"}``.
+        """
+        query = {"limit": str(CHUNK), **selecting}
         path = kind.path(namespace)
         accept = METADATA_LIST if metadata_only else "application/json"
         while True:
@@ -161,25 +164,27 @@ class ClusterApi:
 
     @asynccontextmanager
     async def watching(
-        self, kind: Kind, namespace: str | None, version: str, *, selector: str, seconds: int
+        self,
+        kind: Kind,
+        namespace: str | None,
+        version: str,
+        selecting: Mapping[str, str],
+        *,
+        metadata_only: bool,
     ) -> AsyncIterator[AsyncIterator[Object]]:
-        """What happens to metadata of a kind from `version` on, for so many seconds.
+        """What happens to objects of a kind from `version` on; bookmarks come along.
 
-        Bookmarks come along; `silence` ends a watch whose server has gone.
+        A watch that is silent for too long has lost its server, and ends.
         """
-        query = {
-            "watch": "true",
-            "allowWatchBookmarks": "true",
-            "resourceVersion": version,
-            "labelSelector": selector,
-            "timeoutSeconds": str(seconds),
-        }
+        query = {"watch": "true", "allowWatchBookmarks": "true", "resourceVersion": version}
+        query |= selecting
+        accept = METADATA if metadata_only else "application/json"
         limit = aiohttp.ClientTimeout(sock_connect=CONNECT_SECONDS, sock_read=WATCH_SILENCE_SECONDS)
         path = kind.path(namespace)
         what = f"WATCH {path}"
         try:
             answer = await self._request(
-                what, "GET", path, query, None, "application/json", METADATA, limit
+                what, "GET", path, query, None, "application/json", accept, limit
             )
             try:
                 if answer.status >= 400:

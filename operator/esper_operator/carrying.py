@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from esper.errors import EsperError
 from esper_operator.errors import ApiConflict, ApiNotFound, ApiRefused
@@ -17,6 +18,11 @@ from esper_operator.views import Said
 from esper_operator.work import Key
 from esper_operator.writing import Writer
 
+TURN_SECONDS = 0.05
+"""A turn that has written something makes no more children after that: while the API server is
+slow, for many want something of it, each object gets a little at a time."""
+HUB_REQUESTS, HUB_SECONDS = 6, 0.1
+"""Objects for which the hub is asked at once; others come again, and keep no worker waiting."""
 _log = logging.getLogger(__name__)
 
 
@@ -36,6 +42,11 @@ class Outcome:
 
     wrote: bool = False
     again_in: float = math.inf
+    began: float = field(default_factory=time.monotonic)
+
+    def over(self) -> bool:
+        """Whether the turn has written something and lasted long enough; the rest has the next."""
+        return self.wrote and time.monotonic() - self.began > TURN_SECONDS
 
     def soon(self, seconds: float | None) -> None:
         """Look again in so many seconds at the latest."""
@@ -57,6 +68,7 @@ class Carrier:
         self._enqueue = enqueue
         self._writer = writer
         self._store = store
+        self._asking = 0
         self._clock = clock
 
     async def status(self, about: About, plan: Plan, outcome: Outcome) -> bool:
@@ -81,18 +93,22 @@ class Carrier:
 
     async def rest(self, about: About | None, memory: Memory, plan: Plan, outcome: Outcome) -> None:
         """All but the status: what is to be gone, to be made, and to be told about the object."""
+        for notice in plan.notices:  # with the status whose news they are; the next plan has none
+            if about is not None and memory.tells(notice):
+                await self._told(about, notice)
+                outcome.wrote = True
         for deletion in plan.delete:
             kind = BY_NAME[deletion.kind]
             await self._writer.delete(kind, deletion.namespace, deletion.name, deletion.uid)
             outcome.wrote = True
         for manifest in plan.apply:
+            if outcome.over():
+                return
             await self.child(memory, manifest, outcome)
         for manifest in plan.child_statuses:
+            if outcome.over():
+                return
             await self._child_status(memory, manifest, outcome)
-        for notice in plan.notices:
-            if about is not None and memory.tells(notice):
-                await self._told(about, notice)
-                outcome.wrote = True
 
     async def child(self, memory: Memory, manifest: Manifest, outcome: Outcome) -> None:
         """Apply a child; one that is refused is remembered as that, and tried again later."""
@@ -127,9 +143,12 @@ class Carrier:
         """Apply the Secret that the hub fills; where it does not, that is remembered."""
         child = f"{SECRET.name}/{name}"
         waits = memory.waits(child, {}, self._clock())
+        if self._asking >= HUB_REQUESTS:
+            waits = max(waits, HUB_SECONDS)
         if waits > 0:
             outcome.soon(waits)
             return
+        self._asking += 1
         try:
             manifest = await asked()
         except EsperError as error:
@@ -137,6 +156,8 @@ class Carrier:
             memory.refuse(child, {}, said, self._clock(), lasting=error.permanent)
             outcome.wrote = True
             return
+        finally:
+            self._asking -= 1
         await self.child(memory, manifest, outcome)
 
     async def _child_status(self, memory: Memory, manifest: Manifest, outcome: Outcome) -> None:

@@ -65,5 +65,12 @@ WATCHED = (SESSION, BLUEPRINT, KERNEL, JOB, DEPLOYMENT, POD)
 """Those whose events come through kopf, whole."""
 BY_METADATA = (SERVICE, SECRET, SEED)
 """Those of which only metadata is read: their contents don't travel."""
+
+
+def selecting(kind: Kind) -> dict[str, str]:
+    """The selector with which objects of a kind are listed and watched."""
+    return {} if kind in OWN else {"labelSelector": MANAGED_BY}
+
+
 OWN = (SESSION, BLUEPRINT, KERNEL)
 """Those that people apply; of the rest only what the operator has made is read."""

@@ -24,7 +24,7 @@ from esper_operator.carrying import Carrier
 from esper_operator.errors import ApiRefused, ApiUnavailable, LeaseLost
 from esper_operator.health import STUCK_SECONDS, OperatorHealth
 from esper_operator.hearing import Reports
-from esper_operator.kinds import BY_METADATA, MANAGED_BY, OWN, SESSION, WATCHED, Kind
+from esper_operator.kinds import BY_METADATA, EVENT, OWN, SESSION, WATCHED, Kind, selecting
 from esper_operator.lease import Election, lasting_clock
 from esper_operator.metadata_watch import MetadataWatch
 from esper_operator.metrics import OperatorMetrics
@@ -33,11 +33,12 @@ from esper_operator.reconciling import Reconciler, work
 from esper_operator.resync import Resync
 from esper_operator.store import NAMESPACE, Store
 from esper_operator.sweeping import Sweep
-from esper_operator.views import SessionView
+from esper_operator.views import Said, SessionView
 from esper_operator.work import Key, WorkQueue
 from esper_operator.writing import Writer
 
 SHOW_SECONDS = 2.0
+NO_PODS = "reason=FailedCreate,involvedObject.kind=Job"
 SHARED_SECONDS = 1.0
 RETRY_SECONDS = 1.0
 _log = logging.getLogger(__name__)
@@ -128,6 +129,10 @@ class Leader:
                 for kind in BY_METADATA
                 for namespace in self._namespaces or (None,)
             ),
+            *(
+                MetadataWatch(self._api, EVENT, namespace, self._hear_refusal, fields=NO_PODS).run()
+                for namespace in self._namespaces or (None,)
+            ),
             self._resync.run(),
             self._reports.run(self._bus),
             self._sweep.run(),
@@ -156,9 +161,8 @@ class Leader:
                 return
 
     async def _list(self, kind: Kind, namespace: str | None) -> None:
-        selector = "" if kind in OWN else MANAGED_BY
         chunks = self._api.chunks(
-            kind, namespace, selector=selector, metadata_only=kind in BY_METADATA
+            kind, namespace, selecting(kind), metadata_only=kind in BY_METADATA
         )
         async for chunk, _ in chunks:
             for found in chunk:
@@ -176,6 +180,13 @@ class Leader:
         meta = found["metadata"]
         own = Key(kind.name, meta["namespace"], meta["name"]) if kind in OWN else None
         self._enqueue(keys, own)
+
+    def _hear_refusal(self, kind: Kind, event: str | None, found: Object) -> None:
+        """The Job controller tells that it can make no pods of a Job."""
+        if event != "DELETED":  # which it is by its age
+            about = found["involvedObject"]
+            said = Said(str(found["reason"]), str(found.get("message", "")))
+            self._enqueue(self._store.refuse_pods(about["namespace"], about["name"], said))
 
     def _enqueue(self, keys: Iterable[Key], own: Key | None = None) -> None:
         """Have the keys looked at; `own` is that of an object that somebody has changed."""

@@ -1,6 +1,7 @@
 """A watch of metadata alone, for kinds of which contents are none of the operator's business.
 
-Secrets stay where they are, and the many Seeds cost a few hundred bytes each.
+Secrets stay where they are, and the many Seeds cost a few hundred bytes each. The same watch hears,
+whole, what the cluster tells of Jobs that can make no pods.
 """
 
 from __future__ import annotations
@@ -25,8 +26,22 @@ _log = logging.getLogger(__name__)
 class MetadataWatch:
     """Watches one kind, in one namespace or in all, and hands what it hears on."""
 
-    def __init__(self, api: ClusterApi, kind: Kind, namespace: str | None, hear: Hear) -> None:
-        """`hear` gets the kind, the event's type (None: from a list) and the object."""
+    def __init__(
+        self,
+        api: ClusterApi,
+        kind: Kind,
+        namespace: str | None,
+        hear: Hear,
+        *,
+        fields: str | None = None,
+    ) -> None:
+        """`hear` gets the kind, the event's type (None: from a list) and the object.
+
+        Without `fields` it is about metadata of what the operator has made; with them about whole
+        objects, of anybody's, whose fields are as they say.
+        """
+        self._query = {"labelSelector": MANAGED_BY} if fields is None else {"fieldSelector": fields}
+        self._metadata_only = fields is None
         self._api = api
         self._kind = kind
         self._namespace = namespace
@@ -47,14 +62,15 @@ class MetadataWatch:
     async def _watch(self) -> None:
         if self._version is None:
             async for chunk, version in self._api.chunks(
-                self._kind, self._namespace, selector=MANAGED_BY, metadata_only=True
+                self._kind, self._namespace, self._query, metadata_only=self._metadata_only
             ):
                 for found in chunk:
                     self._hear(self._kind, None, found)
                 self._version = version
         assert self._version is not None, "a list has at least one chunk"
+        query = {**self._query, "timeoutSeconds": str(SERVER_SECONDS)}
         async with self._api.watching(
-            self._kind, self._namespace, self._version, selector=MANAGED_BY, seconds=SERVER_SECONDS
+            self._kind, self._namespace, self._version, query, metadata_only=self._metadata_only
         ) as events:
             async for event in events:
                 self._take(event)

@@ -81,6 +81,7 @@ GRANTS = (
     Grant(SERVICE, _MADE, "the name under which workers meet"),
     Grant(SECRET, _SEEN, "whether it is there, its metadata alone"),
     Grant(SECRET, _MADE, "what opens the hub and the bus to a session"),
+    Grant(EVENT, _SEEN, "why no pods can be made of a Job"),
     Grant(EVENT, ("create",), "what `kubectl describe` tells"),
 )
 """In each namespace that the operator serves."""

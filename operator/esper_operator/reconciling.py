@@ -1,7 +1,7 @@
 """One object at a time: what is known of it, a pure decision, and what that asks for.
 
-A turn carries out one plan. If that wrote anything, the object lines up again behind the others: a
-session with much to be made does not keep the rest waiting.
+A turn carries out one plan, or what of it fits into a moment. If that wrote anything, the object
+lines up again behind the others: a session with much to be made does not keep the rest waiting.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from esper_operator.views import JobView, MetaView, PodView, Said, SessionView
 from esper_operator.work import Key, WorkQueue
 
 NO_STATUS = b"{}"
-MAX_BUSY_TURNS = 50
+MAX_BUSY_TURNS = 500
 """Turns in a row that may write; a decision that never comes to rest is at fault."""
 _log = logging.getLogger(__name__)
 
@@ -162,17 +162,19 @@ class Reconciler:
     def _observed(self, session: SessionView, memory: Memory) -> Observed:
         own = self._store.deployment(session.namespace, names.tamiyo(session.name))
         shared = self._store.deployment(session.namespace, names.TAMIYO)
+        jobs = self._store.children(session.uid, JobView)
+        no_pods = {f"Pod/{job.name}": self._store.pod_refusal(job) for job in jobs}
         return Observed(
             session=session,
             now=self._clock(),
-            jobs=self._store.children(session.uid, JobView),
+            jobs=jobs,
             pods=self._store.children(session.uid, PodView),
             metas=self._store.children(session.uid, MetaView),
             tamiyo=own or shared,
             snapshot=self._reports.snapshot(session.uid),
             seed_statuses=memory.child_statuses,
             seed_times=memory.child_times,
-            refusals=memory.refusals(),
+            refusals=memory.refusals() | {k: said for k, said in no_pods.items() if said},
             hearing_since=self._reports.hearing_since,
         )
 

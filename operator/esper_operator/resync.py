@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from esper_operator.api import ClusterApi, Object
 from esper_operator.errors import ApiRefused, ApiUnavailable
-from esper_operator.kinds import BY_METADATA, MANAGED_BY, OWN, WATCHED, Kind
+from esper_operator.kinds import BY_METADATA, WATCHED, Kind, selecting
 from esper_operator.store import Name, Store
 from esper_operator.work import Key
 
@@ -119,9 +119,8 @@ class Resync:
     ) -> dict[Name, tuple[str, int]]:
         """What the API server holds and the store has not seen; what is gone is dropped."""
         listed: dict[Name, tuple[str, int]] = {}
-        selector = "" if kind in OWN else MANAGED_BY
         async for chunk, _ in self._api.chunks(
-            kind, namespace, selector=selector, metadata_only=True
+            kind, namespace, selecting(kind), metadata_only=True
         ):
             for found in chunk:
                 listed |= _held(found)

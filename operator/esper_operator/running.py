@@ -88,9 +88,9 @@ async def _lives(election: Election, leader: Leader, metrics: OperatorMetrics, s
     return 0 if stop.set else FAILED
 
 
-async def _first(*whats: Coroutine[Any, Any, object]) -> object | None:
+async def _first(*races: Coroutine[Any, Any, object]) -> object | None:
     """What the first of these gives if it is the first to end; else None."""
-    tasks = [asyncio.create_task(what) for what in whats]
+    tasks = [asyncio.create_task(what) for what in races]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks[1:]:
         task.cancel()

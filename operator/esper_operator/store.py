@@ -32,6 +32,7 @@ from esper_operator.views import (
     KernelView,
     MetaView,
     PodView,
+    Said,
     SessionView,
 )
 from esper_operator.work import Key
@@ -70,6 +71,7 @@ class Store:
         self._children: dict[str, dict[tuple[str, Name], View]] = {}
         self._kernel_of_job: dict[str, Key] = {}
         self._name_of_session: dict[str, Name] = {}
+        self._pod_refusals: dict[str, Said] = {}
         self._deleted: OrderedDict[str, None] = OrderedDict()
 
     # What is heard
@@ -108,9 +110,22 @@ class Store:
         view = self._views[kind.name].pop(name)
         keys = self._concerned(kind, view)
         self._unlink(kind, name, view)
+        self._pod_refusals.pop(uid, None)
         return keys
 
+    def refuse_pods(self, namespace: str, job: str, said: Said) -> tuple[Key, ...]:
+        """No pods can be made of a Job, which says why; the keys that this concerns."""
+        view = self.job(namespace, job)
+        if view is None or self._pod_refusals.get(view.uid) == said:
+            return ()
+        self._pod_refusals[view.uid] = said
+        return self._concerned(JOB, view)
+
     # What is asked
+
+    def pod_refusal(self, job: JobView) -> Said | None:
+        """Why no pods can be made of a Job; None: nothing was heard."""
+        return self._pod_refusals.get(job.uid)
 
     def session(self, namespace: str, name: str) -> SessionView | None:
         """The session of that name."""

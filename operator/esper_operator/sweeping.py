@@ -70,7 +70,7 @@ class Sweep:
         gathered_at = datetime.now(UTC)
         live: dict[str, list[str]] = {namespace: [] for namespace in known}
         for served in self._served or (None,):
-            async for chunk, _ in self._api.chunks(SESSION, served, metadata_only=True):
+            async for chunk, _ in self._api.chunks(SESSION, served, {}, metadata_only=True):
                 for found in chunk:
                     meta = found["metadata"]
                     live.setdefault(meta["namespace"], []).append(meta["uid"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from esper.contracts.resources import KINDS
+from esper.contracts.resources import KINDS, CompiledKernel, TrainingSession
 from esper.utils.documents import read_documents
 from tests.integration.bad_manifests import BASES, changed
 from tools.servers.process import ServerError
@@ -74,9 +74,14 @@ def test_every_field_of_growth_is_explained(plane):
 
 
 # A node of a graph has other fields and defaults for each operation: the server writes none.
+# So have windows for each kind of layer: a kernel's are given.
 @pytest.mark.parametrize("base", sorted(BASES.keys() - {"graph"}))
 def test_the_server_fills_in_what_the_models_fill_in(plane, namespace, base):
     document = BASES[base]
+    if base == "kernel":
+        windows = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1]}
+        layer = {**document["spec"]["target"]["layer"], **windows}
+        document = changed(document, {"spec.target.layer": layer})
     applied(plane, namespace, document)
     found = plane.get("-n", namespace, document["kind"], document["metadata"]["name"])
     assert found["spec"] == model_of(document).model_validate(document).to_wire()["spec"]
@@ -89,6 +94,16 @@ def test_what_the_server_keeps_is_what_was_meant(plane, namespace, base):
     found = plane.get("-n", namespace, document["kind"], document["metadata"]["name"])
     model = model_of(document)
     assert model.model_validate(found).spec == model.model_validate(document).spec
+
+
+def test_a_kernel_for_a_layer_of_one_axis_is_read_back(plane, namespace):
+    layer = {"kind": "Conv1d", "inputs": 4, "outputs": 8, "kernelSize": 3}
+    document = changed(BASES["kernel"], {"spec.target.layer": layer})
+    applied(plane, namespace, document)
+    found = plane.get("-n", namespace, "ck", "k-1a2b")
+    kernel = CompiledKernel.model_validate(found)
+    assert kernel.spec == CompiledKernel.model_validate(document).spec
+    assert kernel.spec.target.layer.stride == (1,)
 
 
 def model_of(document):
@@ -110,6 +125,22 @@ def test_every_example_applies(plane, namespace, path):
         model = model_of(document.data)
         found = plane.get("-n", namespace, document.data["kind"], document.data["metadata"]["name"])
         assert model.model_validate(found).spec == model.model_validate(document.data).spec
+
+
+def test_null_is_a_value_for_an_argument_and_nothing_elsewhere(plane, namespace):
+    nothing = {
+        "spec.training.epochs": None,
+        "spec.runPolicy.activeDeadlineSeconds": None,
+        "spec.growth.blueprints.matchLabels.a": None,
+        "spec.workers.resources.limits.memory": None,
+    }
+    document = changed(BASES["session"], {"spec.model.arguments": {"depth": None}, **nothing})
+    # Of what it applies by itself, kubectl takes away every null before it asks.
+    plane.kubectl("create", "-n", namespace, "-f", "-", given=json.dumps(document))
+    found = plane.get("-n", namespace, "ts", "session")["spec"]
+    assert found["model"]["arguments"] == {"depth": None}
+    assert found == TrainingSession.model_validate(document).to_wire()["spec"]
+    assert found["training"]["epochs"] == 10
 
 
 def test_columns_tell_how_things_stand(plane, namespace):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -91,9 +92,10 @@ class Session:
         }
 
     def reaches(self, name: str, pods: list[subprocess.Popen[str]]) -> None:
-        """Wait until the hub has a checkpoint whose name begins so."""
+        """Wait until the hub has a whole checkpoint whose name begins so."""
         end = time.monotonic() + SECONDS
-        while not any(name in found for found in self.objects("checkpoints")):
+        whole = re.compile(rf"checkpoints/{name}.*/checkpoint\.json")
+        while not any(map(whole.fullmatch, self.objects("checkpoints"))):
             assert time.monotonic() < end
             assert [pod.poll() for pod in pods] == [None] * len(pods)
             time.sleep(0.05)

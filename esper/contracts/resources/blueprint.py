@@ -58,7 +58,12 @@ class BlueprintSpec(ResourceModel):
     graph: Annotated[Graph | None, BeforeValidator(without_nulls)] = None
     builtin: Annotated[str, Field(min_length=1, max_length=63)] | None = None
     """The name of a built-in blueprint."""
-    arguments: Annotated[dict[ArgumentName, Argument], Field(max_length=16)] | None = None
+    arguments: (
+        Annotated[
+            dict[ArgumentName, Argument], Field(max_length=16), BeforeValidator(without_nulls)
+        ]
+        | None
+    ) = None
     """Sizes and kinds of the built-in one that differ from its defaults."""
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, JsonValue, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 from esper.contracts.resources.common import (
     Labels,
@@ -16,12 +16,13 @@ from esper.contracts.resources.common import (
     Subdomain,
     refusal,
     rules,
+    without_nulls,
 )
 
 GPU = "nvidia.com/gpu"
 Free = dict[str, JsonValue]
 FreeItems = Annotated[tuple[Free, ...], Field(strict=False, max_length=64)]
-Quantities = Annotated[dict[str, Quantity], Field(max_length=16)]
+Quantities = Annotated[dict[str, Quantity], Field(max_length=16), BeforeValidator(without_nulls)]
 
 
 class EnvironmentVariable(ResourceModel):

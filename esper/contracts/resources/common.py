@@ -69,7 +69,7 @@ def refusal(field: str, came: object, allowed: str) -> PydanticCustomError:
 
 
 def without_nulls(value: object) -> object:
-    """`value` without the fields that are null, at any depth: for parts of other models.
+    """`value` without what is null, at any depth: for mappings, and for parts of other models.
 
     The API server prunes such a field before it defaults; `ResourceModel` does so by itself.
     """
@@ -142,7 +142,7 @@ ObjectName = Annotated[str, Field(min_length=1, max_length=63, pattern=LABEL_103
 Subdomain = Annotated[str, Field(min_length=1, max_length=253, pattern=SUBDOMAIN_PATTERN)]
 LabelKey = Annotated[str, Field(min_length=1, max_length=317, pattern=LABEL_KEY_PATTERN)]
 LabelValue = Annotated[str, Field(max_length=63, pattern=LABEL_VALUE_PATTERN)]
-Labels = Annotated[dict[LabelKey, LabelValue], Field(max_length=64)]
+Labels = Annotated[dict[LabelKey, LabelValue], Field(max_length=64), BeforeValidator(without_nulls)]
 Text = Annotated[str, Field(max_length=1024)]
 
 

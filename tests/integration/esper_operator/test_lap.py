@@ -61,3 +61,19 @@ def test_a_child_that_cannot_be_made_shows_as_reason_and_message(world, operator
     )
     assert condition["reason"]
     assert objects.items(JOBS) == []
+
+
+def test_pods_that_cannot_be_made_show_as_reason_and_message(world, operator, objects):
+    quota = {
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": {"name": "none"},
+        "spec": {"hard": {"pods": "0"}},
+    }
+    objects.create("/api/v1/resourcequotas", quota)
+    objects.create(SESSIONS, world.session("many"))
+    condition = wait_for(
+        lambda: "exceeded quota" in (c := objects.condition("many")).get("message", "") and c,
+        "the refusal does not show",
+    )
+    assert condition["status"] == "Unknown"

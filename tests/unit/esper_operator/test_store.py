@@ -17,7 +17,7 @@ from esper_operator.kinds import (
     Kind,
 )
 from esper_operator.store import NAMESPACE, Store
-from esper_operator.views import DeploymentView, JobView, MetaView, PodView
+from esper_operator.views import DeploymentView, JobView, MetaView, PodView, Said
 from esper_operator.work import Key
 
 OWNER = Key("TrainingSession", "team", "first")
@@ -148,6 +148,19 @@ def test_what_no_session_owns_concerns_the_namespace() -> None:
     store = Store()
     assert store.put(DEPLOYMENT, an_object(DEPLOYMENT, "esper-tamiyo")) == (SHARED,)
     assert store.put(SECRET, an_object(SECRET, "esper-tamiyo")) == (SHARED,)
+
+
+def test_why_a_job_has_no_pods_is_known_until_it_is_gone() -> None:
+    store, said = Store(), Said("FailedCreate", "exceeded quota")
+    assert store.refuse_pods("team", "job", said) == ()
+    store.put(JOB, of_session(JOB, "job"))
+    job = store.job("team", "job")
+    assert job is not None
+    assert store.refuse_pods("team", "job", said) == (OWNER,)
+    assert store.refuse_pods("team", "job", said) == ()
+    assert store.pod_refusal(job) == said
+    store.drop(JOB, of_session(JOB, "job", 2))
+    assert store.pod_refusal(job) is None
 
 
 def test_versions_are_compared_as_numbers() -> None:

@@ -339,7 +339,11 @@ def test_other_unions_become_what_a_schema_can_say() -> None:
 
 def test_json_values_and_quantities() -> None:
     arguments = _below(TrainingSession, "spec", "model", "arguments")
-    assert arguments["additionalProperties"] == {"x-kubernetes-preserve-unknown-fields": True}
+    # Null is a value here: an argument that is null is passed on as None.
+    assert arguments["additionalProperties"] == {
+        "x-kubernetes-preserve-unknown-fields": True,
+        "nullable": True,
+    }
     limits = _below(TrainingSession, "spec", "workers", "resources", "limits")
     assert limits["additionalProperties"]["x-kubernetes-int-or-string"] is True
     labels = _below(TrainingSession, "spec", "growth", "blueprints", "matchLabels")

@@ -259,3 +259,22 @@ def test_arguments_are_json_of_bounded_size(arguments: dict[str, object]) -> Non
     data["spec"]["model"]["arguments"] = arguments
     with pytest.raises(ValidationError):
         _parse(data)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "growth.blueprints.matchLabels.a",
+        "workers.podTemplate.nodeSelector.a",
+        "workers.resources.limits.memory",
+        "training.epochs",
+        "runPolicy.queueName",
+    ],
+)
+def test_null_counts_as_absent_as_it_does_for_the_api_server(path: str) -> None:
+    assert _parse(_at(path, None)).spec == _parse(_at("training.batchSize", 65536)).spec
+
+
+def test_null_is_a_value_for_an_argument() -> None:
+    spec = _parse(_at("model.arguments.depth", None)).spec
+    assert spec.model.arguments == {"depth": None}
