@@ -115,6 +115,10 @@ bench-%: setup
 services: setup ## Start Redis, Postgres, S3 and every service as processes; Ctrl-C stops them
 	@$(BIN)/python -m tools.services $(ARGUMENTS)
 
+.PHONY: cluster-api
+cluster-api: programs ## Start a control plane, the operator and a node of processes; Ctrl-C stops them
+	@$(BIN)/python -m tools.cluster_api $(ARGUMENTS)
+
 .PHONY: examples-services
 examples-services: setup ## Run each example in one process and over the services: equal to the bit
 	@$(BIN)/python -m tools.examples_services $(ARGUMENTS)

@@ -121,15 +121,7 @@ class OperatorWorld:
 
     def install(self) -> None:
         """The CustomResourceDefinitions and what the operator may do."""
-        with self.plane.client() as client:
-            if client.get(f"/api/v1/namespaces/{self.own}").status_code == httpx.codes.NOT_FOUND:
-                self.plane.create_namespace(self.own)
-        for path in sorted((SOURCES / "crds").glob("*.yaml")):
-            self.plane.kubectl("apply", "--server-side", "-f", str(path))
-        self.plane.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
-        config = OperatorConfig(namespaces=self.namespaces, lease_namespace=self.own)
-        roles = manifests(config, namespaced=bool(self.namespaces))
-        self.plane.kubectl("apply", "-f", "-", given=yaml.safe_dump_all(roles))
+        install(self.plane, own=self.own, namespaces=self.namespaces)
 
     def operator(
         self, *, through: TcpProxy | None = None, kubeconfig: Path | None = None, **settings: Any
@@ -160,6 +152,17 @@ class OperatorWorld:
             "metadata": {"name": name},
             "spec": given,
         }
+
+
+def install(plane: ControlPlane, *, own: str = OWN_NAMESPACE, namespaces: str = "") -> None:
+    """Esper's kinds, and what an operator in the namespace `own` may do."""
+    with plane.client() as client:
+        if client.get(f"/api/v1/namespaces/{own}").status_code == httpx.codes.NOT_FOUND:
+            plane.create_namespace(own)
+    plane.install(SOURCES / "crds")
+    config = OperatorConfig(namespaces=namespaces, lease_namespace=own)
+    roles = manifests(config, namespaced=bool(namespaces))
+    plane.kubectl("apply", "-f", "-", given=yaml.safe_dump_all(roles))
 
 
 class Watching:

@@ -91,10 +91,18 @@ class Stack:
     Args:
         folder: where everything is kept.
         workers: of Tezzeret.
+        tamiyo: whether there is a controller; in a cluster the operator makes it.
         settings: laid over those of every service, by section.
     """
 
-    def __init__(self, folder: Path, *, workers: int = 2, settings: Settings | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        workers: int = 2,
+        tamiyo: bool = True,
+        settings: Settings | None = None,
+    ) -> None:
         self.folder = folder.resolve()
         self._more = dict(settings or {})
         self._key = new_password() + new_password()
@@ -103,6 +111,7 @@ class Stack:
         self.s3 = S3Server(self.folder / "s3")
         self.urza = EsperProcess(self.folder / "urza", "urza", self._for_urza)
         self.tamiyo = EsperProcess(self.folder / "tamiyo", "tamiyo", self._for_tamiyo)
+        self._has_tamiyo = tamiyo
         self.workers = [
             EsperProcess(self.folder / f"tezzeret-{n}", "tezzeret", self._for_worker)
             for n in range(1, workers + 1)
@@ -111,7 +120,7 @@ class Stack:
     @property
     def services(self) -> tuple[EsperProcess, ...]:
         """Esper's own, in the order in which they start."""
-        return (self.urza, *self.workers, self.tamiyo)
+        return (self.urza, *self.workers, *([self.tamiyo] * self._has_tamiyo))
 
     @property
     def parts(self) -> dict[str, ServerProcess]:
@@ -155,6 +164,16 @@ class Stack:
             {
                 "hub": {"url": self.urza.url, "token": self.token(Role.WORKER)},
                 "redis": {"url": self.redis.url},
+            }
+        )
+
+    def for_operator(self) -> Settings:
+        """What the operator of a cluster needs: the hub, with the right to let others in."""
+        place = self.redis.url.partition("://")[2].rpartition("@")[2]
+        return self._with(
+            {
+                "hub": {"url": self.urza.url, "token": self.token(Role.ADMIN)},
+                "redis": {"url": f"redis://{place}"},
             }
         )
 

@@ -585,6 +585,30 @@ def test_a_claim_outlives_its_pods(control_plane, namespace):
     wait_for_phase(control_plane, namespace, "two", "Succeeded")
 
 
+def test_an_empty_volume_has_room_for_a_socket_and_goes_with_its_pod(control_plane, namespace):
+    code = """
+import os, pathlib, socket, tempfile
+with socket.socket(socket.AF_UNIX) as listening:
+    path = os.path.join(tempfile.mkdtemp(), 'listener-12345678')
+    listening.bind(path)
+    print(pathlib.Path(path).resolve())
+"""
+    name = "n" * 50
+    spec = {
+        "container": {
+            "env": [{"name": "TMPDIR", "value": "/tmp"}],
+            "volumeMounts": [{"name": "scratch", "mountPath": "/tmp"}],
+        },
+        "volumes": [{"name": "scratch", "emptyDir": {}}],
+    }
+    apply(control_plane, namespace, pod(name, code, **spec))
+    wait_for_phase(control_plane, namespace, name, "Succeeded")
+    path = control_plane.kubectl("logs", "-n", namespace, name).strip()
+    assert len(path) > 107
+    control_plane.kubectl("delete", "pod", "-n", namespace, name)
+    wait_for(lambda: not os.path.exists(os.path.dirname(path)), "the volume is left")
+
+
 def test_a_log_is_followed_and_its_end_read_alone(control_plane, namespace):
     code = "import time; [print(n, flush=True) or time.sleep(0.2) for n in range(5)]"
     apply(control_plane, namespace, pod("one", code))

@@ -195,12 +195,21 @@ class ControlPlane:
             answer.raise_for_status()
             return str(answer.json()["status"]["token"])
 
-    def kubeconfig(self, account: str, namespace: str, *, through: TcpProxy | None = None) -> Path:
+    def kubeconfig(
+        self,
+        account: str,
+        namespace: str,
+        *,
+        through: TcpProxy | None = None,
+        seconds: int = 3600,
+    ) -> Path:
         """A kubeconfig of a service account, on the way through a proxy if one is given."""
         way = f"-through-{through.port}" if through else ""
         path = self.folder / f"{namespace}-{account}{way}.kubeconfig"
         port = through.port if through else None
-        return self._write(path, self.token(account, namespace), namespace=namespace, port=port)
+        return self._write(
+            path, self.token(account, namespace, seconds=seconds), namespace=namespace, port=port
+        )
 
     @contextmanager
     def proxy(self) -> Iterator[TcpProxy]:

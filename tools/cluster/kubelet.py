@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,8 @@ class ProcessKubelet(ServerProcess):
         super().__init__(folder)
         self.node = node
         self._plane = plane
+        # It goes with this object.
+        self._links = tempfile.TemporaryDirectory(prefix="node-", ignore_cleanup_errors=True)
         self._settings = {
             "name": node,
             "folder": str(self.folder),
@@ -75,6 +78,7 @@ class ProcessKubelet(ServerProcess):
             },
             "capacity": dict(capacity),
             "labels": dict(labels or {}),
+            "links": self._links.name,
             "own": [str(path) for path in (SOURCES, sys.prefix, *own)],
             "backoff_seconds": backoff_seconds,
         }

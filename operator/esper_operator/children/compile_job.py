@@ -24,6 +24,7 @@ def manifest(kernel: KernelView, options: Options) -> Json:
         "args": [
             *("--kernel", kernel.name),
             *("--config", f"{pods.SETTINGS_FOLDER}/{SETTINGS_FILE}"),
+            *("--termination-log", pods.TERMINATION_LOG),
         ],
         "env": pods.environment(),
         "resources": {

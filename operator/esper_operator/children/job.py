@@ -98,6 +98,7 @@ def _pod(
         "env": [
             *pods.environment(),
             {"name": "ESPER_TOLARIA__ATTEMPT", "value": str(attempt)},
+            {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
             *_storage_environment(spec.storage),
         ],
         "volumeMounts": [
@@ -118,6 +119,8 @@ def _pod(
     ]
     pod = pods.pod_spec(container, volumes, options)
     pod["restartPolicy"] = "Never"
+    # With it the pods of an Indexed Job have names within the Service.
+    pod["subdomain"] = names.service(session.name)
     pod["terminationGracePeriodSeconds"] = options.grace_seconds
     return pods.with_template(pod, template)
 
@@ -130,6 +133,9 @@ def _arguments(session: SessionView, attempt: int, replicas: int, processes: int
         "--processes": str(processes),
         "--rendezvous": names.rendezvous(session.name, session.uid, attempt),
         "--rendezvous-id": f"{session.uid}-{attempt}",
+        # Known at once, whereas a name may take the cluster's DNS half a minute.
+        "--local-address": "$(POD_IP)",
+        "--termination-log": pods.TERMINATION_LOG,
     }
     return [word for option in options.items() for word in option]
 

@@ -16,6 +16,8 @@ from esper_operator.views import CONTAINER
 
 SETTINGS_FOLDER = "/etc/esper"
 TEMPORARY_FOLDER = "/tmp"
+TERMINATION_LOG = "/dev/termination-log"
+"""Kubernetes' own; commands are told of it, so that they need not guess that they are in a pod."""
 NOT_READY_SECONDS = 60
 """How long a pod stays on a node that does not answer."""
 

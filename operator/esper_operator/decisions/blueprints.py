@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import ValidationError
 
 from esper.contracts.assets import Blueprint as StoredBlueprint
@@ -49,7 +52,7 @@ def decide(observed: BlueprintObserved, options: Options) -> Plan:
         return Plan(to_apply(view, status), submit=submission, again_in=REFUSED_SECONDS)
     if observed.stored is None:
         return _unasked(observed, submission)
-    settled = observed.stored.state in _SETTLED
+    settled = observed.stored.state in _SETTLED or bool(_compiled(observed))
     return Plan(
         to_apply(view, _as_stored(observed, observed.stored)),
         submit=None if settled else submission,
@@ -97,7 +100,12 @@ def _as_stored(observed: BlueprintObserved, stored: StoredBlueprint) -> Blueprin
         return _status(observed, state, "False", Reason.REFUSED, "the hub has archived it")
     if state in _SETTLED:
         return _status(observed, state, "True", Reason.ACCEPTED, f"digest {stored.digest}")
-    return _status(observed, state, "Unknown", Reason.VALIDATING, "the forge has yet to try it")
+    if _compiled(observed):
+        # No worker of the forge need ever have tried it by itself: a Job has compiled it.
+        state, message = BlueprintState.CHARACTERIZED, f"digest {stored.digest}"
+        return _status(observed, state, "True", Reason.ACCEPTED, message)
+    message = "it is tried as soon as a session asks for a kernel of it"
+    return _status(observed, state, "Unknown", Reason.VALIDATING, message)
 
 
 def _status(
@@ -115,13 +123,18 @@ def _status(
     return _with_kernels(observed, _before(view), (found,), state)
 
 
+def _compiled(observed: BlueprintObserved) -> list[Mapping[str, Any]]:
+    """The statuses of its kernels that there are."""
+    return [view.status() for view in observed.kernels if view.status().get("digest")]
+
+
 def _with_kernels(
     observed: BlueprintObserved,
     before: BlueprintStatus,
     found: tuple[Condition, ...],
     state: BlueprintState,
 ) -> BlueprintStatus:
-    compiled = [view.status() for view in observed.kernels if view.status().get("digest")]
+    compiled = _compiled(observed)
     sizes = [status["parameters"] for status in compiled if "parameters" in status]
     return BlueprintStatus(
         observed_generation=observed.blueprint.generation,

@@ -70,7 +70,7 @@ def _summary(scene: Scene, workers: Readiness) -> tuple[str, str]:
     if suspension.is_queued(scene):
         queue = scene.spec.run_policy.queue_name
         return Reason.QUEUED, workers.message if queue is None else f"waits in queue {queue}"
-    if workers.ready:
+    if workers.ready or _is_ending(scene):
         return Reason.RUNNING, workers.message
     if scene.job is not None and scene.record.interrupted_pods:
         lost = len(scene.record.interrupted_pods)
@@ -80,6 +80,12 @@ def _summary(scene: Scene, workers: Readiness) -> tuple[str, str]:
     if scene.job is None and (before is None or before.reason == Reason.CREATED):
         return Reason.CREATED, workers.message
     return Reason.STARTING, workers.message
+
+
+def _is_ending(scene: Scene) -> bool:
+    """Whether a worker has ended well: the others are about to, and nothing starts any more."""
+    job = scene.job
+    return job is not None and any(pod.phase == "Succeeded" for pod in scene.pods_of(job))
 
 
 def _suspended(scene: Scene) -> Condition:

@@ -140,6 +140,20 @@ def test_a_blueprint_counts_its_kernels_and_its_smallest_size() -> None:
     assert (status.kernels, status.parameters) == (2, 200)
 
 
+def test_a_blueprint_with_a_kernel_is_accepted_though_no_worker_has_tried_it() -> None:
+    made = kernel("1" * 40, {"blueprint": "mine"}, status={"digest": "a" * 64, "parameters": 30})
+    observed = BlueprintObserved(blueprint(AFFINE), NOW, kernels=(made,), stored=stored("proposed"))
+    plan = blueprints.decide(observed, OPTIONS)
+    status, ready = told(plan, BlueprintStatus)
+    assert (status.state, status.kernels, ready[:2]) == ("characterized", 1, ("True", "Accepted"))
+    assert (plan.submit, plan.again_in) == (None, None)
+    refused = stored("failed", error="it does not compile")
+    plan = blueprints.decide(
+        BlueprintObserved(blueprint(AFFINE), NOW, kernels=(made,), stored=refused), OPTIONS
+    )
+    assert told(plan, BlueprintStatus)[0].state == "failed"
+
+
 def test_a_blueprint_that_is_being_deleted_gets_nothing() -> None:
     view = blueprint(AFFINE, deleting=True)
     assert blueprints.decide(BlueprintObserved(view, NOW), OPTIONS) == Plan()

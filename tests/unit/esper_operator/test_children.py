@@ -87,7 +87,8 @@ def test_no_secret_is_in_an_environment_or_an_argument(manifest: dict[str, Any])
     mounted = {m["mountPath"]: m for m in container["volumeMounts"]}["/etc/esper"]
     assert mounted["readOnly"] is True
     assert "/etc/esper/esper.yaml" in container["args"]
-    assert not any("valueFrom" in item for item in container["env"])
+    taken = [item["valueFrom"] for item in container["env"] if "valueFrom" in item]
+    assert not any(source.keys() - {"fieldRef"} for source in taken)
     assert "token" not in repr(container)
 
 
@@ -143,6 +144,11 @@ def test_the_attempt_is_in_the_name_the_rendezvous_and_the_environment() -> None
     assert arguments["--rendezvous"] == f"{name}-0.digits-workers:29400"
     assert arguments["--rendezvous-id"] == f"{UID}-7"
     assert (arguments["--nodes"], arguments["--processes"]) == ("2", "4")
+    # The first pod is found under that name by its subdomain alone.
+    assert pod_of(manifest)["subdomain"] == names.service("digits")
+    assert arguments["--local-address"] == "$(POD_IP)"
+    address = {"fieldRef": {"fieldPath": "status.podIP"}}
+    assert {"name": "POD_IP", "valueFrom": address} in container["env"]
     assert {"name": "ESPER_TOLARIA__ATTEMPT", "value": "7"} in container["env"]
     assert container["command"] == ["esper", "worker", "/etc/esper/session.yaml"]
     EsperConfig.load(environment={"ESPER_TOLARIA__ATTEMPT": "7"}, command_line={})
@@ -280,7 +286,9 @@ def test_what_outlives_a_pod_lies_elsewhere(storage: dict[str, Any], place: str 
 def test_keys_of_a_bucket_come_from_the_users_own_secret() -> None:
     (container,) = pod_of(worker(storage={"uri": "s3://b", "secretName": "keys"}))["containers"]
     taken = {
-        i["name"]: i["valueFrom"]["secretKeyRef"] for i in container["env"] if "valueFrom" in i
+        item["name"]: item["valueFrom"]["secretKeyRef"]
+        for item in container["env"]
+        if "secretKeyRef" in item.get("valueFrom", {})
     }
     assert taken["ESPER_STORAGE__SECRET_ACCESS_KEY"] == {
         "name": "keys",
@@ -422,6 +430,7 @@ def test_a_compile_job_is_given_up_and_cleared_away() -> None:
     assert content["ttlSecondsAfterFinished"] == OPTIONS.compile_ttl_seconds
     (container,) = content["template"]["spec"]["containers"]
     assert container["args"][:2] == ["--kernel", "5f" * 20]
+    assert container["args"][-2:] == ["--termination-log", "/dev/termination-log"]
     assert ALL["compile"]["metadata"]["ownerReferences"][0]["kind"] == "CompiledKernel"
     assert len(f"{ALL['compile']['metadata']['name']}-abcde") <= 63
 

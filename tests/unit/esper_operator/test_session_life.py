@@ -235,6 +235,16 @@ def test_nothing_is_written_where_nothing_has_changed() -> None:
     assert second.again_in is not None
 
 
+def test_a_session_whose_first_worker_has_ended_well_still_runs() -> None:
+    view = session(workers={"replicas": 2})
+    pods = (pod(view, exit_code=0), pod(view, 1, ready=True))
+    plan = decided(
+        session(status=running(view), workers={"replicas": 2}), jobs=(job(view),), pods=pods
+    )
+    summary = {item.type: item for item in written(plan).conditions}["Succeeded"]
+    assert (summary.status, summary.reason) == ("Unknown", Reason.RUNNING)
+
+
 def test_conditions_keep_the_time_of_their_transition() -> None:
     view = session()
     starting = decided(session(status=running(view)), jobs=(job(view),), pods=(pod(view),))

@@ -44,7 +44,7 @@ class Node:
 
     Args:
         settings: what `ProcessKubelet` wrote: name, kubeconfig, folder, images, capacity, labels,
-            own, backoff_seconds, port.
+            own, links, backoff_seconds, port.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -70,9 +70,10 @@ class Node:
         self._world = NodeWorld(
             api=self.api,
             folder=self.folder,
+            links=Path(settings["links"]),
             names=self._names.path,
             images=Images(known),
-            own=(self.folder, *map(Path, settings["own"])),
+            own=(self.folder, Path(settings["links"]), *map(Path, settings["own"])),
             mark=self._mark,
             backoff_seconds=settings["backoff_seconds"],
             variables={

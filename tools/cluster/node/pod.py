@@ -33,6 +33,8 @@ class NodeWorld:
 
     api: Api
     folder: Path
+    links: Path
+    """A folder with a short path."""
     names: Path
     images: Images
     own: tuple[Path, ...]
@@ -67,7 +69,12 @@ class PodWorker:
         # What a container may ask for is known from the beginning.
         seen = {**pod, "status": {**pod.get("status", {}), **known}}
         self._volumes = Volumes(
-            seen, self.folder / "volumes", claims, lookup=self._lookup, api=world.api
+            seen,
+            self.folder / "volumes",
+            world.links,
+            claims,
+            lookup=self._lookup,
+            api=world.api,
         )
         hosts = [v["hostPath"]["path"] for v in pod["spec"].get("volumes", ()) if "hostPath" in v]
         around = Surroundings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,16 +23,20 @@ class Volumes:
     Args:
         pod: the pod.
         folder: where its volumes lie.
+        links: a folder with a short path: by a link in it an empty volume is named, since a socket
+            in it, as of Python's own processes, must have a path of at most 107 characters.
         claims: where the claims of its namespace lie.
         lookup: finds Secrets and ConfigMaps.
         api: issues tokens of service accounts.
     """
 
     def __init__(
-        self, pod: Object, folder: Path, claims: Path, *, lookup: Lookup, api: Api
+        self, pod: Object, folder: Path, links: Path, claims: Path, *, lookup: Lookup, api: Api
     ) -> None:
         self._pod = pod
         self._folder = folder
+        self._links = links
+        self._linked: list[Path] = []
         self._claims = claims
         self._lookup = lookup
         self._api = api
@@ -67,6 +72,8 @@ class Volumes:
 
     def remove(self) -> None:
         """Remove what ends with the pod."""
+        for link in self._linked:
+            link.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _made(self, volume: Object) -> Path:
@@ -79,7 +86,10 @@ class Volumes:
         place = self._folder / str(volume["name"])
         place.mkdir(parents=True, exist_ok=True)
         if "emptyDir" in volume:
-            return place
+            link = self._links / secrets.token_hex(4)
+            link.symlink_to(place, target_is_directory=True)
+            self._linked.append(link)
+            return link
         if "secret" in volume:
             secret = volume["secret"]
             await self._project({"secret": {**secret, "name": secret["secretName"]}}, place)
