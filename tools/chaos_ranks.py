@@ -170,7 +170,7 @@ def sizes(trial: Trial, folder: Path, _: int, chance: random.Random) -> Outcome:
     outcome = Outcome()
     directory, log = folder / "resized", folder / "resized.log"
     course = trial.course
-    third = course.epochs // 3
+    third = course.latest // 3
     first, second, last = (
         Moment(chance.randint(start + 1, start + third - 1), chance.random(), Phase.TRAINING)
         for start in (0, third, 2 * third)

@@ -19,6 +19,8 @@ from tools.rank_worker import LOOK_SECONDS, Worker, last_epoch, writing
 RECOVERY_TRIAL = "recovery trial"
 START_SECONDS = 4.0
 """About what ranks take from their birth to their first batch."""
+END_SECONDS = 2.0
+"""What a run must still have before it: on a busy machine a look comes a second late."""
 
 
 class Phase(StrEnum):
@@ -83,9 +85,18 @@ class Course:
         """How many it trained."""
         return len(self.phases)
 
+    @property
+    def latest(self) -> int:
+        """The last epoch in which ranks are met, soon after which they end; in the last quarter."""
+        epoch, left = self.epochs, 0.0
+        while epoch > 1 and left < END_SECONDS and 4 * epoch > 3 * self.epochs:
+            left += self.seconds[epoch]
+            epoch -= 1
+        return epoch
+
     def epochs_of(self, phase: Phase) -> list[int]:
-        """Where `phase` can be met; never the last epoch, after which the ranks end."""
-        inner = range(1, self.epochs)
+        """Where `phase` can be met."""
+        inner = range(1, self.latest + 1)
         if phase is Phase.STARTING:
             return list(inner)
         if phase is Phase.CHECKPOINT:

@@ -64,7 +64,7 @@ def course(tmp_path):
         moved(5, "culled", "recovery trial: gain -0.1 nats"),
         moved(6, "dormant"),
     ]
-    rows = [{"epoch": epoch, "seconds": epoch / 10} for epoch in range(1, 9)]
+    rows = [{"epoch": epoch, "seconds": float(epoch)} for epoch in range(1, 9)]
     for name, told in (("events", events), ("metrics", rows)):
         text = "".join(json.dumps(line) + "\n" for line in told)
         (tmp_path / f"{name}.jsonl").write_text(text)
@@ -74,9 +74,16 @@ def course(tmp_path):
 def test_an_epoch_is_what_the_boundary_before_has_begun(course):
     kinds = ["training", "trials", "trials", "grafting", "recovery", *["training"] * 3]
     assert list(course.phases.values()) == kinds
-    assert course.seconds[4] == 0.4
+    assert course.seconds[4] == 4.0
     assert course.epochs_of(Phase.CHECKPOINT) == [3, 6]
     assert course.epochs_of(Phase.TRAINING) == [1, 6, 7]  # after the last one ranks end
+
+
+def test_ranks_that_end_at_once_are_not_met():
+    phases = dict.fromkeys(range(1, 41), Phase.TRAINING)
+    assert Course(phases, dict.fromkeys(phases, 0.3), 5).latest == 33  # 2.1 seconds are left
+    assert Course(phases, dict.fromkeys(phases, 0.01), 5).latest == 30
+    assert Course({1: Phase.TRAINING}, {1: 9.0}, 5).latest == 1
 
 
 def test_moments_are_of_every_phase_and_in_order(course):
