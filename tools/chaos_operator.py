@@ -36,11 +36,11 @@ from tools.servers.process import ServerError
 CONVERGE_SECONDS = 10.0
 """From the lease acquired to everything being as it is to be."""
 LEASE = {
-    "lease_seconds": 2,
-    "renew_seconds": 1.2,
+    "lease_seconds": 4,
+    "renew_seconds": 3.0,
     "retry_seconds": 0.25,
     "lease_request_seconds": 1.0,
-    "write_seconds": 1.5,
+    "write_seconds": 2.0,
 }
 """So short that a campaign of hundreds of deaths is over before dinner."""
 NAME = "life"
@@ -134,12 +134,12 @@ class _Life:
             self._first.kill()
 
     def _keep(self) -> None:
-        """Start another operator when the first has died."""
+        """Start another operator when one has died."""
         while not self._over.wait(0.05):
-            if self._killed is not None and self._now is self._first:
-                second = self._operator()
-                second.start()
-                self._now = second
+            if not self._now.running:
+                another = self._operator()
+                another.start()
+                self._now = another
 
     def _drive(self) -> None:
         workers = Workers(self._objects, NAME)

@@ -21,7 +21,7 @@ from esper.services.urza.http_client import HttpUrza
 from esper_operator import watching
 from esper_operator.api import ClusterApi, Object
 from esper_operator.carrying import Carrier
-from esper_operator.errors import ApiRefused, ApiUnavailable, LeaseLost
+from esper_operator.errors import ApiRefused, ApiUnavailable
 from esper_operator.health import STUCK_SECONDS, OperatorHealth
 from esper_operator.hearing import Reports
 from esper_operator.kinds import BY_METADATA, EVENT, OWN, SESSION, WATCHED, Kind, selecting
@@ -63,7 +63,6 @@ class Leader:
         self._health = health
         self._namespaces = tuple(filter(None, settings.namespaces.split(",")))
         self._stopped = False
-        self._lost = asyncio.Event()
         self._store = Store()
         self._queue = WorkQueue()
 
@@ -112,7 +111,6 @@ class Leader:
         """Watch, decide and write until cancelled; kopf must not take the process's signals.
 
         Raises:
-            LeaseLost: a write found the lease too short.
             ApiUnavailable: kopf has ended by itself.
         """
         async with self._hub:
@@ -137,7 +135,6 @@ class Leader:
             self._reports.run(self._bus),
             self._sweep.run(),
             self._show(),
-            self._end_when_lost(),
             self._watch(keep_signals),
         ]
         await _until_one_ends(lasting)
@@ -215,17 +212,13 @@ class Leader:
         return OonaClient(config, scope=None, everywhere=True)
 
     async def _work(self) -> None:
-        await work(self._queue, self._reconciler.reconcile, self._metrics, self._lost.set)
+        await work(self._queue, self._reconciler.reconcile, self._metrics)
 
     async def _watch(self, keep_signals: Callable[[], None]) -> None:
         configuration = self._api.configuration
         registry = watching.registry_of(self._hear, lambda: watching.connection_info(configuration))
         await watching.watch(registry, watching.settings_of(), self._namespaces, keep_signals)
         raise ApiUnavailable("the watches have ended")
-
-    async def _end_when_lost(self) -> None:
-        await self._lost.wait()
-        raise LeaseLost("the lease: a write found it too short")
 
     async def _show(self) -> None:
         """Judge the work and show the numbers, every few seconds."""

@@ -53,10 +53,8 @@ _log = logging.getLogger(__name__)
 Reconcile = Callable[[Key], Awaitable[Outcome]]
 
 
-async def work(
-    queue: WorkQueue, reconcile: Reconcile, metrics: OperatorMetrics, lost: Callable[[], None]
-) -> NoReturn:
-    """Take keys and reconcile them, for ever; `lost` is told where the lease is."""
+async def work(queue: WorkQueue, reconcile: Reconcile, metrics: OperatorMetrics) -> NoReturn:
+    """Take keys and reconcile them, for ever."""
     while True:
         turn = await queue.take()
         began = time.perf_counter()
@@ -65,9 +63,9 @@ async def work(
         except asyncio.CancelledError:
             raise
         except LeaseLost as error:
+            # Whether the lease is lost is for the election to say; a later try may be in time.
             _log.warning("not written: %s", error)
             queue.failed(turn.key)
-            lost()
         except EsperError as error:
             metrics.broke_off(turn.key.kind, error)
             _log.warning("%s/%s of %s: to be tried again: %s", *_named(turn.key), error)

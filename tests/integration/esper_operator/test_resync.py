@@ -39,8 +39,8 @@ class Compared:
 
 
 @pytest.fixture
-def compared(world, objects):
-    return Compared(world, objects)
+def compared(alone, objects):
+    return Compared(alone, objects)
 
 
 def test_a_watch_that_does_not_tell_of_what_is_there_is_dead(world, objects, compared):
