@@ -136,8 +136,8 @@ def network_environment(pod: Object, address: str, names: Path) -> dict[str, str
     ports = sorted(ports_of(pod))
     return {
         "LD_PRELOAD": str(network_library()),
-        "ESPER_POD_ADDRESS": address,
-        "ESPER_POD_NAMESPACE": pod["metadata"]["namespace"],
-        "ESPER_POD_NAMES": str(names),
-        "ESPER_POD_PORTS": f",{','.join(map(str, ports))}," if ports else "",
+        "KUBELET_POD_ADDRESS": address,
+        "KUBELET_POD_NAMESPACE": pod["metadata"]["namespace"],
+        "KUBELET_POD_NAMES": str(names),
+        "KUBELET_POD_PORTS": f",{','.join(map(str, ports))}," if ports else "",
     }

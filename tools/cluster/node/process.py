@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil
 
-MARK = "ESPER_CONTAINER"
-NODE_MARK = "ESPER_NODE"
+MARK = "KUBELET_CONTAINER"
+NODE_MARK = "KUBELET_NODE"
 
 _KEEPER = """
 read word; [ "$word" = done ] && exit
