@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.integration.pods import apply, find, state
+from tests.integration.pods import apply, claim, find, state
 from tests.integration.spirals import SESSION, SPIRALS
 
 pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.usefixtures("kubelet")]
@@ -55,6 +55,7 @@ def documents():
     }
     service = {"clusterIP": "None", "selector": labels, "publishNotReadyAddresses": True}
     return [
+        claim("runs"),
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": NAME}, "data": files},
         {"apiVersion": "v1", "kind": "Service", "metadata": {"name": NAME}, "spec": service},
         {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": NAME}, "spec": job},
