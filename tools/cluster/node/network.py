@@ -136,8 +136,8 @@ def network_environment(pod: Object, address: str, names: Path) -> dict[str, str
     ports = sorted(ports_of(pod))
     return {
         "LD_PRELOAD": str(network_library()),
-        "KUBELET_POD_ADDRESS": address,
-        "KUBELET_POD_NAMESPACE": pod["metadata"]["namespace"],
-        "KUBELET_POD_NAMES": str(names),
-        "KUBELET_POD_PORTS": f",{','.join(map(str, ports))}," if ports else "",
+        "POD_NETWORK_ADDRESS": address,
+        "POD_NETWORK_NAMESPACE": pod["metadata"]["namespace"],
+        "POD_NETWORK_NAMES": str(names),
+        "POD_NETWORK_PORTS": f",{','.join(map(str, ports))}," if ports else "",
     }

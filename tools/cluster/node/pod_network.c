@@ -17,7 +17,7 @@
 #include <unistd.h>
 
 static int is_of_the_pod(unsigned port) {
-  const char *ports = getenv("KUBELET_POD_PORTS");
+  const char *ports = getenv("POD_NETWORK_PORTS");
   char wanted[16];
   snprintf(wanted, sizeof wanted, ",%u,", port);
   return port && ports && strstr(ports, wanted);
@@ -26,7 +26,7 @@ static int is_of_the_pod(unsigned port) {
 int bind(int socket, const struct sockaddr *address, socklen_t length) {
   static int (*real)(int, const struct sockaddr *, socklen_t);
   if (!real) real = (int (*)(int, const struct sockaddr *, socklen_t))dlsym(RTLD_NEXT, "bind");
-  const char *own = getenv("KUBELET_POD_ADDRESS");
+  const char *own = getenv("POD_NETWORK_ADDRESS");
   if (own && address && address->sa_family == AF_INET && length >= sizeof(struct sockaddr_in)) {
     struct sockaddr_in changed = *(const struct sockaddr_in *)address;
     if (changed.sin_addr.s_addr == htonl(INADDR_ANY) && is_of_the_pod(ntohs(changed.sin_port)) &&
@@ -46,7 +46,7 @@ int bind(int socket, const struct sockaddr *address, socklen_t length) {
 }
 
 static int listed(const char *name, char *address, size_t size) {
-  const char *path = getenv("KUBELET_POD_NAMES");
+  const char *path = getenv("POD_NETWORK_NAMES");
   FILE *file = path ? fopen(path, "re") : NULL;
   if (!file) return 0;
   char line[512], this_address[64], this_name[400];
@@ -65,7 +65,7 @@ static int listed(const char *name, char *address, size_t size) {
 /* 1: `address` is the name's; 0: the machine may answer; -1: there is no such name. */
 static int resolved(const char *name, char *address, size_t size) {
   struct in6_addr ignored;
-  const char *space = getenv("KUBELET_POD_NAMESPACE");
+  const char *space = getenv("POD_NETWORK_NAMESPACE");
   if (!name || !space || inet_pton(AF_INET, name, &ignored) == 1 ||
       inet_pton(AF_INET6, name, &ignored) == 1)
     return 0;

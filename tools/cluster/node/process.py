@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil
 
-MARK = "KUBELET_CONTAINER"
-NODE_MARK = "KUBELET_NODE"
+MARK = "PROCESS_KUBELET_CONTAINER"
+NODE_MARK = "PROCESS_KUBELET_NODE"
 
 _KEEPER = """
 read word; [ "$word" = done ] && exit
