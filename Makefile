@@ -104,6 +104,7 @@ bench-execution: ## Measure what sleeping, watched and grafted seeds cost, and t
 bench-births: ## Measure whether first weights taken from the data help
 bench-gpu: ## Measure execution on a GPU; without one it says so and measures nothing
 bench-services: ## Measure bus, object store, hub and log beside plain libraries
+bench-distributed: ## Measure what several ranks cost: steps, grafted seeds, checkpoints, logical shards
 bench-%: setup
 	@$(BIN)/python -m benchmarks.$* $(ARGUMENTS)
 

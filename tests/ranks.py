@@ -115,7 +115,7 @@ def _rank(
     except BaseException as error:
         text = traceback.format_exc()
         try:
-            pickle.dumps(error)
+            pickle.loads(pickle.dumps(error))
         except Exception:
             error = RuntimeError(str(error))
         sending.send((False, error, text))

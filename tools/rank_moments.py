@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -125,7 +125,7 @@ def reach(
         ranks.update(worker.ranks())
         return len(ranks) == processes
 
-    worker.until(born, 0.05)
+    worker.until(born, 0.2)  # a look at every process of the machine
     if moment.phase is Phase.STARTING:
         time.sleep(moment.share * START_SECONDS)
         return ranks
@@ -133,14 +133,29 @@ def reach(
     worker.until(lambda: worker.starts() > begun, 0.01)
     if moment.phase is Phase.CHECKPOINT:
         made = worker.directory / "checkpoints" / f"epoch-{moment.epoch:06d}"
-        worker.until(lambda: last_epoch(worker.directory) >= moment.epoch)
+        worker.until(_reaching(worker.directory, moment.epoch))
         end = time.monotonic() + 1.0
         while not (writing(worker.directory) or made.exists() or time.monotonic() > end):
             pass  # it takes milliseconds
         return ranks
-    worker.until(lambda: last_epoch(worker.directory) >= moment.epoch - 1)
+    worker.until(_reaching(worker.directory, moment.epoch - 1))
     time.sleep(moment.share * course.seconds[moment.epoch])
     return ranks
+
+
+def _reaching(directory: Path, epoch: int) -> Callable[[], bool]:
+    """Whether the run's metrics have come so far; they are read only when they have grown."""
+    metrics, read = directory / "metrics.jsonl", -1
+
+    def reached() -> bool:
+        nonlocal read
+        size = metrics.stat().st_size if metrics.exists() else 0
+        if size == read:
+            return False
+        read = size
+        return last_epoch(directory) >= epoch
+
+    return reached
 
 
 def await_end(pids: Iterable[int], seconds: float) -> bool:

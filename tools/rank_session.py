@@ -10,14 +10,20 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+
+from esper.zoo.data import digits
 
 MODULE = '''\
 """A small classifier of digits."""
 
-from torch import nn
+from pathlib import Path
 
-from esper.zoo.data import digits
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
 
 
 class Net(nn.Module):
@@ -34,7 +40,11 @@ class Net(nn.Module):
 
 
 def data():
-    return digits(train=490, validation=600, test=100, image=False)
+    found = np.load(Path(__file__).with_name("digits.npz"))
+    return {
+        name: TensorDataset(*(torch.from_numpy(found[f"{name}-{part}"]) for part in ("x", "y")))
+        for name in ("train", "validation", "test")
+    }
 '''
 
 SESSION: dict[str, Any] = {
@@ -42,8 +52,8 @@ SESSION: dict[str, Any] = {
     "kind": "TrainingSession",
     "metadata": {"name": "ranks"},
     "spec": {
-        "model": {"entrypoint": "of_ranks:Net"},
-        "data": {"entrypoint": "of_ranks:data"},
+        "model": {"entrypoint": "of_worker:Net"},
+        "data": {"entrypoint": "of_worker:data"},
         "training": {
             "epochs": 60,
             "batchSize": 32,
@@ -72,7 +82,19 @@ def write_session(folder: Path, **training: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     made = copy.deepcopy(SESSION)
     made["spec"]["training"] |= training
-    (folder / "of_ranks.py").write_text(MODULE)
+    (folder / "of_worker.py").write_text(MODULE)
+    _write_digits(folder / "digits.npz")
     path = folder / "session.yaml"
     path.write_text(yaml.safe_dump(made))
     return path
+
+
+def _write_digits(path: Path) -> None:
+    """Once for all ranks: where the digits come from takes a second to import."""
+    found = digits(train=490, validation=600, test=100, image=False)
+    arrays = {
+        f"{name}-{part}": tensor.numpy()
+        for name, split in found.items()
+        for part, tensor in zip("xy", split.tensors, strict=True)
+    }
+    np.savez(path, **arrays)

@@ -177,7 +177,9 @@ def carry_out(
     if found is not None:
         # Else the status would name none until the next is written, and restarts are counted by it.
         status.checkpointed(found.written)
-    log = RunLog(run, checkpoints, status.checkpointed)
+    # One process may take its time; many are killed when theirs is over.
+    stopping = ranks.stopping if ranks is not None else lambda: False
+    log = RunLog(run, checkpoints, status.checkpointed, stopping=stopping)
     try:
         result = asyncio.run(
             _session(prepared, run, log, found, config.inside(run.path), status, shown, ranks)
@@ -186,9 +188,7 @@ def carry_out(
         status.finish(SessionOutcome.INTERRUPTED, str(error))
         if shown.json:
             _show_broken_off(prepared, SessionOutcome.INTERRUPTED, str(error))
-        raise Interrupted(
-            f"interrupted; a checkpoint was written. Go on with: {_resuming(run)}"
-        ) from error
+        raise Interrupted(f"interrupted; {log.saved}. Go on with: {_resuming(run)}") from error
     except Exception as error:
         failure = error
         if _disk_is_full(error):
@@ -259,6 +259,9 @@ async def _session(
                 shown.health.started()
             with log.draining():
                 result = await trainer.run()
+                if ranks.size > 1:
+                    # The others hear meanwhile that it is written.
+                    await ranks.awaited(lambda: asyncio.to_thread(log.drain))
             return _finished(prepared, run, status, result)
 
 

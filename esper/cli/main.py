@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except EsperError as error:
         return _ended(one_line(str(error), 2000), error.exit_code, debug=arguments.debug)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        # Of a command itself none exits: something that it has called did.
         return _ended(_unexpected(error, debug=arguments.debug), FAILED, debug=arguments.debug)
 
 
@@ -163,7 +164,7 @@ def settings_of(arguments: argparse.Namespace) -> EsperConfig:
     return EsperConfig.load(assignments, file=arguments.config)
 
 
-def _unexpected(error: Exception, *, debug: bool) -> str:
+def _unexpected(error: BaseException, *, debug: bool) -> str:
     """One line about an error that Esper does not know: what to install, or where to look."""
     from esper.cli.checkup import extra_of
 

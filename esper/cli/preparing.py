@@ -32,10 +32,12 @@ from esper.services.tolaria.entrypoints import (
     build_model,
     build_objective,
     check_fit,
+    check_training,
     make_importable,
 )
 from esper.services.tolaria.growth import refuse_misfit
 from esper.services.tolaria.objective import Objective
+from esper.services.tolaria.ways import shards_of
 
 SOURCE_ANNOTATION = "esper.dev/source"
 """On a run's own manifest: the folder of the manifest it was started with."""
@@ -88,10 +90,17 @@ def validate_file(path: Path, config: EsperConfig) -> dict[str, Any]:
     }
 
 
-def prepare(manifest: Manifest, folder: Path, device: torch.device | None = None) -> Prepared:
+def prepare(
+    manifest: Manifest,
+    folder: Path,
+    device: torch.device | None = None,
+    *,
+    processes: int = 1,
+) -> Prepared:
     """Check and build everything a session needs; modules beside the manifest are found.
 
-    The model goes to `device`; by default it stays where its entry point puts it.
+    The model goes to `device`; by default it stays where its entry point puts it. `processes` of
+    them train the session.
 
     Raises:
         BadInput: anything a person wrote can't be used.
@@ -112,6 +121,8 @@ def prepare(manifest: Manifest, folder: Path, device: torch.device | None = None
         model = model.to(device)
     objective = build_objective(config, datasets)
     inputs, _ = check_fit(model, datasets, objective)
+    shards = shards_of(config.training, processes, len(datasets.train))
+    check_training(model, datasets, config.training, shards)
     wrapped = wrap(
         model,
         tuple(inputs) if isinstance(inputs, list) else inputs,

@@ -6,6 +6,7 @@ starting all ranks again.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def told(outcomes: Outcomes, rank: int, work: Callable[[], object], *, debug: bool = False) -> int:
     """Do a rank's work and tell how it ended; the exit code is 0 unless it crashed.
 
-    What may go away when all ranks start again, as one that is gone, counts as a crash.
+    What may go away when all ranks start again, as one that is gone, counts as a crash; so does an
+    exit that something in the work asked for.
     """
     from esper.cli.outcomes import DONE, Ended, Outcome
 
@@ -57,7 +59,7 @@ def told(outcomes: Outcomes, rank: int, work: Callable[[], object], *, debug: bo
     try:
         work()
         ended = DONE
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if debug:
             import traceback
 
@@ -108,5 +110,12 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def leave(status: int) -> None:
+    """End the process at once: threads that wait for a store in vain would be waited for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

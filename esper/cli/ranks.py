@@ -7,11 +7,12 @@ prepare the same session, take their part in its training, and write nothing.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,11 +21,17 @@ from esper.cli.embedded import Shown, carry_out, show_end
 from esper.cli.finished import tell_again
 from esper.cli.preparing import SOURCE_ANNOTATION, Prepared, own_manifest, prepare, uid_of
 from esper.cli.run_checkpoints import newest_checkpoint, run_checkpoints
-from esper.cli.trainers import following_trainer, share_progress
+from esper.cli.trainers import done_elsewhere, following_trainer, share_progress
 from esper.configs import EsperConfig
 from esper.contracts.manifests import load_manifest, parse_manifest, session_document
+from esper.errors import Interrupted
+from esper.services.tolaria.checkpoints import Checkpoints, Found
 from esper.services.tolaria.distribution import Ranks, as_wire, first_failure
 from esper.services.tolaria.run_directory import MANIFEST, RunDirectory, refuse_unusable
+
+LOOK_SECONDS = 0.1
+
+_Result = TypeVar("_Result")
 
 
 def run_rank(
@@ -45,7 +52,7 @@ def run_rank(
             _tell_again(directory, begun["result"], ranks, config)
             show_end(begun["result"], directory, shown)
         return
-    prepared = replace(_together(ranks, lambda: _prepared(begun)), uid=begun["uid"])
+    prepared = replace(_together(ranks, lambda: _prepared(begun, ranks.size)), uid=begun["uid"])
     if ranks.rank == 0:
         _lead(prepared, directory, ranks, shown, config, new=begun["new"])
     else:
@@ -88,9 +95,9 @@ def _tell_again(directory: Path, result: dict[str, Any], ranks: Ranks, config: E
         asyncio.run(telling)
 
 
-def _prepared(begun: dict[str, Any]) -> Prepared:
+def _prepared(begun: dict[str, Any], processes: int) -> Prepared:
     manifest = parse_manifest(begun["manifest"], MANIFEST)
-    return prepare(manifest, Path(begun["folder"]), own_device())
+    return prepare(manifest, Path(begun["folder"]), own_device(), processes=processes)
 
 
 def own_device() -> torch.device | None:
@@ -141,12 +148,62 @@ def _lead(
         )
         with closing(run):
             # Also of a new directory: the one before may have been lost with its pod.
-            found = newest_checkpoint(checkpoints, config)
+            found = _newest(checkpoints, ranks, config)
             carry_out(prepared, run, checkpoints, found, config, shown, ranks)
 
 
 async def _follow(prepared: Prepared, ranks: Ranks, config: EsperConfig) -> None:
     """The other ranks' part."""
+    await ranks.awaited(done_elsewhere)  # the newest checkpoint is read
     progress = share_progress(ranks)
     async with following_trainer(prepared, config, progress=progress, ranks=ranks) as trainer:
         await trainer.run()
+        await ranks.awaited(done_elsewhere)  # the last checkpoint is written
+
+
+def _newest(checkpoints: Checkpoints, ranks: Ranks, config: EsperConfig) -> Found | None:
+    """On rank 0: the checkpoint to go on from. The others hear meanwhile that it reads.
+
+    Raises:
+        BadInput, Unavailable: as `newest_checkpoint`, on every rank.
+        Interrupted: a rank was asked to stop; there is nothing new to save yet.
+    """
+    found: Found | None = None
+
+    async def read() -> None:
+        nonlocal found
+        found = await aside(lambda: newest_checkpoint(checkpoints, config), ranks.stopping)
+
+    asyncio.run(ranks.awaited(read))
+    return found
+
+
+async def aside(work: Callable[[], _Result], stopping: Callable[[], bool]) -> _Result:
+    """What `work` comes to, in a thread that is left alone once it is to stop.
+
+    Raises:
+        Interrupted: it is.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[_Result] = loop.create_future()
+
+    def tell(set_outcome: Callable[[Any], None], outcome: Any) -> None:
+        if not done.cancelled():
+            set_outcome(outcome)
+
+    def run() -> None:
+        told: tuple[Callable[[Any], None], Any]
+        try:
+            told = done.set_result, work()
+        except Exception as error:
+            told = done.set_exception, error
+        with suppress(RuntimeError):  # nobody waits any more
+            loop.call_soon_threadsafe(tell, *told)
+
+    # No thread of a pool, which would be waited for at the end.
+    threading.Thread(target=run, name="esper-reading", daemon=True).start()
+    while not (await asyncio.wait({done}, timeout=LOOK_SECONDS))[0]:
+        if stopping():
+            done.cancel()
+            raise Interrupted("asked to stop while the newest checkpoint was read; it stays")
+    return done.result()

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import FrameType
 
 from esper.cli.elastic_agent import CRASHED, LOST
+from esper.cli.launch_folder import launch_folder
 from esper.cli.outcomes import FINAL, Ended, Note, Outcome, Outcomes, deciding
 from esper.cli.process_tree import adopt_orphans, kill_children, status_of
 from esper.configs import launch_environment
@@ -157,9 +157,9 @@ class Supervisor:
         """
         adopt_orphans()
         reached, used = self._progress(), 0
-        with TemporaryDirectory(prefix="esper-worker-") as place:
+        with launch_folder() as place:
             while True:
-                folder = Path(place) / f"launch-{time.monotonic_ns()}"
+                folder = place / f"launch-{time.monotonic_ns()}"
                 folder.mkdir()
                 outcomes = Outcomes(folder)
                 launch = self._launched(folder, outcomes, requests)

@@ -218,10 +218,6 @@ async def following_trainer(
     prepared: Prepared, config: EsperConfig, *, progress: Progress, ranks: Ranks
 ) -> AsyncIterator[TolariaTrainer]:
     """The trainer of a rank that is not the first: it hears of bus and hub from that one."""
-
-    async def done_elsewhere() -> None:
-        raise AssertionError("rank 0 alone talks to bus and hub")
-
     await ranks.awaited(done_elsewhere)  # the session is registered
     yield _made(
         prepared,
@@ -231,6 +227,11 @@ async def following_trainer(
         Attention(ranks=ranks),
     )
     await ranks.awaited(done_elsewhere)  # its success is told
+
+
+async def done_elsewhere() -> None:
+    """What a rank that is not the first gives to `Ranks.awaited`: it only hears."""
+    raise AssertionError("rank 0 alone talks to bus, hub and store")
 
 
 def _shared(

@@ -24,6 +24,7 @@ HELP = "train with many processes: supervises torchrun on one node"
 TERMINATION_LOG = Path("/dev/termination-log")
 """Where Kubernetes makes a file for what a container says last."""
 RESTARTS = 3
+FAILED = 1
 MOST = {"processes": 64, "nodes": 4096, "node_rank": 4095, "restarts": 1000}
 LEAST = {"processes": 1, "nodes": 1, "node_rank": 0, "restarts": 0}
 
@@ -101,14 +102,18 @@ def _supervised(arguments: argparse.Namespace, config: EsperConfig, requests: Re
         raise BadInput("torch", "not installed", "with it: pip install 'esper[runtime]'")
     session = load_manifest(arguments.file).session
     given = _given(arguments)
+    placement = placement_of(session, given)
     supervisor = Supervisor(
-        placement_of(session, given),
+        placement,
         rank_program(arguments),
         restarts=_number(given, "restarts", RESTARTS),
         stop_seconds=config.tolaria.stop_seconds,
         progress=lambda: newest_checkpoint(arguments.output_dir),
     )
-    return supervisor.run(requests)
+    ended = supervisor.run(requests)
+    if ended.status == FAILED and placement.node == 0:
+        _fail(arguments.output_dir, ended)
+    return ended
 
 
 def rank_program(arguments: argparse.Namespace) -> list[str]:
@@ -165,6 +170,17 @@ def newest_checkpoint(output_dir: Path) -> int:
         return int(documents[0].data["status"]["checkpoint"]["epoch"])
     except (OSError, EsperError, ValueError, LookupError, TypeError):
         return -1
+
+
+def _fail(output_dir: Path, ended: Ended) -> None:
+    """Have the run's status say that the session failed, where its ranks could not."""
+    from esper.errors import EsperError
+    from esper.services.tolaria.status import break_off
+
+    try:
+        break_off(output_dir / "status.yaml", f"{ended.reason}: {ended.message}")
+    except (OSError, EsperError) as error:
+        sys.stderr.write(f"esper worker: the status does not say so: {error}\n")
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, tuple[str, str]]:

@@ -160,14 +160,27 @@ def writable(tensor: Tensor) -> bool:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model is in eval mode; each module gets its own mode back at the end."""
+    with _in_mode(model, training=False):
+        yield
+
+
+@contextmanager
+def learning(model: nn.Module) -> Iterator[None]:
+    """The model is in training mode; each module gets its own mode back at the end."""
+    with _in_mode(model, training=True):
+        yield
+
+
+@contextmanager
+def _in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     # Written past nn.Module's __setattr__, which a probe of a small model would feel.
-    learning = [module for module in model.modules() if module.training]
-    model.eval()
+    others = [module for module in model.modules() if module.training is not training]
+    model.train(training)
     try:
         yield
     finally:
-        for module in learning:
+        for module in others:
             if isinstance(module, torch.jit.ScriptModule):
-                module.training = True
+                module.training = not training
             else:
-                module.__dict__["training"] = True
+                module.__dict__["training"] = not training

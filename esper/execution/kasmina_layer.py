@@ -199,6 +199,8 @@ class KasminaLayer(nn.Module):
         """Set a seed's faults in a row and in all, and the last of them: what ranks agreed on."""
         layout, index = self.site.layout, self.site.index
         layout.write(index, slot, errors=errors, fallbacks=fallbacks, fault=fault)
+        # Where it failed elsewhere, it is here that it may be seen to work again.
+        self.site.branch(slot).failing = errors > 0
         self.refresh()
 
     @contextmanager
@@ -340,7 +342,7 @@ class LiveLayer(KasminaLayer):
         if not (part.failing and in_backward()):
             part.failing = True
             reason = f"{type(error).__name__}: {one_line(str(error))}"
-            self.site.layout.record_fault(self.site.index, part.slot, reason)
+            self.site.layout.note_fault(self.site.index, part.slot, reason)
         if region is not None:
             if region.recomputing:
                 raise error
@@ -352,7 +354,7 @@ class LiveLayer(KasminaLayer):
         if in_backward() or (region is not None and region.recomputing):
             return
         part.failing = False
-        self.site.layout.clear_faults(self.site.index, part.slot)
+        self.site.layout.note_recovery(self.site.index, part.slot)
 
     def _on_trial(self, part: Branch) -> bool:
         return self.site.record(part.slot).state in ACTIVE_STATES

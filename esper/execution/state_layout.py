@@ -159,6 +159,8 @@ class KasminaStateLayout:
             self.fallback = torch.zeros(shape, dtype=torch.int32, device=device)
         self.active = 0
         self.transitions = 0
+        self.noted: dict[tuple[int, int], str] | None = None
+        """Where set, what seeds on trial fail at is noted here, by layer and slot, not counted."""
         self._twin = [[SlotRecord() for _ in range(slots)] for _ in range(layers)]
 
     @property
@@ -321,6 +323,18 @@ class KasminaStateLayout:
     def clear_faults(self, layer: int, slot: int) -> None:
         """The seed has worked again: faults are counted from 0."""
         self.write(layer, slot, errors=0)
+
+    def note_fault(self, layer: int, slot: int, reason: str) -> None:
+        """A seed has failed in a forward: counted, unless faults are noted to be counted later."""
+        if self.noted is None:
+            self.record_fault(layer, slot, reason)
+        else:
+            self.noted[layer, slot] = reason
+
+    def note_recovery(self, layer: int, slot: int) -> None:
+        """A seed works again in a forward: as `note_fault`."""
+        if self.noted is None:
+            self.clear_faults(layer, slot)
 
     def counts(self) -> dict[SeedState, int]:
         """How many slots are in each state."""

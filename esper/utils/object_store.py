@@ -116,6 +116,10 @@ class ObjectStore(Protocol):
         """Return if the store can be used as the settings say; raise the reason if not."""
         ...
 
+    def answers(self) -> int | None:
+        """A number that grows as long as the store answers; None where nothing of it is known."""
+        ...
+
     async def close(self) -> None:
         """Let go of connections and threads; nothing may be asked afterwards."""
         ...
@@ -230,6 +234,10 @@ class FolderStore:
             ConfigError: it can't.
         """
         await asyncio.to_thread(self._check)
+
+    def answers(self) -> int | None:
+        """Nothing is known of a folder that does not answer."""
+        return None
 
     async def close(self) -> None:
         """Nothing is held open."""

@@ -7,13 +7,15 @@ not divide, accumulated and clipped gradients, seeds that are tried, grafted, ke
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from esper.services.tolaria.distribution import Ranks
 from esper.services.tolaria.flat import module_digest
+from esper.services.tolaria.snapshots import Snapshot
 from tests.integration.sessions import Watching, trained_rank
 
 MODULE = """
@@ -151,18 +153,28 @@ def of_type(made: Mapping[str, Any], dtype: str, *, norm: bool) -> dict[str, Any
 
 
 def train(
-    ranks: Ranks, made: Mapping[str, Any], prepare: Callable[[Ranks], Any] | None = None
+    ranks: Ranks,
+    made: Mapping[str, Any],
+    prepare: Callable[[Ranks], Any] | None = None,
+    *,
+    snapshot: Snapshot | None = None,
+    watching: Watching | None = None,
 ) -> dict[str, Any]:
-    """Train as one of `ranks`; `prepare` is called first, to break something, say."""
+    """Train as one of `ranks`; `prepare` is called first, to break something, say.
+
+    Rank 0 may have a `snapshot` to go on from; its observer is `watching`.
+    """
     if prepare is not None:
         prepare(ranks)
-    watching = Watching()
+    watching = watching or Watching()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         source = folder / "source"
         source.mkdir()
         (source / "of_ranks.py").write_text(MODULE)
-        result, _, _ = trained_rank(ranks, made, folder, source=source, watching=watching)
+        result, _, _ = trained_rank(
+            ranks, made, folder, source=source, watching=watching, snapshot=snapshot
+        )
     return {
         "digest": module_digest(result.model),
         "rows": [
@@ -184,3 +196,20 @@ def lives(found: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """The transitions without what was measured."""
     names = ("epoch", "layer", "slot", "previous", "current", "blueprint")
     return [tuple(one.get(name) for name in names) for one in found["transitions"]]
+
+
+def differences(one: Any, other: Any, at: str = "") -> Iterator[str]:
+    """Where two rows are further apart than 1e-9, relative to their size."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in one.keys() | other.keys():
+            yield from differences(one.get(name), other.get(name), f"{at}.{name}")
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        if len(one) != len(other):
+            yield at
+        for place, (mine, theirs) in enumerate(zip(one, other, strict=False)):
+            yield from differences(mine, theirs, f"{at}[{place}]")
+    elif isinstance(one, float) and isinstance(other, float):
+        if not math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-9):
+            yield f"{at}: {one} and {other}"
+    elif one != other:
+        yield f"{at}: {one} and {other}"

@@ -12,7 +12,13 @@ import torch
 import yaml
 
 from esper.cli.preparing import Prepared, prepare
-from esper.cli.trainers import Attention, Progress, embedded_trainer, following_trainer
+from esper.cli.trainers import (
+    Attention,
+    Progress,
+    embedded_trainer,
+    following_trainer,
+    share_progress,
+)
 from esper.configs import EsperConfig
 from esper.contracts.manifests import parse_manifest
 from esper.contracts.operational import AdaptationDecision, SeedTransition
@@ -102,24 +108,28 @@ def trained_rank(
     *,
     source: Path | None = None,
     watching: Watching | None = None,
+    snapshot: Snapshot | None = None,
 ) -> tuple[TrainingResult, Watching, Prepared]:
     """Train a session as one of `ranks`, the services in the first one's process.
 
-    `source` is the folder of the session's own modules.
+    `source` is the folder of the session's own modules; rank 0 may have a `snapshot` to go on from.
     """
     manifest = parse_manifest(yaml.safe_dump(dict(session)), "test")
-    prepared = prepare(manifest, source or folder)
+    prepared = prepare(manifest, source or folder, processes=ranks.size)
     watching = watching or Watching()
+    progress = share_progress(ranks, None if ranks.rank else Progress(snapshot=snapshot))
 
     async def train() -> TrainingResult:
         config = EsperConfig().inside(folder)
         if ranks.rank:
             async with following_trainer(
-                prepared, config, progress=Progress(), ranks=ranks
+                prepared, config, progress=progress, ranks=ranks
             ) as trainer:
                 return await trainer.run()
         attention = Attention(observers=[watching], ranks=ranks)
-        async with embedded_trainer(prepared, config, attention=attention) as trainer:
+        async with embedded_trainer(
+            prepared, config, progress=progress, attention=attention
+        ) as trainer:
             return await trainer.run()
 
     return asyncio.run(train()), watching, prepared

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +12,14 @@ from esper.execution import kernel_cache
 from esper.execution.kernel_cache import KernelCache
 from esper.services.tolaria import sharing
 from esper.services.tolaria.distribution import Alone, Ranks
-from tests.integration.rank_sessions import awkward, lives, of_type, session, train
+from tests.integration.rank_sessions import (
+    awkward,
+    differences,
+    lives,
+    of_type,
+    session,
+    train,
+)
 from tests.ranks import run_ranks
 
 
@@ -71,21 +76,43 @@ def test_a_sharded_model_decides_as_a_whole_one_does() -> None:
     assert sharded[0]["flops"] == whole["flops"]
 
 
-def differences(one: Any, other: Any, at: str = "") -> Iterator[str]:
-    """Where two rows are further apart than 1e-9, relative to their size."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for name in one.keys() | other.keys():
-            yield from differences(one.get(name), other.get(name), f"{at}.{name}")
-    elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        if len(one) != len(other):
-            yield at
-        for place, (mine, theirs) in enumerate(zip(one, other, strict=False)):
-            yield from differences(mine, theirs, f"{at}[{place}]")
-    elif isinstance(one, float) and isinstance(other, float):
-        if not math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-9):
-            yield f"{at}: {one} and {other}"
-    elif one != other:
-        yield f"{at}: {one} and {other}"
+def test_a_rank_with_one_sample_is_refused_where_a_layer_normalises() -> None:
+    found = run_ranks(2, train, session(batchSize=3), failing=True)
+    for one in found:
+        said = str(one)
+        assert "ManifestError: spec.training.batchSize: got 3, a sample a shard, and Val" in said
+        assert "allowed: at least 4 with this model" in said
+    made = of_type(session(batchSize=3, epochs=1), "float32", norm=False)
+    assert len({one["digest"] for one in run_ranks(2, train, made)}) == 1
+
+
+def compile_eagerly(ranks: Ranks) -> None:
+    """Blocks are traced and guarded as for inductor, which takes too long to be asked here."""
+    del ranks
+    from esper.cli import preparing
+    from esper.core.compilation import compile_blocks
+
+    def eager(graph: Any, inputs: Any) -> Any:
+        del inputs
+        return graph.forward
+
+    preparing.compile_blocks = lambda model: compile_blocks(model, eager)
+
+
+def compiled(ranks: Ranks) -> list[dict[str, Any]]:
+    """Compiled sessions, the host in DDP and in logical shards."""
+    sessions = session(compile=True), session(logicalShards=4, compile=True)
+    return [train(ranks, made, compile_eagerly) for made in sessions]
+
+
+def test_ranks_that_compile_grow_alike(alone: dict[str, Any]) -> None:
+    first, second = run_ranks(2, compiled)
+    assert [one["digest"] for one in first] == [one["digest"] for one in second]
+    for one in first:
+        assert {"grafting", "fossilized"} <= {life[4] for life in lives(one)}
+    # Its graphs have the operations of the model itself.
+    assert first[1]["digest"] == alone["digest"]
+    assert lives(first[1]) == lives(alone)
 
 
 # -- faults of one rank ---------------------------------------------------------------------------

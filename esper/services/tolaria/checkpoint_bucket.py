@@ -82,6 +82,10 @@ class BucketCheckpoints:
         """Return if the store answers as the settings say; raise the reason if not."""
         self._waited(self._store.check())
 
+    def answers(self) -> int | None:
+        """A number that grows as long as the store answers."""
+        return self._store.answers()
+
     def close(self) -> None:
         """Let go of connections."""
         self._waited(self._store.close())

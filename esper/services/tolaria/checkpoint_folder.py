@@ -117,6 +117,10 @@ class FolderCheckpoints:
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise ConfigError("spec.storage.uri", self.path, f"a writable folder; see {existing}")
 
+    def answers(self) -> int | None:
+        """Nothing is known of it."""
+        return None
+
     def close(self) -> None:
         """Nothing is held open."""
 

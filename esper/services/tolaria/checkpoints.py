@@ -80,6 +80,12 @@ class CheckpointPlace(Protocol):
     def check(self) -> None:
         """Return if the place can be used; raise the reason if not."""
 
+    def answers(self) -> int | None:
+        """A number that grows as long as the place answers; None where nothing of it is known.
+
+        It is asked from any thread, while another one writes.
+        """
+
     def close(self) -> None:
         """Let go of connections."""
 
@@ -178,6 +184,15 @@ class Checkpoints:
     def check(self) -> None:
         """Return if checkpoints can be written where they should; raise the reason if not."""
         self._place.check()
+
+    @property
+    def path(self) -> str:
+        """Where they lie."""
+        return self._place.path
+
+    def answers(self) -> int | None:
+        """A number that grows as long as the place answers; see `CheckpointPlace.answers`."""
+        return self._place.answers()
 
     def close(self) -> None:
         """Let go of connections."""

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset, default_collate
 
-from esper.errors import DataError, one_line
+from esper.errors import BadInput, DataError, EntryPointError, one_line
 
 SPLITS = ("train", "validation", "test")
 MEASURED_SAMPLES = 1024
+
+FAILURES = (Exception, SystemExit)
+"""What code of the user's may raise: a script may exit, which must not end Esper without a word."""
 
 Batch = tuple[Any, Tensor]
 
@@ -64,7 +67,7 @@ def checked_datasets(value: object) -> Datasets:
             )
         try:
             first = dataset[0]
-        except Exception as error:
+        except FAILURES as error:
             came = f"{type(error).__name__}: {one_line(str(error))}"
             raise DataError(f"data.{name}[0]", came, "a pair (input, target)") from error
         if not (isinstance(first, (tuple, list)) and len(first) == 2):
@@ -78,7 +81,10 @@ def gathered(dataset: Any, indices: Tensor) -> Batch:
         # Indexing whole tensors is the same batch some fifty times faster than sample by sample.
         inputs, targets = dataset.tensors
         return inputs[indices], targets[indices]
-    samples = [dataset[i] for i in indices.tolist()]
+    try:
+        samples = [dataset[i] for i in indices.tolist()]
+    except SystemExit as error:
+        raise exited("spec.data.entrypoint", error) from error
     inputs, targets = default_collate(samples)
     return inputs, targets
 
@@ -114,13 +120,23 @@ def measured_subset(size: int, seed: int) -> Tensor:
 
 def forwarded(model: nn.Module, inputs: Any) -> Tensor:
     """The model's output: a tuple or list of inputs is spread, a dict gives keyword arguments."""
-    if isinstance(inputs, dict):
-        output: Tensor = model(**inputs)
-    elif isinstance(inputs, (tuple, list)):
-        output = model(*inputs)
-    else:
-        output = model(inputs)
+    try:
+        if isinstance(inputs, dict):
+            output: Tensor = model(**inputs)
+        elif isinstance(inputs, (tuple, list)):
+            output = model(*inputs)
+        else:
+            output = model(inputs)
+    except SystemExit as error:
+        raise exited("spec.model.entrypoint", error) from error
     return output
+
+
+def exited(field: str, error: SystemExit) -> BadInput:
+    """What it means that code named by `field` asked the process to exit while it was at work."""
+    return EntryPointError(
+        field, f"code that exits: SystemExit: {error}", "code that returns, or raises an error"
+    )
 
 
 def moved_batch(batch: Batch, device: torch.device) -> Batch:

@@ -160,7 +160,16 @@ class Engine(TrainingState):
             host=self.learning.host_parameters(),
             seeds=self.learning.seed_parameters(),
             shadows=[self.shadow_buffers.setdefault(record.site, {}) for record in learning],
+            trials=[
+                *self._contributing(),
+                *(r.site for r in learning if self.model.morphology.seed_parameters(*r.site)),
+            ],
         )
+
+    def _contributing(self) -> list[Site]:
+        """The seeds on trial that take part in the forward pass."""
+        grafting = self.book.in_state(SeedState.GRAFTING)
+        return [r.site for r in grafting if r.alpha > 0 and r.site != self._excluded]
 
     def _share_of(self, value: Tensor, shard: Shard) -> Tensor:
         """What the mean over a shard counts in the step that it is for."""
@@ -247,6 +256,8 @@ class Engine(TrainingState):
                         outputs = self._forward(inputs)
                 loss = float(self.objective.loss(wide(outputs), targets)) * len(targets)
                 found.append((loss, self.objective.metric_sum(outputs, targets)))
+        own = range(self.ranks.rank, len(pieces), self.ranks.size)
+        self.parallel.count_faults(self.model, self._contributing(), own)
         turns = self.ranks.gathered(torch.tensor(found, dtype=torch.float64))
         loss = metric = 0.0
         for one_loss, one_metric in turns.transpose(0, 1).flatten(0, 1).tolist():
@@ -279,6 +290,9 @@ class Engine(TrainingState):
             output, target = torch.cat(outputs), torch.cat(targets)
             half = len(target) // 2
             nats = self.objective.nats(output, target, slice(0, half), slice(half, None))
+        own = range(self.ranks.rank, len(pieces), self.ranks.size)
+        sites = [*self._contributing(), *([trying] if trying else [])]
+        self.parallel.count_faults(self.model, sites, own)
         # The gates must see the same numbers everywhere, to the last bit.
         return [float(value) for value in self.ranks.told(nats.tolist())]
 

@@ -12,19 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.errors import BadInput, DataError, EntryPointError, one_line
+from esper.errors import BadInput, DataError, EntryPointError, ManifestError, one_line
 from esper.execution.isolation import (
     evaluating,
+    learning,
     preserved_buffers,
+    preserved_parameters,
     preserved_randomness,
     seed_everything,
 )
-from esper.services.tolaria.config import EntryPointConfig, TolariaConfig
+from esper.services.tolaria.config import EntryPointConfig, TolariaConfig, TrainingConfig
 from esper.services.tolaria.data import (
+    FAILURES,
     Batch,
     Datasets,
     checked_datasets,
+    epoch_order,
     forwarded,
+    gathered,
     moved_batch,
     ordered_batches,
     wide,
@@ -63,7 +68,7 @@ def called(field: str, entry: EntryPointConfig) -> Any:
         return target(**entry.arguments)
     except BadInput:
         raise
-    except Exception as error:
+    except FAILURES as error:
         raise EntryPointError(
             f"{field}.arguments",
             f"{entry.entrypoint}({_shown(entry.arguments)}) -> {_told(error)}",
@@ -80,7 +85,7 @@ def imported(field: str, reference: str) -> Any:
     module_name, _, attribute = reference.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # a script without a __main__ guard may exit
+    except FAILURES as error:  # a script without a __main__ guard may exit
         raise EntryPointError(
             field,
             f"{reference} ({_told(error)})",
@@ -140,7 +145,7 @@ def build_objective(config: TolariaConfig, datasets: Datasets) -> Objective:
             target = target()
         except BadInput:
             raise
-        except Exception as error:
+        except FAILURES as error:
             raise EntryPointError(
                 field,
                 f"{name}() -> {_told(error)}",
@@ -163,6 +168,8 @@ def check_fit(model: nn.Module, datasets: Datasets, objective: Objective) -> Bat
     for split in ("train", "validation", "test"):
         try:
             batch = next(iter(ordered_batches(getattr(datasets, split), 2, limit=2)))
+        except BadInput:
+            raise
         except Exception as error:
             raise DataError(
                 f"data.{split}", _told(error), "samples of equal shapes, which stack to a batch"
@@ -178,6 +185,8 @@ def check_fit(model: nn.Module, datasets: Datasets, objective: Objective) -> Bat
                 torch.no_grad(),
             ):
                 output = forwarded(model, inputs)
+        except BadInput:
+            raise
         except Exception as error:
             raise DataError(
                 f"data.{split}",
@@ -197,6 +206,8 @@ def check_fit(model: nn.Module, datasets: Datasets, objective: Objective) -> Bat
             objective.metric_sum(output, targets)
             if len(targets) > 1:
                 objective.nats(output, targets, slice(0, 1), slice(1, None))
+        except BadInput:
+            raise
         except Exception as error:
             raise DataError(
                 f"data.{split}",
@@ -204,6 +215,64 @@ def check_fit(model: nn.Module, datasets: Datasets, objective: Objective) -> Bat
                 "targets that fit the model's output and the objective",
             ) from error
     return examples[0]
+
+
+def check_training(
+    model: nn.Module, datasets: Datasets, training: TrainingConfig, shards: int
+) -> None:
+    """Try the model in training mode on as few samples as the session will ever give it at once.
+
+    A normalisation layer refuses a single value of each channel, which what has passed with two
+    samples does not show. Nothing of the model changes.
+
+    Raises:
+        ManifestError: it takes two samples, and some of the batches' `shards` have one.
+        DataError: it takes neither.
+    """
+    order = epoch_order(
+        len(datasets.train), training.batch_size, training.seed, epoch=1, shards=shards
+    )
+    smallest = min(len(batch) for batch in order) // shards
+    error = _refusal_to_train(model, datasets, min(smallest, 2))
+    if error is None:
+        return
+    single = smallest == 1 and len(datasets.train) > 1
+    if not single or _refusal_to_train(model, datasets, 2) is not None:
+        raise DataError(
+            "data.train",
+            f"{min(smallest, 2)} samples at once in training mode: {_told(error)}",
+            f"what {type(model).__name__} takes in training mode",
+        ) from error
+    whose = "a sample a shard" if shards > 1 else "a sample a batch"
+    allowed = f"at least {2 * shards} with this model"
+    if shards > 1:
+        allowed += f", two samples for each of {shards} shards"
+    raise ManifestError(
+        "spec.training.batchSize",
+        f"{training.batch_size}, {whose}, and {_told(error)}",
+        allowed,
+    ) from error
+
+
+def _refusal_to_train(model: nn.Module, datasets: Datasets, samples: int) -> Exception | None:
+    """What the model raises in training mode over the first `samples`."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        with (
+            preserved_randomness(),
+            preserved_buffers(model),
+            preserved_parameters(model),
+            learning(model),
+            torch.no_grad(),
+        ):
+            batch = gathered(datasets.train, torch.arange(samples))
+            inputs, _ = batch if device.type == "cpu" else moved_batch(batch, device)
+            forwarded(model, inputs)
+    except BadInput:
+        raise
+    except Exception as error:
+        return error
+    return None
 
 
 def _check_arguments(field: str, entry: EntryPointConfig, target: Any) -> None:

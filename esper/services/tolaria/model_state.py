@@ -62,10 +62,14 @@ def rebuild_seeds(model: MorphableModel, structure: Sequence[Mapping[str, Any]])
 
 
 def whole(snapshot: Snapshot) -> Snapshot:
-    """`snapshot` with every tensor whole; all ranks must ask for it together."""
+    """`snapshot` with every tensor whole; all ranks must ask for it together.
+
+    In the order of their names: a rank that went on from bytes holds them in another one than a
+    rank that did not, and parts of two tensors of one shape would be put together unseen.
+    """
     tensors = {
         name: tensor.full_tensor() if is_shared_out(tensor) else tensor  # type: ignore[attr-defined]
-        for name, tensor in snapshot.tensors.items()
+        for name, tensor in sorted(snapshot.tensors.items())
     }
     return replace(snapshot, tensors=tensors)
 

@@ -6,13 +6,17 @@ Shapes: B samples, C classes, D targets.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from esper.errors import EntryPointError
+from esper.services.tolaria.data import exited
+
+FIELD = "spec.training.objective"
 
 
 class Objective(Protocol):
@@ -102,7 +106,7 @@ class CustomObjective:
         loss = getattr(user, "loss", None)
         if not callable(loss):
             raise EntryPointError(
-                "spec.training.objective",
+                FIELD,
                 f"{entrypoint} -> {type(user).__name__}",
                 "an entry point that returns an object with a method loss(outputs, targets)",
             )
@@ -113,23 +117,30 @@ class CustomObjective:
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The user's loss of a batch."""
-        loss: Tensor = self._loss(outputs, targets)
+        loss: Tensor = _said(self._loss, outputs, targets)
         return loss
 
     def metric_sum(self, outputs: Tensor, targets: Tensor) -> float:
         """The user's metric times the batch's size."""
         if self._metric is not None:
-            return float(self._metric(outputs, targets)) * len(targets)
+            return float(_said(self._metric, outputs, targets)) * len(targets)
         return -float(self.loss(outputs, targets)) * len(targets)
 
     def nats(self, outputs: Tensor, targets: Tensor, fit: slice, score: slice) -> Tensor:
         """The user's per-sample loss, taken as nats; nothing is fitted."""
         del fit
         if self._sample_losses is not None:
-            losses: Tensor = self._sample_losses(outputs[score], targets[score])
+            losses: Tensor = _said(self._sample_losses, outputs[score], targets[score])
             return losses.double()
         pairs = zip(outputs[score].split(1), targets[score].split(1), strict=True)
         return torch.stack([self.loss(o, t).double() for o, t in pairs])
+
+
+def _said(method: Callable[[Tensor, Tensor], Any], outputs: Tensor, targets: Tensor) -> Any:
+    try:
+        return method(outputs, targets)
+    except SystemExit as error:
+        raise exited(FIELD, error) from error
 
 
 def fitted_temperature(logits: Tensor, targets: Tensor, steps: int = 50) -> float:

@@ -17,7 +17,7 @@ Shapes: N shards, W ranks, B samples of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -34,9 +34,11 @@ from esper.execution.isolation import (
 )
 from esper.services.tolaria.distribution import Ranks
 from esper.services.tolaria.flat import Flat
+from esper.services.tolaria.learning import Site
 from esper.services.tolaria.model_state import buffer_places
 from esper.services.tolaria.randomness import stable_seed
 from esper.services.tolaria.shard_buffers import Buffers, assign, held_buffers, merged, spread
+from esper.services.tolaria.shard_faults import NotedFaults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +54,15 @@ class Shard:
 class Trained:
     """What an epoch trains: the model, the host optimiser's parameters, and those of each seed.
 
-    `shadows` are the statistics that seeds on trial gather, by seed; passes write to them.
+    `shadows` are the statistics that seeds on trial gather, by seed; passes write to them. `trials`
+    are the seeds on trial that every pass calls.
     """
 
-    model: nn.Module
+    model: MorphableModel
     host: Sequence[nn.Parameter]
     seeds: Sequence[nn.Parameter]
     shadows: Sequence[Buffers] = field(default_factory=list)
+    trials: Sequence[Site] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +112,19 @@ class Whole:
         del model
         return nullcontext()
 
-    def looking(self, model: nn.Module, number: int) -> AbstractContextManager[None]:
+    def looking(self, model: MorphableModel, number: int) -> AbstractContextManager[None]:
         """Inside, one rank or all look at what `model` says to piece `number` of a dataset."""
         del model, number
         return nullcontext()
+
+    def count_faults(
+        self, model: MorphableModel, sites: Sequence[Site], own: Iterable[int]
+    ) -> None:
+        """Count what seeds at `sites` failed at while pieces were looked at, `own` by this rank.
+
+        Here they were counted as they came.
+        """
+        del model, sites, own
 
     def shards(self, indices: Tensor) -> list[Shard]:
         """The shards of the batch [B] that this rank computes."""
@@ -165,7 +178,7 @@ class Sharded(Whole):
             seed_everything(stable_seed(self.seed, "after epoch", epoch))
 
     @contextmanager
-    def looking(self, model: nn.Module, number: int) -> Iterator[None]:
+    def looking(self, model: MorphableModel, number: int) -> Iterator[None]:
         """Inside, what is drawn depends on the piece alone; nothing of it stays.
 
         So it is the same whichever rank looks, and leaves the ranks alike.
@@ -202,13 +215,31 @@ def piece_of(size: int, count: int, number: int) -> slice:
 
 
 class OwnStatistics(Sharded):
-    """Shards with random streams and normalisation statistics of their own."""
+    """Shards with random streams, normalisation statistics and faults of their own."""
 
     def __init__(self, ranks: Ranks, seed: int, count: int) -> None:
         """`count` is a multiple of the number of ranks."""
         super().__init__(ranks, seed, count)
         self.trained: Trained | None = None
         self._became: dict[int, list[Buffers]] = {}
+        self._faults = NotedFaults(ranks)
+
+    def place(self, model: MorphableModel) -> MorphableModel:
+        """The model, with rank 0's weights and statistics on every rank."""
+        model.morphology.layout.noted = {}
+        return super().place(model)
+
+    @contextmanager
+    def looking(self, model: MorphableModel, number: int) -> Iterator[None]:
+        """Inside, what is drawn depends on the piece alone; what seeds fail at is noted."""
+        with super().looking(model, number), self._faults.passing(model, number):
+            yield
+
+    def count_faults(
+        self, model: MorphableModel, sites: Sequence[Site], own: Iterable[int]
+    ) -> None:
+        """Count what was noted, in the order of the pieces."""
+        self._faults.count(model, sites, own)
 
     @contextmanager
     def epoch(self, epoch: int, trained: Trained) -> Iterator[None]:
@@ -228,7 +259,8 @@ class OwnStatistics(Sharded):
         seed_everything(stable_seed(self.seed, "shard", self._epoch, number, shard.number))
         before = [dict(shadow) for shadow in self.trained.shadows]
         own: Buffers = {}
-        with borrowed_buffers(self.trained.model, own):
+        model = self.trained.model
+        with borrowed_buffers(model, own), self._faults.passing(model, shard.number):
             yield
         became = [own]
         for shadow, was in zip(self.trained.shadows, before, strict=True):
@@ -238,9 +270,10 @@ class OwnStatistics(Sharded):
         self._became[shard.number] = became
 
     def finish_batch(self, *, final: bool) -> None:
-        """Merge the shards' statistics, in the shards' order."""
+        """Merge the shards' statistics, and count their faults, in the shards' order."""
         del final
         assert self.trained is not None
+        self.count_faults(self.trained.model, self.trained.trials, sorted(self._became))
         own = [became for _, became in sorted(self._became.items())]
         self._became = {}
         model = self.trained.model

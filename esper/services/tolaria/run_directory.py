@@ -22,10 +22,10 @@ from typing import IO, Any
 
 from esper.contracts.base import utc_now
 from esper.contracts.operational import AdaptationDecision, SeedTransition, SessionEvent
-from esper.errors import Interrupted, OutputError
+from esper.errors import EsperError, Interrupted, OutputError, StoreUnavailable, Unavailable
 from esper.services.tolaria.checkpoint_folder import sync, translated
 from esper.services.tolaria.checkpoint_manifest import LOGS
-from esper.services.tolaria.checkpoint_writer import CheckpointWriter
+from esper.services.tolaria.checkpoint_writer import SILENCE_SECONDS, CheckpointWriter, Silence
 from esper.services.tolaria.checkpoints import Checkpoints, Found, Written
 from esper.services.tolaria.snapshots import Snapshot
 
@@ -41,6 +41,8 @@ FILES = (
     "growth.png",
 )
 FOLDERS = ("checkpoints", "hub")
+
+SAVED = "a checkpoint was written"
 
 _log = logging.getLogger(__name__)
 
@@ -149,11 +151,21 @@ class RunLog:
         directory: RunDirectory,
         checkpoints: Checkpoints,
         written: Callable[[Written], None] = lambda _: None,
+        *,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`written` is told of each checkpoint that is complete, in the thread that wrote it."""
+        """`written` is told of each checkpoint that is complete, in the thread that wrote it.
+
+        Once `stopping` says so, a place that does not answer is not waited for any longer.
+        """
         self._path = directory.path
         self._checkpoints = checkpoints
         self._written = written
+        self.saved = SAVED
+        """What the run can go on from, said of one that was interrupted."""
+        self._stopping = stopping
+        self._silence = Silence(stopping, checkpoints.answers)
+        self._newest: Written | None = None
         self._writer = CheckpointWriter(self._write_checkpoint)
         self._handed_over: Snapshot | None = None
         self._files: dict[str, IO[bytes]] = {}
@@ -164,6 +176,7 @@ class RunLog:
         Those were made before the interruption and are replayed, not asked for again. A file that
         does not begin as the checkpoint has it is put back from there.
         """
+        self._newest = found.written if found else None
         for name, data in (found.logs if found else {}).items():
             self._put_back(self._path / name, data)
         lengths = found.snapshot.state.get("lengths", {}) if found else {}
@@ -222,17 +235,39 @@ class RunLog:
         Raises:
             StorageFull: no room was left for the one before.
             StoreUnavailable: the place of the one before did not answer.
+            Interrupted: nor does it now that the run is stopping; there is an older one.
         """
         if snapshot is self._handed_over:
             self.drain()
             return
+        try:
+            self.drain()
+        except Interrupted as unsaved:
+            if self._writer.busy:
+                raise
+            _log.warning("%s", unsaved)  # it may take this one
         lengths = snapshot.state.get("lengths") or self.lengths()
         self._writer.hand_over(replace(snapshot, state=snapshot.state | {"lengths": lengths}))
         self._handed_over = snapshot
 
     def drain(self) -> None:
         """Wait until every checkpoint that was handed over is written; raises as `checkpoint`."""
-        self._writer.drain()
+        try:
+            if self._writer.drain(self._silence):
+                self.saved = SAVED
+                return
+            why: EsperError = StoreUnavailable(
+                f"{self._checkpoints.path} has not answered for {SILENCE_SECONDS:g} seconds"
+            )
+        except Unavailable as error:
+            why = error
+        if not self._stopping() or self._newest is None:
+            raise why
+        self.saved = (
+            f"no newer checkpoint could be written than {self._newest.where}, "
+            f"of epoch {self._newest.epoch}: {why}"
+        )
+        raise Interrupted(self.saved) from why
 
     @contextmanager
     def draining(self) -> Iterator[None]:
@@ -269,7 +304,8 @@ class RunLog:
                 if self._checkpoints.portable:
                     with path.open("rb") as file:
                         logs[name] = file.read(length)
-        self._written(self._checkpoints.write(snapshot, logs))
+        self._newest = self._checkpoints.write(snapshot, logs)
+        self._written(self._newest)
 
     def _put_back(self, path: Path, data: bytes) -> None:
         if path.is_file():

@@ -69,6 +69,7 @@ class FullySharded(OwnStatistics):
     def placed_anew(self, structure: Sequence[Mapping[str, Any]]) -> MorphableModel:
         """The model with the seeds of `structure`, shared out; its weights mean nothing yet."""
         model = self.whole_model(structure)
+        model.morphology.layout.noted = {}
         self._share_out(model)
         return model
 

@@ -170,6 +170,40 @@ class StatusFile:
         )
 
 
+def break_off(path: Path, message: str) -> None:
+    """Say in the status at `path` that the session failed, if it says that the session runs.
+
+    For who has seen the processes end that would say so themselves.
+
+    Raises:
+        OSError: the file can't be written.
+        BadInput: it is no status.
+    """
+    if not path.is_file():
+        return
+    session = parse_resource(path.read_text(encoding="utf-8"), path.name, TrainingSession)
+    if session.status is None:
+        return
+    now, conditions = utc_now(), []
+    for condition in session.status.conditions:
+        if condition.type == SUMMARY:
+            if condition.reason != SessionOutcome.RUNNING.value:
+                return
+            condition = condition.model_copy(
+                update={
+                    "status": "False",
+                    "reason": SessionOutcome.FAILED.value,
+                    "message": message[:MAX_MESSAGE],
+                    "last_transition_time": now,
+                }
+            )
+        conditions.append(condition)
+    changes = {"conditions": tuple(conditions), "completion_time": now, "workers": 0}
+    status = session.status.model_copy(update=changes)
+    ended = session.model_copy(update={"status": status})
+    write_atomically(path, session_document(ended).encode())
+
+
 def _started(path: Path) -> datetime | None:
     """When the session whose status stands in `path` started; None where that can't be told."""
     try:

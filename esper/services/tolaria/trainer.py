@@ -9,6 +9,7 @@ trained twice on the same batches, with and without the seed, and the better mod
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -174,9 +175,9 @@ class TolariaTrainer:
                 every = self.config.training.checkpoint.every_epochs
                 if self.epoch // every > before // every or self.epoch == epochs:
                     self.engine.prove_equal()
-                    self._checkpoint()
+                    await self._checkpoint()
         except Interrupted:
-            self._checkpoint()
+            await self._checkpoint()
             raise
         result = self._finish()
         await self._publish_news()
@@ -288,6 +289,7 @@ class TolariaTrainer:
         signals = self.engine.probe(self.epoch)
         scores = [signal.health_score() for signal in signals]
         by_layer = dict(zip((signal.layer for signal in signals), scores, strict=True))
+        self.growth.agree_on_faults()  # measurements and probes are not every rank's
         self.growth.watch(by_layer, self.engine.telemetry.reading.seeds, self.epoch)
         health = SystemHealth.of(sum(scores) / len(scores) if scores else 0.0)
         rows[-1] |= self._costs() | {
@@ -444,9 +446,17 @@ class TolariaTrainer:
             },
         )
 
-    def _checkpoint(self) -> None:
-        snapshot = self.engine.whole(self._boundary_snapshot())
-        self._each(lambda observer: observer.checkpoint(snapshot))
+    async def _checkpoint(self) -> None:
+        """Hand over the last boundary; where the checkpoint before is not written yet, it waits."""
+        snapshot, ranks = self.engine.whole(self._boundary_snapshot()), self.engine.ranks
+
+        def hand_over() -> None:
+            self._each(lambda observer: observer.checkpoint(snapshot))
+
+        if ranks.size == 1:
+            hand_over()
+        else:
+            await ranks.awaited(lambda: asyncio.to_thread(hand_over))
 
     def _boundary_snapshot(self) -> Snapshot:
         assert self._last is not None, "run() captures before it trains"

@@ -42,20 +42,20 @@ def refuse_unlike(ranks: Ranks, model: nn.Module, datasets: Datasets) -> None:
         )
 
 
-def parallel_for(training: TrainingConfig, ranks: Ranks, samples: int) -> Whole:
-    """The way that a session of `ranks` computes its batches, from `samples` of training data.
+def shards_of(training: TrainingConfig, processes: int, samples: int) -> int:
+    """Into how many shards `processes` cut each batch of `samples` of training data.
 
     Raises:
-        ManifestError: the ranks can't share the logical shards, or a batch is too small for them.
+        ManifestError: they can't share the logical shards, or a batch is too small for them.
         DataError: the training data is.
     """
     shards, batch = training.logical_shards, training.batch_size
-    count = shards if shards > 1 else ranks.size
-    if count % ranks.size:
+    count = shards if shards > 1 else processes
+    if count % processes:
         raise ManifestError(
             "spec.training.logicalShards",
             shards,
-            f"a multiple of the number of processes, {ranks.size}",
+            f"a multiple of the number of processes, {processes}",
         )
     if batch < count:
         raise ManifestError("spec.training.batchSize", batch, f"at least {count}, a sample a shard")
@@ -65,6 +65,17 @@ def parallel_for(training: TrainingConfig, ranks: Ranks, samples: int) -> Whole:
             f"{samples} samples",
             f"at least {2 * count}, two for each of {count} shards",
         )
+    return count
+
+
+def parallel_for(training: TrainingConfig, ranks: Ranks, samples: int) -> Whole:
+    """The way that a session of `ranks` computes its batches, from `samples` of training data.
+
+    Raises:
+        BadInput: as `shards_of`, or a way that the other settings do not go with.
+    """
+    shards = training.logical_shards
+    count = shards_of(training, ranks.size, samples)
     if training.sharding == "full" and ranks.size > 1:
         if training.compile:
             raise ManifestError("spec.training.compile", True, "false with sharding full")

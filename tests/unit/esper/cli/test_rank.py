@@ -27,6 +27,7 @@ def ends_with(error):
         (LossNotFinite("the loss is nan"), Outcome.FAILED, 0),
         (BusUnavailable("a rank is gone"), Outcome.CRASHED, 1),
         (ZeroDivisionError("by\nzero"), Outcome.CRASHED, 1),
+        (SystemExit(0), Outcome.CRASHED, 1),
     ],
 )
 def test_only_a_crash_is_torchruns_business(tmp_path, capsys, error, outcome, status):

@@ -8,11 +8,14 @@ import pytest
 import yaml
 
 from esper.cli.main import main, parser
+from esper.cli.outcomes import Ended, Outcome
 from esper.cli.rank import parser as rank_parser
+from esper.cli.supervising import Supervisor
 from esper.cli.worker import newest_checkpoint, placement_of, rank_program
 from esper.configs import TORCHRUN
 from esper.contracts.manifests import load_manifest
 from esper.errors import ConfigError
+from esper.services.tolaria.status import StatusFile
 
 MANIFEST = {
     "apiVersion": "esper.dev/v1alpha1",
@@ -130,6 +133,29 @@ def test_progress_is_the_newest_checkpoint_that_the_status_names(tmp_path):
     assert newest_checkpoint(tmp_path) == -1
     status.write_text(yaml.safe_dump({"status": {"checkpoint": {"name": "c", "epoch": 12}}}))
     assert newest_checkpoint(tmp_path) == 12
+
+
+def test_where_it_gives_up_the_status_says_so(manifest, tmp_path, monkeypatch, capsys):
+    session = load_manifest(manifest).session
+    running = StatusFile(
+        tmp_path / "status.yaml", session, layers={}, refused={}, parameters_base=3
+    )
+    running.write()
+    crashed = Ended(Outcome.CRASHED, "RankCrashed", "rank 1 was killed by SIGKILL; given up")
+    monkeypatch.setattr(Supervisor, "run", lambda *_: crashed)
+    words = ["worker", "session.yaml", "--output-dir", ".", "--nodes", "1"]
+    assert main(words) == 1
+    summary = yaml.safe_load((tmp_path / "status.yaml").read_text())["status"]["conditions"][0]
+    assert (summary["status"], summary["reason"]) == ("False", "Failed")
+    assert summary["message"] == f"RankCrashed: {crashed.message}"
+    # Other nodes do not know how rank 0 stands.
+    running.write()
+    assert main([*words[:-1], "2", "--node-rank", "1", "--rendezvous", "h:1"]) == 1
+    text = (tmp_path / "status.yaml").read_text()
+    assert yaml.safe_load(text)["status"]["conditions"][0]["reason"] == "Running"
+    (tmp_path / "status.yaml").write_text("{")
+    assert main(words) == 1
+    assert "the status does not say so" in capsys.readouterr().err
 
 
 def test_the_supervisor_itself_stays_small():

@@ -12,7 +12,7 @@ from esper.contracts.manifests import parse_resource
 from esper.contracts.operational import SeedTransition
 from esper.contracts.resources import Condition, TrainingSession, TrainingSessionStatus
 from esper.services.tolaria.checkpoints import Written
-from esper.services.tolaria.status import StatusFile
+from esper.services.tolaria.status import StatusFile, break_off
 from tests.unit.esper.services.tolaria.checkpointing import snapshot
 from tests.unit.esper.services.tolaria.sessions import resource
 
@@ -208,3 +208,23 @@ def test_decisions_leave_the_status_alone_and_only_the_file_is_left(tmp_path: Pa
     status.write()
     assert (tmp_path / "status.yaml").read_bytes() == before
     assert os.listdir(tmp_path) == ["status.yaml"]
+
+
+def test_who_has_seen_the_processes_end_says_that_the_session_failed(tmp_path: Path) -> None:
+    path = tmp_path / "status.yaml"
+    break_off(path, "no run began")
+    assert not path.exists()
+    status = status_file(tmp_path)
+    status.epoch(row(4, layers=measured(head=1.0)))
+    before = read(tmp_path)
+    break_off(path, "RankCrashed: rank 1 was killed by SIGKILL; given up")
+    failed = read(tmp_path)
+    assert (failed.epoch, failed.metrics, failed.workers) == (4, before.metrics, 0)
+    assert failed.completion_time is not None
+    summary = condition(failed)
+    assert (summary.status, summary.reason) == ("False", "Failed")
+    assert summary.message == "RankCrashed: rank 1 was killed by SIGKILL; given up"
+    # What the run itself has said stays.
+    status.finish(SessionOutcome.INTERRUPTED, "asked to stop")
+    break_off(path, "StopFailed: not in time")
+    assert condition(read(tmp_path)).message == "asked to stop"
