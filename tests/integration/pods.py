@@ -8,6 +8,28 @@ from typing import Any
 from tools.cluster.control_plane import wait_for
 
 SECONDS = 60.0
+HEEDS = """
+import signal, sys, time
+def end(*_):
+    open('/dev/termination-log', 'w').write('asked')
+    sys.exit(75)
+signal.signal(signal.SIGTERM, end)
+print('ready', flush=True)
+time.sleep(600)
+"""
+"""Runs until it is asked to end; says so, and leaves with 75."""
+SERVES = """
+import http.server, os, pathlib
+class Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        good = pathlib.Path(f"/state{self.path}").exists()
+        self.send_response(200 if good else 503)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+http.server.HTTPServer(("", 8080), Answers).serve_forever()
+"""
+"""Answers 200 on port 8080 for the files of /state, else 503."""
 
 
 def pod(name: str, code: str = "", *, container: dict[str, Any] | None = None, **spec: Any) -> Any:
@@ -24,6 +46,13 @@ def pod(name: str, code: str = "", *, container: dict[str, Any] | None = None, *
             **spec,
         },
     }
+
+
+def claim(name: str) -> Any:
+    """A claim, which the node of processes takes for bound."""
+    spec = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
+    metadata = {"name": name}
+    return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec}
 
 
 def apply(plane, namespace, *documents):
@@ -91,3 +120,11 @@ def waits(reason):
         return bool(statuses) and state(pod)[1].get("reason") == reason
 
     return holds
+
+
+def wait_for_words(plane, namespace, name, words):
+    """Until the pod's log holds `words`."""
+    wait_for(
+        lambda: words in plane.try_kubectl("logs", "-n", namespace, name).stdout,
+        f"{name} does not say {words}",
+    )

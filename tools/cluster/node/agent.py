@@ -278,10 +278,11 @@ class Node:
             if other["spec"].get("nodeName") == self.name
             and other.get("status", {}).get("phase") not in ("Succeeded", "Failed")
         ]
-        why = refusal(pod, node, placed)
         meta = pod["metadata"]
         path = f"/api/v1/namespaces/{meta['namespace']}/pods/{meta['name']}"
         try:
+            reason = refusal(pod, node, placed)
+            why = f"1 {reason}" if reason else await self._missing_claim(pod)
             if why is None:
                 body = {
                     "apiVersion": "v1",
@@ -295,9 +296,23 @@ class Node:
                 message = f"Successfully assigned {place} to {self.name}"
                 self._world.event(pod, "Normal", "Scheduled", message)
             else:
-                await self._refuse(pod, path, f"0/1 nodes are available: 1 {why}.")
+                await self._refuse(pod, path, f"0/1 nodes are available: {why}.")
         except RefusedError as refused:
             _log.info("%s: %s", path, refused)  # it is gone, or another node has taken it
+
+    async def _missing_claim(self, pod: Object) -> str | None:
+        """Which claim of the pod does not exist; one that does counts as bound."""
+        for volume in pod["spec"].get("volumes", ()):
+            if "persistentVolumeClaim" in volume:
+                name = volume["persistentVolumeClaim"]["claimName"]
+                space = f"/api/v1/namespaces/{pod['metadata']['namespace']}"
+                try:
+                    await self.api.ask("GET", f"{space}/persistentvolumeclaims/{name}")
+                except RefusedError as refused:
+                    if refused.status == 404:
+                        return f'persistentvolumeclaim "{name}" not found'
+                    raise
+        return None
 
     async def _refuse(self, pod: Object, path: str, message: str) -> None:
         known = pod.get("status", {}).get("conditions", ())
