@@ -40,7 +40,7 @@ class Outside:
         self._redis = world.hub.redis.client()
 
     def streams(self):
-        return {key.decode() for key in self._redis.scan_iter(f"esper:{self._namespace}:*")}
+        return set(self._redis.scan_iter(f"esper:{self._namespace}:*"))
 
     def users(self, uids):
         names = "\n".join(line.split()[1] for line in self._redis.acl_list())
