@@ -27,9 +27,11 @@ from tools.cluster.node.network import Addresses, Names
 from tools.cluster.node.placing import refusal
 from tools.cluster.node.pod import HOST_ADDRESS, NodeWorld, PodWorker
 from tools.cluster.node.process import keep_node
+from tools.cluster.programs import KUBERNETES
 
 Object = dict[str, Any]
 
+ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
 LEASE_SECONDS = 40
 HEARTBEAT_SECONDS = 1.0
 STATUS_SECONDS = 5.0
@@ -115,7 +117,7 @@ class Node:
         labels = {
             "kubernetes.io/hostname": self.name,
             "kubernetes.io/os": "linux",
-            "kubernetes.io/arch": "amd64",
+            "kubernetes.io/arch": ARCHITECTURE,
             **self._settings["labels"],
         }
         body = {"metadata": {"name": self.name, "labels": labels}}
@@ -155,10 +157,10 @@ class Node:
                 "kernelVersion": machine.release,
                 "osImage": machine.system,
                 "containerRuntimeVersion": "process://1",
-                "kubeletVersion": "v1.36.3",
+                "kubeletVersion": f"v{KUBERNETES}",
                 "kubeProxyVersion": "",
                 "operatingSystem": "linux",
-                "architecture": "amd64",
+                "architecture": ARCHITECTURE,
             },
         }
         await self.api.ask(
