@@ -119,7 +119,7 @@ class WorkQueue:
     def _next(self) -> Key:
         first, rest = self._lanes
         if first and (not rest or self._in_a_row < FIRST_VISITS_IN_A_ROW):
-            self._in_a_row += 1
+            self._in_a_row = self._in_a_row + 1 if rest else 0
             return first.popleft()
         self._in_a_row = 0
         return rest.popleft()
