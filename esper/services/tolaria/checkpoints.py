@@ -294,8 +294,10 @@ class Checkpoints:
         return self._known[name] is not None
 
     def _drop_old(self, written: str) -> None:
-        kept = {epoch_of(written)}
-        for name, sizes in self._place.listed().items():
+        kept, listed = {epoch_of(written)}, self._place.listed()
+        if self._owner.attempt and any(attempt_of(one) > self._owner.attempt for one in listed):
+            return  # a newer attempt began after the look, however long ago that was
+        for name, sizes in listed.items():
             epoch = epoch_of(name)
             if _never_finished(name, sizes) and name != written:
                 self._place.remove(name)

@@ -92,6 +92,19 @@ def test_what_an_older_attempt_wrote_last_counts_less_than_what_a_newer_one_did(
     assert newest(attempt(place, 3)).state["which"] == "newer"
 
 
+def test_one_that_was_frozen_after_its_look_removes_nothing_of_a_newer_one(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = attempt(place, 1, keep=1)
+    wrote(older, 1)
+    wrote(attempt(place, 2), 2, 3)
+    before = place.files()
+    monkeypatch.setattr(older, "_refuse_superseded", lambda: None)
+    wrote(older, 2)
+    assert before.items() <= place.files().items()
+    assert newest(attempt(place, 3)).epoch == 3
+
+
 def test_a_restart_within_an_attempt_writes_on(place: Place) -> None:
     wrote(attempt(place, 3), 1, which="first")
     again = attempt(place, 3)
