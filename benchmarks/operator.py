@@ -42,6 +42,7 @@ CHILDREN = {
     "services": "/api/v1/namespaces/load/services",
     "secrets": "/api/v1/namespaces/load/secrets",
 }
+PODS = "/api/v1/namespaces/load/pods"
 PEER = {
     "name": "kubeflow training-operator 1.8.1, quoted, not measured here",
     "jobsPerSecond": 5.1,
@@ -86,7 +87,7 @@ def measure(world: OperatorWorld, count: int, profile: Path | None) -> dict[str,
         with watched(operator) as process:
             load = measure_load(world, operator, process, count)
             sys.stderr.write(json.dumps(load) + "\n")
-            settle(operator, count)
+            settle(world, operator, 2 * count)
             idle = measure_idle(operator, process)
     return {"sessions": count, "workers": 2, "load": load, "idle": idle, "peer": PEER}
 
@@ -199,18 +200,18 @@ def number_of(plane: ControlPlane, path: str) -> int:
     return len(answer["items"]) + int(answer["metadata"].get("remainingItemCount", 0))
 
 
-def settle(operator: OperatorProcess, count: int) -> None:
-    """Wait until all pods are made, and nothing has been written for ten seconds."""
+def settle(world: OperatorWorld, operator: OperatorProcess, pods: int) -> None:
+    """Wait until so many pods are made, and nothing has been written for ten seconds."""
     deadline = time.monotonic() + SETTLE_SECONDS
     last, since = -1.0, time.monotonic()
     while time.monotonic() < deadline:
         now = operator.total(WRITES)
-        if now != last:
+        if now != last or number_of(world.plane, PODS) < pods:
             last, since = now, time.monotonic()
         if time.monotonic() - since > 10.0:
             return
         time.sleep(1.0)
-    sys.stderr.write(f"{count} sessions did not come to rest\n")
+    sys.stderr.write(f"{pods} pods did not come to rest\n")
 
 
 def measure_idle(operator: OperatorProcess, process: Process) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from esper_operator.views import Said
 from esper_operator.work import Key
 from esper_operator.writing import Writer
 
-TURN_SECONDS = 0.05
+TURN_SECONDS = 0.02
 """A turn that has written something makes no more children after that: while the API server is
 slow, for many want something of it, each object gets a little at a time."""
 HUB_REQUESTS, HUB_SECONDS = 6, 0.1

@@ -2,8 +2,9 @@
 
 A key that comes while it is being worked on is worked on once more afterwards. One whose work broke
 off comes again after 1 s, 2 s, 4 s, … 60 s; what happens to it meanwhile waits for that moment,
-unless somebody changed the object itself. Keys that were never worked on have a lane of their own:
-whoever has just applied something sees it taken up, however much else is to be done.
+unless somebody changed the object itself. Keys that were never worked on have a lane of their own
+and two of three turns: whoever has just applied something sees it taken up, however much else is to
+be done.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import NamedTuple
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
 _DOUBLINGS = 6
+FIRST_VISITS_IN_A_ROW = 2
+"""While others wait, every third turn is theirs, however many first visits there are."""
 
 
 class Key(NamedTuple):
@@ -52,6 +55,7 @@ class WorkQueue:
         """`chance` spreads tries, so that what failed together does not come together again."""
         self._chance = chance
         self._lanes: tuple[deque[Key], deque[Key]] = (deque(), deque())
+        self._in_a_row = 0
         self._waiting: dict[Key, float] = {}
         self._busy: dict[Key, float] = {}
         self._dirty: dict[Key, float] = {}
@@ -106,12 +110,19 @@ class WorkQueue:
                 if taker.done() and not taker.cancelled():
                     self._wake()  # it was woken, and can't come
                 raise
-        first, rest = self._lanes
-        key = first.popleft() if first else rest.popleft()
+        key = self._next()
         now = self._now()
         self._busy[key] = now
         self._known.add(key)
         return Turn(key, now - self._waiting.pop(key))
+
+    def _next(self) -> Key:
+        first, rest = self._lanes
+        if first and (not rest or self._in_a_row < FIRST_VISITS_IN_A_ROW):
+            self._in_a_row = self._in_a_row + 1 if rest else 0
+            return first.popleft()
+        self._in_a_row = 0
+        return rest.popleft()
 
     def done(self, key: Key, again_in: float | None = None) -> None:
         """The work on `key` went well; it is due again in so many seconds, if at all."""

@@ -71,6 +71,20 @@ def test_first_visits_are_taken_before_what_was_seen_before() -> None:
     run(body())
 
 
+def test_many_first_visits_leave_every_third_turn_to_the_rest() -> None:
+    async def body() -> None:
+        work = queue()
+        for key in (A, B):
+            work.add(key)
+            work.done(await taken(work))
+        new = [Key("TrainingSession", "default", str(number)) for number in range(4)]
+        for key in (A, B, *new):
+            work.add(key)
+        assert [await taken(work) for _ in range(6)] == [*new[:2], A, *new[2:], B]
+
+    run(body())
+
+
 def test_a_key_that_was_forgotten_has_its_first_visit_again() -> None:
     async def body() -> None:
         work = queue()
