@@ -40,7 +40,7 @@ def first_epochs(kubelet, namespace):
 
 
 def test_demand_04_an_eviction_costs_no_failure_and_the_work_goes_on_from_its_checkpoint(
-    world, operator, objects, kubelet
+    world, patient_operator, objects, kubelet
 ):
     objects.create(SESSIONS, world.session("evicted", spec=spec(EPOCHS)))
     before = wait_for_checkpoint(objects, "evicted")
@@ -68,7 +68,7 @@ def test_demand_04_an_eviction_costs_no_failure_and_the_work_goes_on_from_its_ch
 
 
 def test_demand_05_a_suspended_session_has_no_pod_and_goes_on_in_its_new_size(
-    world, operator, objects, kubelet
+    world, patient_operator, objects, kubelet
 ):
     objects.create(SESSIONS, world.session("resting", spec=spec(EPOCHS)))
     wait_for_checkpoint(objects, "resting")
