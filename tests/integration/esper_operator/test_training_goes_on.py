@@ -6,7 +6,7 @@ import pytest
 
 from tests.integration.esper_operator.trained import SECONDS, spec
 from tools.cluster.control_plane import wait_for
-from tools.operator_workers import JOBS, PODS, SESSIONS, Workers
+from tools.operator_workers import PODS, SESSIONS, Workers
 
 pytestmark = [
     pytest.mark.slow,
@@ -75,13 +75,11 @@ def test_demand_05_a_suspended_session_has_no_pod_and_goes_on_in_its_new_size(
     objects.merge(f"{SESSIONS}/resting", {"spec": {"runPolicy": {"suspend": True}}})
     workers = Workers(objects, "resting")
     wait_for(lambda: not workers.pods() and not workers.jobs(), "there are pods", seconds=SECONDS)
-    at_rest = status_of(objects, "resting")
     assert objects.condition("resting", "Suspended")["status"] == "True"
     namespace = objects.namespace
     world.plane.kubectl("scale", "-n", namespace, "ts/resting", "--replicas=1")
     objects.merge(f"{SESSIONS}/resting", {"spec": {"runPolicy": {"suspend": False}}})
-    wait_for_checkpoint(objects, "resting", after=at_rest["checkpoint"]["epoch"])
-    [job] = [job for job in objects.items(JOBS) if job["spec"].get("completionMode") == "Indexed"]
+    [job] = wait_for(workers.jobs, "there is no Job", seconds=SECONDS)
     assert job["spec"]["completions"] == 1
     objects.wait("resting", "True", seconds=SECONDS)
     status = status_of(objects, "resting")
