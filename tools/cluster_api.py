@@ -79,6 +79,8 @@ def _watch(cluster: LocalCluster, stop: threading.Event) -> None:
     """Tell when something has ended."""
     told: set[str] = set()
     while not stop.wait(WATCH_SECONDS):
+        if cluster.mend():
+            _say(f"  the operator had ended and is started anew: {cluster.operator.log}")
         for name, part in cluster.parts.items():
             if not part.running and name not in told:
                 _say(f"  {name} has ended; its last words are in {part.log}")

@@ -92,6 +92,8 @@ class Demo:
         """The session once it has succeeded; how it stands is shown meanwhile."""
         deadline, shown = time.monotonic() + SECONDS, ""
         while True:
+            if self._cluster.mend():
+                self._say("the operator had ended; it is started anew")
             session: dict[str, Any] = self._cluster.plane.get("ts", self._name)
             line = self._cluster.plane.kubectl("get", "ts", self._name, "--no-headers").strip()
             if line.rsplit(maxsplit=1)[0] != shown:  # without its age

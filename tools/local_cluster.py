@@ -79,6 +79,16 @@ class LocalCluster:
         """Stop everything, the last first."""
         self._stack.close()
 
+    def mend(self) -> bool:
+        """Start the operator anew if it has ended, as a Deployment would; whether it had.
+
+        It ends where it can't renew its lease in time, as on a machine that is very busy.
+        """
+        if self.operator.running:
+            return False
+        self.operator.start()
+        return True
+
     def _for_operator(self) -> Settings:
         account = self.plane.kubeconfig("esper-operator", OWN_NAMESPACE, seconds=TOKEN_SECONDS)
         given = dict(self.stack.for_operator())

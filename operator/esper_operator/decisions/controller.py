@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from esper.contracts.enums import ControllerPolicy
 from esper.contracts.resources import TrainingSessionSpec
 from esper_operator.children import tamiyo
 from esper_operator.children.objects import Json, digest_in
@@ -13,22 +12,19 @@ from esper_operator.plans import Deletion, Manifest
 from esper_operator.views import DeploymentView, SessionView
 
 
-def is_needed(spec: TrainingSessionSpec) -> bool:
-    """Whether anybody decides for the session."""
-    return spec.growth.controller.policy is not ControllerPolicy.NONE
-
-
 def is_dedicated(spec: TrainingSessionSpec) -> bool:
-    """Whether the session has a controller of its own."""
-    return is_needed(spec) and spec.growth.controller.dedicated
+    """Whether the session has a controller of its own.
+
+    Every session has one that decides, with the policy `none` too: its worker asks at each interval
+    like any other, and is told to wait.
+    """
+    return spec.growth.controller.dedicated
 
 
 def standing(
     spec: TrainingSessionSpec, name: str, view: DeploymentView | None, refusals: Refusals
 ) -> tuple[Truth, Reason, str]:
     """The condition ControllerReady of a session whose controller is called `name`."""
-    if not is_needed(spec):
-        return "True", Reason.NOT_NEEDED, "growth.controller.policy is none"
     refused = refusals.get(f"Deployment/{name}")
     if refused is not None:
         return "False", Reason.CONTROLLER_FAILED, f"Deployment {name}: {refused.message}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from esper_operator.children import names, secret, tamiyo
-from esper_operator.decisions.controller import if_changed, is_needed, removed
+from esper_operator.decisions.controller import if_changed, is_dedicated, removed
 from esper_operator.observed import NamespaceObserved
 from esper_operator.options import Options
 from esper_operator.plans import Plan
@@ -20,9 +20,7 @@ def decide(observed: NamespaceObserved, options: Options) -> Plan:
     Its Secret is that of controllers of their own too.
     """
     running = [view for view in observed.sessions if _runs(view)]
-    specs = [view.spec() for view in running]
-    needing = [spec for spec in specs if is_needed(spec)]
-    if not needing:
+    if not running:
         waiting = _idle_for(observed)
         if waiting > 0 and observed.tamiyo is not None:
             return Plan(again_in=waiting)
@@ -30,7 +28,7 @@ def decide(observed: NamespaceObserved, options: Options) -> Plan:
     wanted = secret.settings_digest(names.TAMIYO, options, observed.now)
     if observed.secret is None or observed.secret.deleting or observed.secret.digest != wanted:
         return Plan(credentials=True)
-    if all(spec.growth.controller.dedicated for spec in needing):
+    if all(is_dedicated(view.spec()) for view in running):
         return Plan(delete=removed(observed.tamiyo))
     manifest = tamiyo.shared(observed.namespace, options)
     return Plan(apply=if_changed(manifest, observed.tamiyo))

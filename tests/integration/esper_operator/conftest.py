@@ -41,6 +41,14 @@ def alone(world, shared_operator):
 
 
 @pytest.fixture
+def patient_operator(alone):
+    """One that keeps its lease on a machine that trains as fast as it can."""
+    with alone.operator(lease_seconds=60, renew_seconds=45, lease_request_seconds=10) as patient:
+        wait_for(lambda: patient.leads, "the operator does not lead", seconds=120)
+        yield patient
+
+
+@pytest.fixture
 def objects(control_plane, namespace):
     seen = Objects(control_plane, namespace)
     yield seen

@@ -22,7 +22,7 @@ def ready(found):
     return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
 
 
-def test_a_session_trains_grows_and_leaves_nothing(world, operator, objects, kubelet):
+def test_a_session_trains_grows_and_leaves_nothing(world, patient_operator, objects, kubelet):
     manifest = yaml.safe_dump(world.session("grows", spec=spec(EPOCHS, **GROWING)))
     world.plane.kubectl("apply", "-n", objects.namespace, "-f", "-", given=manifest)
     try:

@@ -76,17 +76,21 @@ broken["training"]["epochs"] = "many"
 @pytest.mark.parametrize(
     "view",
     [
-        session(**policy("none")),
         session(runPolicy={"suspend": True}),
         session(runPolicy={"managedBy": "somebody"}),
         session(deleting=True),
         session(raw_spec=broken),
     ],
-    ids=["none", "suspended", "somebody's", "deleting", "unreadable"],
+    ids=["suspended", "somebody's", "deleting", "unreadable"],
 )
 def test_none_stays_for_sessions_that_ask_nobody(view: SessionView) -> None:
     assert applied(planned(view)) == []
     assert deleted(planned(view, tamiyo=CURRENT)) == [f"Deployment/{names.TAMIYO}"]
+
+
+def test_a_session_that_does_not_grow_is_told_so_by_a_controller() -> None:
+    # Its worker asks at each interval, whatever the policy, and waits for the answer.
+    assert applied(planned(session(**policy("none")))) == [f"Deployment/{names.TAMIYO}"]
 
 
 def test_controllers_of_their_own_need_the_secret_and_not_the_shared_one() -> None:

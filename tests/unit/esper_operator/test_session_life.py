@@ -274,7 +274,7 @@ def test_a_checkpoint_is_named_in_the_status() -> None:
 @pytest.mark.parametrize(
     ("policy", "tamiyo", "refusals", "status", "reason"),
     [
-        ("none", None, {}, "True", "NotNeeded"),
+        ("none", None, {}, "False", "ControllerStarting"),
         ("heuristic", None, {}, "False", "ControllerStarting"),
         ("heuristic", {"available": True}, {}, "True", "ControllerAvailable"),
         ("heuristic", {"available": False}, {}, "False", "ControllerStarting"),
