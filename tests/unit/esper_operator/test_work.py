@@ -102,12 +102,12 @@ def test_a_delayed_key_comes_at_its_time_and_only_the_last_delay_counts() -> Non
     async def body() -> None:
         work = queue()
         work.add_in(A, 0.05)
-        work.add_in(A, 0.2)
+        work.add_in(A, 1.0)
         work.add_in(B, 10.0)
-        work.add_in(B, 0.1)
-        await nothing(work, 0.08)
-        assert await taken(work) == B
-        assert await taken(work) == A
+        work.add_in(B, 0.6)
+        await nothing(work, 0.2)
+        assert await taken(work, 5.0) == B
+        assert await taken(work, 5.0) == A
         assert work.delayed() == 0
 
     run(body())
