@@ -99,7 +99,10 @@ class Carrier:
                 outcome.wrote = True
         for deletion in plan.delete:
             kind = BY_NAME[deletion.kind]
-            await self._writer.delete(kind, deletion.namespace, deletion.name, deletion.uid)
+            name = (deletion.namespace, deletion.name)
+            if not await self._writer.delete(kind, *name, deletion.uid):
+                # Its end fell between the list that filled the store and the watch.
+                self._enqueue(self._store.drop_uid(kind, name, deletion.uid))
             outcome.wrote = True
         for manifest in plan.apply:
             if outcome.over():

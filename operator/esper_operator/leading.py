@@ -120,6 +120,8 @@ class Leader:
         await self._fill()
         for key in self._store.everything():
             self._queue.add(key)
+        for kind in (*WATCHED, *BY_METADATA):
+            self._resync.soon(kind)  # what went between these lists and the watches
         lasting: list[Coroutine[Any, Any, object]] = [
             *(self._work() for _ in range(self._config.operator.workers)),
             *(

@@ -69,8 +69,8 @@ class Writer:
         uid: str,
         *,
         grace_seconds: int | None = None,
-    ) -> None:
-        """Delete that object, and what it owns, if it still is the one of that uid."""
+    ) -> bool:
+        """Delete that object, and what it owns; False: there is none of that uid any more."""
         body: dict[str, Any] = {
             "apiVersion": "v1",
             "kind": "DeleteOptions",
@@ -82,7 +82,8 @@ class Writer:
         try:
             await self._send("delete", kind, "DELETE", kind.path(namespace, name), body)
         except (ApiNotFound, ApiConflict):
-            """It is gone, or another stands in its place: both are what was wanted."""
+            return False  # it is gone, or another stands in its place: both are what was wanted
+        return True
 
     async def tell(
         self,
