@@ -16,9 +16,7 @@ CREATIONS, RATE = 60, 20.0
 FIRST_SECONDS = 10.0
 
 
-def test_demand_02_each_of_many_creations_is_acknowledged_soon(
-    world, operator, objects
-):
+def test_demand_02_each_of_many_creations_is_acknowledged_soon(world, operator, objects):
     seen, made = {}, {}
     watching = objects.watch(SESSIONS)
     began = time.monotonic()
