@@ -85,6 +85,8 @@ class ClusterApi:
         tracing = aiohttp.TraceConfig()
         tracing.on_connection_reuseconn.append(_check_fence)
         tracing.on_connection_create_end.append(_check_fence)
+        # A body goes out in a turn of its own, a head with it: the last look is right before.
+        tracing.on_request_chunk_sent.append(_check_fence)
         configuration.trace_configs = [tracing]
         configuration.client_session_kwargs = {"trust_env": False}
         configuration.connection_pool_maxsize = 64
