@@ -211,7 +211,7 @@ def test_a_token_of_the_service_account_is_mounted_where_asked_for(control_plane
     assert user == f"system:serviceaccount:{namespace}:default"
 
 
-def test_two_pods_write_their_statuses_without_a_write_too_many(control_plane, namespace):
+def test_a_pods_status_is_written_only_when_it_changes(control_plane, namespace):
     apply(control_plane, namespace, pod("one", ""))
     wait_for_phase(control_plane, namespace, "one", "Succeeded")
     written = [
@@ -220,4 +220,5 @@ def test_two_pods_write_their_statuses_without_a_write_too_many(control_plane, n
         if request["objectRef"].get("namespace") == namespace
         and request["objectRef"].get("subresource") == "status"
     ]
-    assert 1 <= len(written) <= 4
+    # Bound, being made, running, ended, and each condition at most once between them.
+    assert 1 <= len(written) <= 8

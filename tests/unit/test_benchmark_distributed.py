@@ -36,8 +36,8 @@ def test_tolarias_own_loop_takes_turns_with_another():
             gate()
             ticks.append(len(ticks))
 
-    loops = {"own": trained(Alone(), manifest("mlp", train=1024)), "counting": counting}
-    found = turns(Alone(), loops, 16, seconds=0.3, process=0).processes[0]
+    loops = {"own": trained(Alone(), manifest("mlp", train=4096)), "counting": counting}
+    found = turns(Alone(), loops, 64, seconds=1.5, process=0).processes[0]
     assert len(found["own"]) == len(found["counting"]) > 0
     assert all(seconds > 0 for row in found.values() for seconds in row)
     assert len(ticks) > len(found["counting"])

@@ -67,7 +67,7 @@ async def list_objects(request: Request, uid: Uid) -> Response:
     "/{uid}/objects/{name:path}",
     **allowed(
         Permission.KEEP_SESSIONS,
-        documented({200: StoredObject}),
+        documented({200: StoredObject}, 404),  # a name with a line break has no route
         takes=BINARY,
         limit="max_object_bytes",
     ),
@@ -117,7 +117,7 @@ async def read_object(request: Request, uid: Uid, name: ObjectName) -> Response:
 @objects.delete(
     "/{uid}/objects/{name:path}",
     status_code=204,
-    **allowed(Permission.KEEP_SESSIONS, documented({204: None})),
+    **allowed(Permission.KEEP_SESSIONS, documented({204: None}, 404)),
 )
 async def delete_object(request: Request, uid: Uid, name: ObjectName) -> Response:
     """Remove an object, if there is one."""
