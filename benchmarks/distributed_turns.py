@@ -22,6 +22,7 @@ from esper.services.tolaria.process_group import ProcessGroup
 
 BLOCK_SECONDS = 0.01
 MAX_BLOCK = 16
+GRACE_SECONDS = 60.0
 EDGE_STEPS = 3
 """Steps at the beginning of an epoch in which DistributedDataParallel sorts its buckets anew."""
 
@@ -125,6 +126,8 @@ def turns(
 ) -> Timings:
     """Seconds a step of every loop, in rounds of shuffled order, for about `seconds`.
 
+    On a machine that gives them no turn in that time it goes on until there is one round to keep.
+
     A turn is a step that is not timed and a block of some that are; it took as long as it did on
     the slowest rank. The ends of epochs are left out, for all loops of the round. A meter's part of
     a block is kept beside it under its own name.
@@ -140,7 +143,9 @@ def turns(
     found: dict[str, list[float]] = {name: [] for name in (*loops, *meters)}
     end = time.monotonic() + seconds
     with collecting_no_garbage():
-        while ranks.told(time.monotonic() < end):
+        while ranks.told(
+            (now := time.monotonic()) < end or (not found[order[0]] and now < end + GRACE_SECONDS)
+        ):
             shuffling.shuffle(order)
             taken: dict[str, float] = {}
             for name in order:

@@ -8,13 +8,17 @@ from tools.cluster.control_plane import wait_for
 from tools.operator_workers import JOBS, PODS, SESSIONS, Workers
 
 pytestmark = pytest.mark.xdist_group("cluster")
-SOON = {"startupDeadlineSeconds": 4, "backoffLimit": 0}
 
 
 def started(world, objects, name, **policy):
-    spec = {"runPolicy": {**SOON, **policy}, "workers": {"replicas": 2}}
+    spec = {"runPolicy": {"backoffLimit": 0, **policy}, "workers": {"replicas": 2}}
     objects.create(SESSIONS, world.session(name, spec=spec))
     return Workers(objects, name)
+
+
+def hurry(objects, name, deadline="startupDeadlineSeconds"):
+    """Its deadline is near: only now, since what the test says of its pods must come before."""
+    objects.merge(f"{SESSIONS}/{name}", {"spec": {"runPolicy": {deadline: 1}}})
 
 
 def say(objects, pod, **status):
@@ -41,6 +45,7 @@ def test_demand_03_an_image_that_cannot_be_pulled(world, operator, objects):
     )
     assert "manifest unknown" in shown["message"]
     assert objects.condition("image")["status"] == "Unknown"
+    hurry(objects, "image")
     assert objects.wait("image", "False")["reason"] == "ImagePullFailed"
     wait_for(lambda: not workers.jobs(), "the Job stays")
 
@@ -52,6 +57,7 @@ def test_demand_03_workers_that_find_no_node(world, operator, objects):
         item = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
         conditions = [{**item, "message": "0/3 nodes are free", "lastTransitionTime": now}]
         say(objects, pod, phase="Pending", conditions=conditions)
+    hurry(objects, "room")
     found = objects.wait("room", "False")
     assert found["reason"] == "Unschedulable"
     assert "0/3 nodes are free" in found["message"]
@@ -59,18 +65,19 @@ def test_demand_03_workers_that_find_no_node(world, operator, objects):
 
 def test_demand_03_workers_that_never_take_a_step(world, operator, objects):
     started(world, objects, "hangs").run()
+    hurry(objects, "hangs")
     assert objects.wait("hangs", "False")["reason"] == "StartupDeadlineExceeded"
 
 
 def test_demand_03_a_session_that_is_active_for_too_long(world, operator, objects):
-    policy = {"startupDeadlineSeconds": 900, "activeDeadlineSeconds": 3}
-    started(world, objects, "long", **policy).run()
+    started(world, objects, "long").run()
+    hurry(objects, "long", "activeDeadlineSeconds")
     assert objects.wait("long", "False")["reason"] == "ActiveDeadlineExceeded"
 
 
 @pytest.mark.parametrize(("code", "text"), [(137, "exit code 137"), (1, "LossNotFinite")])
 def test_demand_03_a_crash_loop_ends(world, operator, objects, code, text):
-    workers = started(world, objects, "crash", startupDeadlineSeconds=900, backoffLimit=1)
+    workers = started(world, objects, "crash", backoffLimit=1)
     for attempt in (1, 2):
         pods = workers.run()
         message = "exit code 137" if code == 137 else "three times"
@@ -99,5 +106,6 @@ def test_demand_03_a_quota_that_leaves_no_room_for_the_job(world, operator, obje
         lambda: "exceeded quota" in objects.condition("quota").get("message", ""),
         "the quota does not show",
     )
+    hurry(objects, "quota")
     assert objects.wait("quota", "False", seconds=60)["reason"] == "ChildRefused"
     assert objects.items(JOBS) == []
