@@ -391,6 +391,7 @@ class OperatorConfig(Section):
     stop_seconds: Whole = _whole(60, "seconds to write a checkpoint", least=1, most=3600)
     kernels_per_session: Whole = _whole(64, "kernels of one session", least=0, most=1000)
     compile_seconds: Whole = _whole(900, "seconds for a compile Job", least=1, most=86_400)
+    compile_attempts: Whole = _whole(5, "compile Jobs of one kernel", least=1, most=100)
 
 
 class ComponentConfig(Section):

@@ -64,7 +64,7 @@ OTHERS = {
     "secret of compile jobs": secret.compile_manifest(NAMESPACE, OPERATOR_ISSUED, OPTIONS, NOW),
     "tamiyo": tamiyo.shared(NAMESPACE, OPTIONS),
     "own tamiyo": tamiyo.dedicated(session(), OPTIONS),
-    "compile job": compile_job.manifest(KERNEL, OPTIONS),
+    "compile job": compile_job.manifest(KERNEL, 1, OPTIONS),
     "seed": seed.manifest(session(), SEED),
 }
 PODS = {**JOBS, **{name: OTHERS[name] for name in ("tamiyo", "own tamiyo", "compile job")}}

@@ -104,6 +104,7 @@ DEFAULTS = {
     "operator.stop_seconds": 60,
     "operator.kernels_per_session": 64,
     "operator.compile_seconds": 900,
+    "operator.compile_attempts": 5,
     "component.kernel_cache_bytes": 512 * 2**20,
     "component.log_level": "warning",
     "component.log_levels": "",

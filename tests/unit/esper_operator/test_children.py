@@ -48,7 +48,7 @@ ALL = {
     "worker": worker(),
     "tamiyo": tamiyo.shared(NAMESPACE, OPTIONS),
     "own tamiyo": tamiyo.dedicated(session(), OPTIONS),
-    "compile": compile_job.manifest(KERNEL, OPTIONS),
+    "compile": compile_job.manifest(KERNEL, 1, OPTIONS),
 }
 
 
@@ -448,7 +448,7 @@ def test_labels_and_pull_secrets_of_the_installation_reach_every_pod() -> None:
         job.manifest(view, 1, 1, options),
         tamiyo.shared(NAMESPACE, options),
         tamiyo.dedicated(view, options),
-        compile_job.manifest(KERNEL, options),
+        compile_job.manifest(KERNEL, 1, options),
     )
     for manifest in made:
         labels = manifest["spec"]["template"]["metadata"]["labels"]
