@@ -1,4 +1,4 @@
-"""What the commands `esper` and `esper-operator` share: how a line is read, and how the log begins."""
+"""What `esper` and `esper-operator` share: how a command line is read, and how the log begins."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line, as all of Esper does."""
 
     def error(self, message: str) -> NoReturn:
+        """End the program with that line."""
         program = self.prog.partition(" ")[0]
         said = one_line(message, 500)
         self.exit(BAD_INPUT, f"{program}: error: {said} (see {self.prog} --help)\n")

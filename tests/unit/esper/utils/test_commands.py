@@ -24,7 +24,10 @@ def of_two_words() -> OneLineParser:
     [
         (["no"], "esper: error: argument command: invalid choice: 'no'"),
         (["do", "--no\nsuch"], "esper: error: unrecognized arguments: --no such"),
-        (["do", "--config"], "esper: error: argument --config: expected one argument (see esper do"),
+        (
+            ["do", "--config"],
+            "esper: error: argument --config: expected one argument (see esper do",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_line_is_one_line(capsys, line: list[str], error: str) -> None:
