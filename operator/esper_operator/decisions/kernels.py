@@ -109,7 +109,11 @@ def _compiling(observed: KernelObserved, options: Options) -> Plan:
 
 
 def _after_failure(
-    observed: KernelObserved, job: JobView, message: str, order: KernelOrder | None, options: Options
+    observed: KernelObserved,
+    job: JobView,
+    message: str,
+    order: KernelOrder | None,
+    options: Options,
 ) -> Plan:
     """Another attempt once the Job's TTL has taken it away, or the end after the last.
 
@@ -118,7 +122,9 @@ def _after_failure(
     failed = max(_before(observed.kernel).failed_attempts, job.attempt, 1)
     counted: dict[str, object] = {"failed_attempts": failed}
     if failed >= options.compile_attempts:
-        text = f"{message} (attempt {failed}; operator.compile_attempts: {options.compile_attempts})"
+        text = (
+            f"{message} (attempt {failed}; operator.compile_attempts: {options.compile_attempts})"
+        )
         return _said(observed, "False", Reason.BACKOFF_LIMIT_EXCEEDED, text, counted)
     plan = _said(observed, "False", Reason.COMPILATION_FAILED, message, counted)
     return Plan(plan.status, order=order, again_in=AGAIN_SECONDS)
