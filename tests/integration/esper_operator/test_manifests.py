@@ -134,7 +134,8 @@ def test_what_no_pod_can_be_is_refused_for_good(esper_control_plane, team, templ
     assert field in str(error)
     said = {f"Job/{name}": Said(error.reason, error.said)}
     at_work = session(status=running(view, job=None), workers={"podTemplate": template})
-    scene = Scene(observed(at_work, refusals=said), at_work.spec(), record_of(at_work), OPTIONS)
+    record = record_of(at_work)
+    scene = Scene(observed(at_work, refusals=said), at_work.spec(), record, OPTIONS, before=record)
     message = permanent_refusal(scene)
     assert message is not None, (error.status, error.reason)
     assert field in message
