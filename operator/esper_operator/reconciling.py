@@ -185,7 +185,7 @@ class Reconciler:
                 session.uid, session.namespace, deletion_policy=policy
             )
             blueprints = self._store.blueprints(session.namespace)
-            return secret.manifest(session, issued, self._options, blueprints)
+            return secret.manifest(session, issued, self._options, self._clock(), blueprints)
 
         return ask
 

@@ -31,6 +31,7 @@ ROLE_LABEL = "esper.dev/role"
 ATTEMPT_LABEL = "esper.dev/attempt"
 KERNEL_LABEL = "esper.dev/kernel"
 DIGEST_ANNOTATION = "esper.dev/digest"
+RENEW_ANNOTATION = "esper.dev/renew-after"
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 CONTAINER = "worker"
 """The name of the container that works, in every pod that the operator has made."""
@@ -87,6 +88,8 @@ class MetaView:
     digest: str = ""
     """Hash of the manifest that it was applied from."""
     deleting: bool = False
+    renew_after: float = 0.0
+    """When a Secret's credentials are to be renewed."""
 
     @classmethod
     def of(cls, data: Object) -> MetaView:
@@ -102,6 +105,7 @@ class MetaView:
             role=_label(data, ROLE_LABEL),
             digest=_annotation(data, DIGEST_ANNOTATION),
             deleting=meta.get("deletionTimestamp") is not None,
+            renew_after=seconds_of(_annotation(data, RENEW_ANNOTATION)) or 0.0,
         )
 
 

@@ -28,7 +28,12 @@ from esper_operator.decisions import (
 )
 from esper_operator.decisions.ends import End, Step, soonest
 from esper_operator.decisions.scene import Scene
-from esper_operator.decisions.workers import has_secret, permanent_refusal, readiness
+from esper_operator.decisions.workers import (
+    credentials_last,
+    has_secret,
+    permanent_refusal,
+    readiness,
+)
 from esper_operator.observed import Observed
 from esper_operator.options import Options
 from esper_operator.plans import Deletion, Manifest, Notice, Plan
@@ -166,6 +171,7 @@ def _going_on(step: Step) -> Plan:
             step.again_in,
             grown.again_in,
             _paused(scene),
+            credentials_last(scene) or None,
             REFUSED_SECONDS if scene.observed.refusals else None,
         ),
         credentials=not has_secret(scene),

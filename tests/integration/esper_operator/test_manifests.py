@@ -59,7 +59,7 @@ SEED = SeedSnapshot(layer="features.0", slot=1, state="training")
 KERNEL = kernel("5f" * 20, {"blueprint": "affine"})
 OTHERS = {
     "service": service.manifest(session()),
-    "secret": secret.manifest(session(), ISSUED, OPTIONS),
+    "secret": secret.manifest(session(), ISSUED, OPTIONS, NOW),
     "secret of controllers": secret.controller_manifest(NAMESPACE, ISSUED, OPTIONS, NOW),
     "secret of compile jobs": secret.compile_manifest(NAMESPACE, OPERATOR_ISSUED, OPTIONS, NOW),
     "tamiyo": tamiyo.shared(NAMESPACE, OPTIONS),

@@ -29,6 +29,7 @@ DEFAULTS = {
     "database.statement_timeout_seconds": 30.0,
     "hub.url": None,
     "hub.token": None,
+    "hub.token_file": None,
     "hub.connect_timeout_seconds": 5.0,
     "hub.read_timeout_seconds": 15.0,
     "hub.timeout_seconds": 300.0,
