@@ -50,6 +50,14 @@ def _annotation(data: Object, name: str) -> str:
     return str((_meta(data).get("annotations") or {}).get(name, ""))
 
 
+def _time(text: str) -> float:
+    """The time in an annotation, which anybody may have written; 0 where it is none."""
+    try:
+        return seconds_of(text) or 0.0
+    except ValueError:
+        return 0.0
+
+
 def _number(text: str) -> int:
     return int(text) if text.isdecimal() else 0
 
@@ -105,7 +113,7 @@ class MetaView:
             role=_label(data, ROLE_LABEL),
             digest=_annotation(data, DIGEST_ANNOTATION),
             deleting=meta.get("deletionTimestamp") is not None,
-            renew_after=seconds_of(_annotation(data, RENEW_ANNOTATION)) or 0.0,
+            renew_after=_time(_annotation(data, RENEW_ANNOTATION)),
         )
 
 
