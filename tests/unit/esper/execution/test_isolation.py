@@ -59,6 +59,16 @@ def buffer_bits(model: nn.Module) -> dict[str, bytes]:
 # -- random streams -----------------------------------------------------------------------------
 
 
+def test_where_there_is_no_accelerator_seeds_pile_up_nowhere() -> None:
+    waiting = torch.cuda._queued_calls  # type: ignore[attr-defined]
+    torch.cuda.manual_seed_all(1)
+    before = len(waiting)
+    for seed in range(3):
+        seed_everything(seed)
+    assert len(waiting) == before
+    assert torch.cuda.is_initialized() or before > 0, "this is where they would be"
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**63 - 1), st.integers(0, 700))
 def test_a_captured_state_is_put_back_to_the_bit(seed: int, drawn: int) -> None:
