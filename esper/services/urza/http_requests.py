@@ -9,7 +9,9 @@ costs microseconds and not time limits. Everything that is asked can be asked ag
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +69,12 @@ class HubRequest:
     headers: Mapping[str, str] = field(default_factory=dict)
     content: bytes | Sequence[bytes] | None = None
     content_type: str = "application/json"
+
+
+@functools.cache
+def _trusted() -> ssl.SSLContext:
+    """The certificates that are trusted: to read them takes longer than a request."""
+    return httpx.create_ssl_context(trust_env=False)
 
 
 class _TemporaryError(Exception):
@@ -127,6 +135,7 @@ class HubRequests:
             follow_redirects=False,
             trust_env=False,
             transport=transport,
+            verify=_trusted(),
         )
 
     async def close(self) -> None:
