@@ -30,7 +30,7 @@ def cnn() -> tuple[nn.Module, Tensor]:
 
 def encoder() -> tuple[nn.Module, Tensor]:
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.2, batch_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(3, 4, 8)
+    return nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), torch.randn(3, 4, 8)
 
 
 MODELS = {"mlp": mlp, "cnn": cnn, "encoder": encoder}
