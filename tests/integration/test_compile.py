@@ -19,6 +19,9 @@ from tests.integration.sessions import Watching, trained
 from tests.integration.spirals import SESSION, changed, left, status, write_session
 from tests.unit.esper.core.growing import FOSSIL, grow
 
+# One worker imports inductor.
+pytestmark = pytest.mark.xdist_group("compile")
+
 
 def mlp() -> tuple[nn.Module, Tensor]:
     return MLP(6, [8, 8], 3), torch.randn(5, 6)
