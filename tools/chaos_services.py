@@ -71,7 +71,6 @@ SETTINGS = {
 }
 """Times short enough that faults of a second are felt."""
 
-
 Result = TypeVar("Result")
 
 
@@ -101,11 +100,6 @@ class Plan:
     seed: int = 0
     shortest: float = 0.1
     longest: float = 1.5
-
-
-def stack_in(folder: Path) -> Stack:
-    """The services that are to fail, with two workers: one compiles while the other is away."""
-    return Stack(folder, workers=2, settings=SETTINGS)
 
 
 def run(
@@ -489,7 +483,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = Plan(faults=arguments.faults, blueprints=arguments.blueprints, seed=arguments.seed)
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         folder = (arguments.folder or Path(temporary)).resolve()
-        with stack_in(folder / "stack") as stack:
+        with Stack(folder / "stack", workers=2, settings=SETTINGS) as stack:
             outcome = run(stack, arguments.session, folder / "patient", plan)
             impatient = run_impatient(stack, arguments.session, folder / "impatient", plan)
     result = {

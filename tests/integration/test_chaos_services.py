@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.spirals import write_session
-from tools.chaos_services import Plan, run, run_impatient, stack_in
+from tools.chaos_services import SETTINGS, Plan, run, run_impatient
 from tools.stack import Stack
 
 # One worker starts the services, once for both tests.
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chaos-services")]
 
 @pytest.fixture(scope="module")
 def failing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with stack_in(tmp_path_factory.mktemp("failing")) as running:
+    with Stack(tmp_path_factory.mktemp("failing"), workers=2, settings=SETTINGS) as running:
         yield running
 
 
