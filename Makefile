@@ -47,8 +47,11 @@ $(READY): pyproject.toml requirements.lock requirements-bootstrap.txt
 demo: setup ## Train example 01 until it has grown; the report is runs/demo/report.html
 	@$(BIN)/esper run examples/01-mnist1d-mlp/session.yaml --output-dir $(DEMO) --overwrite
 
+# What inductor has compiled is kept for the next time.
+COMPILED := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/esper/inductor
 # Two workers share two cores, so each computes, and compiles, on one thread.
-PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --timeout=900
+PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 TORCHINDUCTOR_CACHE_DIR='$(COMPILED)' \
+	$(BIN)/pytest -n 2 --dist loadgroup --timeout=900
 # Being measured slows all Python down, so only the tests of what is measured are.
 MEASURED := contracts services/tamiyo services/tolaria
 MEASURED_TESTS := $(MEASURED:%=tests/unit/esper/%) tests/unit/esper_operator

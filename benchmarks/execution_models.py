@@ -59,14 +59,14 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 as for ImageNet (He et al. 2016), with C classes."""
+    """ResNet-18 as for ImageNet (He et al. 2016), with C classes; its own width is 64."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        widths = (64, 64, 128, 256, 512)
+        widths = (width, width, 2 * width, 4 * width, 8 * width)
         self.layers = nn.Sequential(
             *(
                 nn.Sequential(
@@ -76,7 +76,7 @@ class ResNet18(nn.Module):
                 for before, after in pairwise(widths)
             )
         )
-        self.fc = nn.Linear(512, CLASSES)
+        self.fc = nn.Linear(8 * width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) to logits (B, C)."""

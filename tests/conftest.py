@@ -3,6 +3,7 @@
 import gc
 import os
 
+import pytest
 from hypothesis import settings
 
 from tests.cluster import (  # noqa: F401
@@ -44,3 +45,28 @@ def pytest_collection_finish(session):
     # Of the modules and the tests, which stay to the end, no collection has to look for garbage.
     gc.collect()
     gc.freeze()
+
+
+class Freezing:
+    """Between modules, once in many tests, what is there is put out of the collector's sight.
+
+    Most of it was imported by a test and stays. To look through it takes a second, which would be
+    spent again and again, most by tests and benchmarks that collect garbage themselves.
+    """
+
+    TESTS = 200
+
+    def __init__(self):
+        self.tests = 0
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_teardown(self, item, nextitem):
+        self.tests += 1
+        if self.tests >= self.TESTS and nextitem is not None and nextitem.path != item.path:
+            self.tests = 0
+            gc.collect()
+            gc.freeze()
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Freezing())

@@ -71,7 +71,6 @@ SETTINGS = {
 }
 """Times short enough that faults of a second are felt."""
 
-
 Result = TypeVar("Result")
 
 
@@ -103,29 +102,31 @@ class Plan:
     longest: float = 1.5
 
 
-def run(manifest: Path, folder: Path, plan: Plan, say: Callable[[str], None] = print) -> Outcome:
-    """Train `manifest` without faults, then through `plan`, and compare."""
+def run(
+    stack: Stack, manifest: Path, folder: Path, plan: Plan, say: Callable[[str], None] = print
+) -> Outcome:
+    """Train `manifest` over a fresh stack without faults, then through `plan`, and compare."""
+    folder.mkdir(parents=True, exist_ok=True)
     outcome = Outcome()
-    with Stack(folder / "stack", workers=2, settings=SETTINGS) as stack:
-        note_results(stack.postgres)
-        with Session(stack, manifest, folder / "undisturbed") as undisturbed:
-            outcome.check(undisturbed.wait() == 0, "the undisturbed session did not end well")
-        say("the undisturbed session has ended")
-        config = EsperConfig.load(file=stack.client_settings)
-        started = time.monotonic()
-        with _Sessions(stack, manifest, folder) as sessions:
-            kernels = _disturb(stack, plan, config, sessions, outcome, say)
-            outcome.check(sessions.wait(), "a disturbed session did not end well")
-        say(f"the last disturbed session has ended after {time.monotonic() - started:.0f} s")
-        for directory in sessions.directories:
-            _compare(folder / "undisturbed", directory, outcome)
-            asyncio.run(_check_news(config, directory, outcome))
-        asyncio.run(_check_kernels(config, kernels, outcome))
-        check_database(stack.postgres, outcome)
-        outcome.figures |= {
-            "seconds": round(time.monotonic() - started, 1),
-            "sessions": len(sessions.directories),
-        }
+    note_results(stack.postgres)
+    with Session(stack, manifest, folder / "undisturbed") as undisturbed:
+        outcome.check(undisturbed.wait() == 0, "the undisturbed session did not end well")
+    say("the undisturbed session has ended")
+    config = EsperConfig.load(file=stack.client_settings)
+    started = time.monotonic()
+    with _Sessions(stack, manifest, folder) as sessions:
+        kernels = _disturb(stack, plan, config, sessions, outcome, say)
+        outcome.check(sessions.wait(), "a disturbed session did not end well")
+    say(f"the last disturbed session has ended after {time.monotonic() - started:.0f} s")
+    for directory in sessions.directories:
+        _compare(folder / "undisturbed", directory, outcome)
+        asyncio.run(_check_news(config, directory, outcome))
+    asyncio.run(_check_kernels(config, kernels, outcome))
+    check_database(stack.postgres, outcome)
+    outcome.figures |= {
+        "seconds": round(time.monotonic() - started, 1),
+        "sessions": len(sessions.directories),
+    }
     return outcome
 
 
@@ -213,7 +214,7 @@ class _Sessions:
 
 
 def run_impatient(
-    manifest: Path, folder: Path, plan: Plan, say: Callable[[str], None] = print
+    stack: Stack, manifest: Path, folder: Path, plan: Plan, say: Callable[[str], None] = print
 ) -> Outcome:
     """Train `manifest` with `IMPATIENT` seconds' patience: it ends, and says what it waited for.
 
@@ -228,16 +229,15 @@ def run_impatient(
     # A copy, with the code beside it: the manifest's own folder is somebody's.
     impatient = shutil.copytree(manifest.parent, folder / "session") / manifest.name
     impatient.write_text(yaml.safe_dump_all(documents))
-    with Stack(folder / "stack", workers=1, settings=SETTINGS) as stack:
-        stack.tamiyo.kill()
-        with Session(stack, impatient, folder / "without-controller") as session:
-            ended_well = session.wait() == 0
-        outcome.check(ended_well, "the session without a controller did not end well")
-        stack.tamiyo.start()
-        config = EsperConfig.load(file=stack.client_settings)
-        with _Sessions(stack, impatient, folder) as sessions:
-            _disturb(stack, replace(plan, blueprints=0), config, sessions, outcome, say)
-            outcome.check(sessions.wait(), "an impatient session did not end well")
+    stack.tamiyo.kill()
+    with Session(stack, impatient, folder / "without-controller") as session:
+        ended_well = session.wait() == 0
+    outcome.check(ended_well, "the session without a controller did not end well")
+    stack.tamiyo.start()
+    config = EsperConfig.load(file=stack.client_settings)
+    with _Sessions(stack, impatient, folder) as sessions:
+        _disturb(stack, replace(plan, blueprints=0), config, sessions, outcome, say)
+        outcome.check(sessions.wait(), "an impatient session did not end well")
     waited = _check_waiting(folder / "without-controller", boundaries, outcome)
     outcome.check(waited == boundaries, f"{waited} of {boundaries} decisions came from nowhere")
     through = [_check_waiting(one, boundaries, outcome) for one in sessions.directories]
@@ -483,8 +483,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = Plan(faults=arguments.faults, blueprints=arguments.blueprints, seed=arguments.seed)
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         folder = (arguments.folder or Path(temporary)).resolve()
-        outcome = run(arguments.session, folder / "patient", plan)
-        impatient = run_impatient(arguments.session, folder / "impatient", plan)
+        with Stack(folder / "stack", workers=2, settings=SETTINGS) as stack:
+            outcome = run(stack, arguments.session, folder / "patient", plan)
+            impatient = run_impatient(stack, arguments.session, folder / "impatient", plan)
     result = {
         "faults": outcome.faults + impatient.faults,
         "figures": outcome.figures | impatient.figures,

@@ -47,7 +47,12 @@ class RandomState:
 
 def seed_everything(seed: int) -> None:
     """Seed torch (all devices), numpy and Python's random with `seed`, a value in [0, 2**63)."""
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        # That would note the seed, with a stack trace, for devices that might come one day: two
+        # hundred times the work, for every batch of a trial.
+        torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 

@@ -82,6 +82,14 @@ def kill_in_removal(name):
     os.unlink = removing
 
 
+def empty_plots():
+    """No fault: the report has no plots, as of a run without epochs."""
+    from esper.cli import report_page
+
+    report_page.page_plots = lambda _: {}
+    report_page.growth_png = lambda _: b"\x89PNG"
+
+
 def both(*chosen):
     """Several faults at once."""
     for name, *arguments in chosen:

@@ -2,7 +2,7 @@
 
 A server imports what a run needs and then forks: every command is a process that can be killed
 like any other, without the seconds that imports take. Run as a module, this file is the server: it
-reads one request a line ({argv, folder, fault}) and answers with the process's id, then
+reads one request a line ({argv, folder, fault, plots}) and answers with the process's id, then
 with its exit status and its streams.
 """
 
@@ -21,7 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = (
     "esper.cli.embedded",
+    "torch._dynamo",
     "torch._inductor.config",
+    "sklearn.datasets",
     "matplotlib.backends.backend_agg",
     "mpl_toolkits.mplot3d",
     "sqlalchemy.ext.asyncio",
@@ -57,16 +59,20 @@ class Server:
             text=True,
         )
 
-    def start(self, *argv, folder, fault=None):
-        """A command in a folder; `fault` is the name and the arguments of one in `faults.py`."""
-        request = {"argv": [str(word) for word in argv], "folder": str(folder), "fault": fault}
+    def start(self, *argv, folder, fault=None, plots=False):
+        """A command in a folder; `fault` is the name and the arguments of one in `faults.py`.
+
+        To draw its report takes as long as a small session, so `plots` are drawn if asked for.
+        """
+        argv = [str(word) for word in argv]
+        request = {"argv": argv, "folder": str(folder), "fault": fault, "plots": plots}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return Started(int(self._process.stdout.readline()), self._process.stdout)
 
-    def run(self, *argv, folder, fault=None):
+    def run(self, *argv, folder, fault=None, plots=False):
         """A command from its start to its end."""
-        return self.start(*argv, folder=folder, fault=fault).wait()
+        return self.start(*argv, folder=folder, fault=fault, plots=plots).wait()
 
     def close(self):
         """End the server."""
@@ -110,17 +116,22 @@ def until(condition, process_ended=lambda: False, seconds=600):
         time.sleep(0.001)
 
 
-def _serve():
+def preload():
+    """Import what a run needs, before this process forks for the first time."""
     import importlib
 
     for name in PRELOADED:
         importlib.import_module(name)
-    _draw()
     # Of what is here already no process has to look for garbage.
     gc.collect()
     gc.freeze()
     # A fork takes along the calling thread alone.
     assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread"
+
+
+def _serve():
+    _draw()
+    preload()
     for line in sys.stdin:
         request = json.loads(line)
         pipes = {name: os.pipe() for name in ("out", "err")}
@@ -169,6 +180,8 @@ def _become(request, streams):
         from esper.cli.main import main
         from tests.integration import faults
 
+        if not request["plots"]:
+            faults.empty_plots()
         if request["fault"]:
             name, *arguments = request["fault"]
             getattr(faults, name)(*arguments)

@@ -19,6 +19,9 @@ from tests.integration.sessions import Watching, trained
 from tests.integration.spirals import SESSION, changed, left, status, write_session
 from tests.unit.esper.core.growing import FOSSIL, grow
 
+# One worker imports inductor.
+pytestmark = pytest.mark.xdist_group("compile")
+
 
 def mlp() -> tuple[nn.Module, Tensor]:
     return MLP(6, [8, 8], 3), torch.randn(5, 6)
@@ -30,7 +33,7 @@ def cnn() -> tuple[nn.Module, Tensor]:
 
 def encoder() -> tuple[nn.Module, Tensor]:
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.2, batch_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(3, 4, 8)
+    return nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), torch.randn(3, 4, 8)
 
 
 MODELS = {"mlp": mlp, "cnn": cnn, "encoder": encoder}

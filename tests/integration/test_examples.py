@@ -77,7 +77,7 @@ def ran(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Ran:
             directory = tmp_path_factory.mktemp("runs") / example
             manifest = f"examples/{example}/session.yaml"
             told = ("--output-dir", directory, "--json")
-            ended = server.run("run", manifest, *told, folder=ROOT)
+            ended = server.run("run", manifest, *told, folder=ROOT, plots=True)
             assert ended.status == 0, ended.err
             done[example] = directory, json.loads(ended.out.splitlines()[-1])
         return done[example]

@@ -27,6 +27,7 @@ class S3Server(ServerProcess):
         self.region = REGION
         self.access_key_id = "esper"
         self._secret = self.folder / "secret"
+        self._client: Any = None
 
     @property
     def secret_access_key(self) -> str:
@@ -39,16 +40,18 @@ class S3Server(ServerProcess):
         return f"http://{HOST}:{self.port}"
 
     def client(self) -> Any:
-        """A boto3 client of the owner, for setting up and looking."""
-        import boto3
+        """A boto3 client of the owner, for setting up and looking; always the same one."""
+        if self._client is None:
+            import boto3
 
-        return boto3.client(
-            "s3",
-            endpoint_url=self.url,
-            region_name=self.region,
-            aws_access_key_id=self.access_key_id,
-            aws_secret_access_key=self.secret_access_key,
-        )
+            self._client = boto3.client(
+                "s3",
+                endpoint_url=self.url,
+                region_name=self.region,
+                aws_access_key_id=self.access_key_id,
+                aws_secret_access_key=self.secret_access_key,
+            )
+        return self._client
 
     def create_bucket(self, name: str) -> None:
         """Make an empty bucket."""

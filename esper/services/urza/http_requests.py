@@ -9,8 +9,10 @@ costs microseconds and not time limits. Everything that is asked can be asked ag
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import re
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import suppress
@@ -72,6 +74,12 @@ class HubRequest:
     content_type: str = "application/json"
 
 
+@functools.cache
+def _trusted() -> ssl.SSLContext:
+    """The certificates that are trusted: to read them takes longer than a request."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
 class _TemporaryError(Exception):
     """A request failed in a way that may heal; `after` is how long the hub asks to be left."""
 
@@ -131,6 +139,7 @@ class HubRequests:
             follow_redirects=False,
             trust_env=False,
             transport=transport,
+            verify=_trusted(),
         )
 
     async def close(self) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import traceback
 from collections.abc import Callable
 
 import numpy as np
@@ -57,6 +58,19 @@ def buffer_bits(model: nn.Module) -> dict[str, bytes]:
 
 
 # -- random streams -----------------------------------------------------------------------------
+
+
+def test_without_an_accelerator_no_seed_is_noted_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stack(*_: object) -> list[str]:
+        raise AssertionError("a stack trace, for a device that is not there")
+
+    with preserved_randomness():
+        torch.manual_seed(7)
+        expected = torch.rand(3)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        monkeypatch.setattr(traceback, "format_stack", stack)
+        seed_everything(7)
+        assert torch.equal(torch.rand(3), expected)
 
 
 @settings(max_examples=25, deadline=None)

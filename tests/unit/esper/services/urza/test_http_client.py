@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import ssl
 from collections.abc import AsyncIterator
 
 import httpx
@@ -37,6 +38,15 @@ def page(**fields: str) -> httpx.Response:
 def place(sqlite_place):
     """The database's kind makes no difference here."""
     return sqlite_place
+
+
+def test_trusted_certificates_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("they were read again")
+
+    HttpUrza(CONFIG)
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", read)
+    HttpUrza(CONFIG)
 
 
 def test_a_hub_that_is_not_ready_still_gets_work() -> None:
