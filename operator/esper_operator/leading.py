@@ -134,7 +134,7 @@ class Leader:
                 for namespace in self._namespaces or (None,)
             ),
             self._resync.run(),
-            self._reports.run(self._bus),
+            self._reports.run(self._bus, self._uids),
             self._sweep.run(),
             self._show(),
             self._watch(keep_signals),
@@ -201,6 +201,9 @@ class Leader:
         session = self._store.session_of_uid(uid)
         if session is not None:
             self._queue.add(Key(SESSION.name, session.namespace, session.name))
+
+    def _uids(self) -> list[tuple[str, str]]:
+        return [(session.namespace, session.uid) for session in self._store.sessions()]
 
     async def _bus(self) -> OonaClient:
         """The bus over all namespaces, with the user that the hub gives the operator.
