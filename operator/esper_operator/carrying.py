@@ -41,6 +41,7 @@ class Outcome:
     """What carrying out a plan has come to."""
 
     wrote: bool = False
+    """Whether there is something new to decide on."""
     again_in: float = math.inf
     began: float = field(default_factory=time.monotonic)
 
@@ -87,8 +88,8 @@ class Carrier:
             _log.debug("the status has no object any more: %s", error)
             return False
         own = Key(about.kind.name, about.namespace, about.name)
+        outcome.wrote |= not self._store.has(about.kind, answer)
         self._enqueue(key for key in self._store.put(about.kind, answer) if key != own)
-        outcome.wrote = True
         return True
 
     async def rest(self, about: About | None, memory: Memory, plan: Plan, outcome: Outcome) -> None:
@@ -133,14 +134,18 @@ class Carrier:
         except ApiConflict as error:
             outcome.soon(1.0)
             _log.info("to be applied again: %s", error)
+            return
         except ApiRefused as error:
             said = Said(error.reason, error.said)
             memory.refuse(child, manifest, said, self._clock(), lasting=True)
             _log.info("refused: %s", error)
         else:
+            news = child in memory.refused or not self._store.has(kind, answer)
             memory.accepted(child)
             # Its own event will be old news: whom it concerns besides has to learn of it here.
             self._enqueue(self._store.put(kind, answer))
+            if not news:
+                return  # the apply has changed nothing, and neither would the next one
         outcome.wrote = True
 
     async def secret(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from esper.errors import WorkFailed
 from esper.services.contracts import KernelFigures
 from esper_operator.plans import Manifest, Notice
 from esper_operator.views import Said, digest_of_object
@@ -18,6 +19,9 @@ _LASTING = 4
 """Doublings that a lasting refusal starts at: the API server would say the same for a while."""
 
 _REMEMBERED_NOTICES = 64
+
+MAX_BUSY_TURNS = 500
+"""Turns in a row that may write; a decision that never comes to rest is at fault."""
 
 
 @dataclass
@@ -51,6 +55,18 @@ class Memory:
     """What was told of it: a notice may hold for long, and is told once."""
     busy_turns: int = 0
     """Turns in a row that have written something."""
+
+    def took_turn(self, *, wrote: bool) -> None:
+        """A turn of the object is over.
+
+        Raises:
+            WorkFailed: it has written something in too many turns in a row; so does each that
+                follows, until one writes nothing.
+        """
+        self.busy_turns = self.busy_turns + 1 if wrote else 0
+        if self.busy_turns > MAX_BUSY_TURNS:
+            turns = self.busy_turns
+            raise WorkFailed(f"got {turns} turns in a row that wrote; allowed: {MAX_BUSY_TURNS}")
 
     def refusals(self) -> dict[str, Said]:
         """The reason and message of each refused child, by `Kind/name`."""

@@ -17,7 +17,7 @@ from typing import NoReturn
 from esper.contracts.assets import CompiledKernel
 from esper.contracts.blueprints import BlueprintDocument, KernelTarget
 from esper.contracts.enums import BlueprintState
-from esper.errors import EsperError, WorkFailed
+from esper.errors import EsperError
 from esper_operator.carrying import About, Carrier, Outcome
 from esper_operator.children import names, secret
 from esper_operator.decisions import blueprints, kernels, namespaces, requests, sessions
@@ -46,8 +46,6 @@ from esper_operator.views import JobView, MetaView, PodView, Said, SessionView
 from esper_operator.work import Key, WorkQueue
 
 NO_STATUS = b"{}"
-MAX_BUSY_TURNS = 500
-"""Turns in a row that may write; a decision that never comes to rest is at fault."""
 _log = logging.getLogger(__name__)
 
 Reconcile = Callable[[Key], Awaitable[Outcome]]
@@ -308,10 +306,7 @@ class Reconciler:
             WorkFailed: it has written something in too many turns in a row.
         """
         outcome.soon(plan.again_in)
-        memory.busy_turns = memory.busy_turns + 1 if outcome.wrote else 0
-        if memory.busy_turns > MAX_BUSY_TURNS:
-            memory.busy_turns = 0
-            raise WorkFailed(f"got {MAX_BUSY_TURNS} turns in a row that wrote; allowed: fewer")
+        memory.took_turn(wrote=outcome.wrote)
         return outcome
 
 

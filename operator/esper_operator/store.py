@@ -188,6 +188,12 @@ class Store:
             return dict(versions)
         return {name: held for name, held in versions.items() if name[0] == namespace}
 
+    def has(self, kind: Kind, found: Object) -> bool:
+        """Whether an object is held in this version, or in a later one."""
+        meta = found["metadata"]
+        held = self._versions[kind.name].get((meta["namespace"], meta["name"]))
+        return held is not None and held[0] == meta["uid"] and held[1] >= _version(meta)
+
     def deleted(self, uid: str) -> bool:
         """Whether an object of that uid was heard to be gone, not long ago."""
         return uid in self._deleted

@@ -53,7 +53,8 @@ def removed(view: DeploymentView | None) -> tuple[Deletion, ...]:
 
 
 def if_changed(manifest: Json, view: DeploymentView | None) -> tuple[Manifest, ...]:
-    """The manifest, unless what is there was rendered from the same."""
-    if view is not None and view.digest == digest_in(manifest):
+    """The manifest, unless what is there was rendered from the same, or has yet to go."""
+    there = view is not None and view.name == manifest["metadata"]["name"]
+    if view is not None and there and (view.deleting or view.digest == digest_in(manifest)):
         return ()
     return (manifest,)

@@ -99,7 +99,9 @@ def _compiling(observed: KernelObserved, options: Options) -> Plan:
         plan = _said(observed, "Unknown", Reason.REQUESTED, "its Job is being made")
     wanted = secret.settings_digest(names.COMPILE, options, observed.now)
     there = observed.secret
-    if there is None or there.deleting or there.digest != wanted:
+    if there is not None and there.deleting:
+        return Plan(plan.status, again_in=ASK_SECONDS)
+    if there is None or there.digest != wanted:
         return Plan(plan.status, credentials=True)
     return Plan(
         plan.status,

@@ -26,7 +26,9 @@ def decide(observed: NamespaceObserved, options: Options) -> Plan:
             return Plan(again_in=waiting)
         return Plan(delete=removed(observed.tamiyo))
     wanted = secret.settings_digest(names.TAMIYO, options, observed.now)
-    if observed.secret is None or observed.secret.deleting or observed.secret.digest != wanted:
+    if observed.secret is not None and observed.secret.deleting:
+        return Plan()  # until it has gone, which is heard
+    if observed.secret is None or observed.secret.digest != wanted:
         return Plan(credentials=True)
     if all(is_dedicated(view.spec()) for view in running):
         return Plan(delete=removed(observed.tamiyo))

@@ -11,7 +11,7 @@ from esper.contracts.refusals import first_refusal
 from esper.contracts.resources import TrainingSession, TrainingSessionSpec, TrainingSessionStatus
 from esper.errors import one_line
 from esper_operator.children import job as jobs
-from esper_operator.children import pods, service
+from esper_operator.children import names, pods, service
 from esper_operator.children.objects import digest_in
 from esper_operator.conditions import MAX_MESSAGE, Kind, Reason, condition, merged
 from esper_operator.decisions import (
@@ -31,6 +31,7 @@ from esper_operator.decisions.scene import Scene
 from esper_operator.decisions.workers import (
     credentials_last,
     has_secret,
+    is_going,
     permanent_refusal,
     readiness,
 )
@@ -174,7 +175,8 @@ def _going_on(step: Step) -> Plan:
             credentials_last(scene) or None,
             REFUSED_SECONDS if scene.observed.refusals else None,
         ),
-        credentials=not has_secret(scene),
+        credentials=not has_secret(scene)
+        and not is_going(scene, "Secret", names.secret(scene.session.name)),
     )
 
 
@@ -305,10 +307,10 @@ def _service(scene: Scene) -> tuple[Manifest, ...]:
     wanted = digest_in(manifest)
     name = manifest["metadata"]["name"]
     there = any(
-        meta.kind == "Service" and meta.name == name and meta.digest == wanted and not meta.deleting
+        meta.kind == "Service" and meta.name == name and meta.digest == wanted
         for meta in scene.observed.metas
     )
-    return () if there else (manifest,)
+    return () if there or is_going(scene, "Service", name) else (manifest,)
 
 
 def _controller(scene: Scene) -> tuple[Manifest, ...]:

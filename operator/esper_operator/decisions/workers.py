@@ -93,6 +93,14 @@ def credentials_last(scene: Scene) -> float:
     return 0.0
 
 
+def is_going(scene: Scene, kind: str, name: str) -> bool:
+    """Whether the child of that name is being deleted, which a finalizer may draw out.
+
+    Until it has gone, which is heard, an apply would change nothing.
+    """
+    return any(m.kind == kind and m.name == name and m.deleting for m in scene.observed.metas)
+
+
 def num_ready(scene: Scene) -> int:
     """Workers of the attempt that are ready."""
     job = scene.job
