@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from esper.errors import EsperError
 from esper_operator.errors import ApiConflict, ApiNotFound, ApiRefused
-from esper_operator.kinds import BY_NAME, SECRET, Kind
+from esper_operator.kinds import BY_NAME, JOB, SECRET, Kind
 from esper_operator.memory import Memory
 from esper_operator.plans import Manifest, Notice, Plan
 from esper_operator.store import Store
@@ -103,10 +103,13 @@ class Carrier:
                 # Its end fell between the list that filled the store and the watch.
                 self._enqueue(self._store.drop_uid(kind, name, deletion.uid))
             outcome.wrote = True
+        all_there = True
         for manifest in plan.apply:
             if outcome.over():
                 return
-            await self.child(memory, manifest, outcome)
+            # A Job comes after what its pods can't do without.
+            if all_there or manifest["kind"] != JOB.name:
+                all_there &= await self.child(memory, manifest, outcome)
         for manifest in plan.child_statuses:
             if outcome.over():
                 return
@@ -121,32 +124,35 @@ class Carrier:
                 await self._told(about, notice)
                 outcome.wrote = True
 
-    async def child(self, memory: Memory, manifest: Manifest, outcome: Outcome) -> None:
-        """Apply a child; one that is refused is remembered as that, and tried again later."""
+    async def child(self, memory: Memory, manifest: Manifest, outcome: Outcome) -> bool:
+        """Apply a child; one that is refused is remembered as that, and tried again later.
+
+        False: it was not applied.
+        """
         kind = BY_NAME[manifest["kind"]]
         child = f"{kind.name}/{manifest['metadata']['name']}"
         waits = memory.waits(child, manifest, self._clock())
         if waits > 0:
             outcome.soon(waits)
-            return
+            return False
         try:
             answer = await self._writer.apply(manifest)
         except ApiConflict as error:
             outcome.soon(1.0)
             _log.info("to be applied again: %s", error)
-            return
+            return False
         except ApiRefused as error:
             said = Said(error.reason, error.said)
             memory.refuse(child, manifest, said, self._clock(), lasting=True)
             _log.info("refused: %s", error)
-        else:
-            news = child in memory.refused or not self._store.has(kind, answer)
-            memory.accepted(child)
-            # Its own event will be old news: whom it concerns besides has to learn of it here.
-            self._enqueue(self._store.put(kind, answer))
-            if not news:
-                return  # the apply has changed nothing, and neither would the next one
-        outcome.wrote = True
+            outcome.wrote = True
+            return False
+        # What the apply has not changed, the next one would not either.
+        outcome.wrote |= child in memory.refused or not self._store.has(kind, answer)
+        memory.accepted(child)
+        # Its own event will be old news: whom it concerns besides has to learn of it here.
+        self._enqueue(self._store.put(kind, answer))
+        return True
 
     async def secret(
         self,

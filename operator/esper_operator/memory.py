@@ -5,7 +5,7 @@ Nothing here decides anything that could not be decided again without it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +82,11 @@ class Memory:
         pause = pause_after(times + (_LASTING if lasting else 0), 1.0)
         self.refused[child] = Refusal(said, digest, times, now + pause)
 
+    def forget_refusals(self, there: Callable[[str], bool]) -> None:
+        """Forget those of children for which `there` says, by `Kind/name`, that they exist now."""
+        for child in [child for child in self.refused if there(child)]:
+            del self.refused[child]
+
     def tells(self, notice: Notice) -> bool:
         """Whether a notice is to be told; from now on it was."""
         if notice in self.told:
@@ -115,6 +120,11 @@ class Memories:
         if held is None or held.uid != uid:
             held = self._held[kind, namespace, name] = Memory(uid)
         return held
+
+    def refusals(self, kind: str, namespace: str, name: str) -> dict[str, Said]:
+        """What was refused of an object's children; nothing where nothing is remembered of it."""
+        held = self._held.get((kind, namespace, name))
+        return {} if held is None else held.refusals()
 
     def forget(self, kind: str, namespace: str, name: str) -> None:
         """The object is gone."""

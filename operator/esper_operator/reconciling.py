@@ -28,6 +28,7 @@ from esper_operator.kinds import (
     BLUEPRINT,
     KERNEL,
     SECRET,
+    SEED,
     SESSION,
 )
 from esper_operator.memory import Memories, Memory
@@ -161,6 +162,8 @@ class Reconciler:
         own = self._store.deployment(session.namespace, names.tamiyo(session.name))
         shared = self._store.deployment(session.namespace, names.TAMIYO)
         jobs = self._store.children(session.uid, JobView)
+        memory.forget_refusals(partial(self._is_there, session.namespace))
+        shared_refusals = self._memories.refusals(NAMESPACE, session.namespace, "")
         no_pods = {f"Pod/{job.name}": self._store.pod_refusal(job) for job in jobs}
         return Observed(
             session=session,
@@ -172,9 +175,20 @@ class Reconciler:
             snapshot=self._reports.snapshot(session.uid),
             seed_statuses=memory.child_statuses,
             seed_times=memory.child_times,
-            refusals=memory.refusals() | {k: said for k, said in no_pods.items() if said},
+            refusals={
+                **shared_refusals,
+                **memory.refusals(),
+                **{k: said for k, said in no_pods.items() if said},
+            },
             hearing_since=self._reports.hearing_since,
         )
+
+    def _is_there(self, namespace: str, child: str) -> bool:
+        """Whether a Seed or a CompiledKernel exists, whoever has made it since it was refused."""
+        kind, _, name = child.partition("/")
+        if kind == KERNEL.name:
+            return self._store.kernel(namespace, name) is not None
+        return kind == SEED.name and self._store.meta(SEED, namespace, name) is not None
 
     def _of_session(self, session: SessionView) -> Callable[[], Awaitable[Manifest]]:
         async def ask() -> Manifest:
@@ -271,11 +285,14 @@ class Reconciler:
             refusals=memory.refusals(),
         )
         plan, outcome = namespaces.decide(observed, self._options), Outcome()
+        refused = memory.refusals()
         if plan.credentials:
             await self._carrier.secret(
                 memory, names.TAMIYO, self._of_namespace(key.namespace), outcome
             )
         await self._carrier.rest(None, memory, plan, outcome)
+        if memory.refusals() != refused:
+            self._enqueue(Key(SESSION.name, s.namespace, s.name) for s in observed.sessions)
         return self._settled(memory, plan, outcome)
 
     def _of_namespace(self, namespace: str) -> Callable[[], Awaitable[Manifest]]:

@@ -34,6 +34,7 @@ from esper_operator.decisions.workers import (
     is_going,
     permanent_refusal,
     readiness,
+    refused,
 )
 from esper_operator.observed import Observed
 from esper_operator.options import Options
@@ -112,10 +113,10 @@ def _through(scene: Scene, policies: tuple[Policy, ...]) -> Step:
 
 
 def _refused_template(scene: Scene) -> Step:
-    refused = pods.refused_extra(scene.spec.workers.pod_template)
-    if refused is None:
+    message = pods.refused_extra(scene.spec.workers.pod_template)
+    if message is None:
         return Step(scene)
-    return Step(scene, End(False, Reason.INVALID_SPEC, refused, scene.now))
+    return Step(scene, End(False, Reason.INVALID_SPEC, message, scene.now))
 
 
 def _trained_already(scene: Scene) -> Step:
@@ -133,10 +134,10 @@ def _timed(scene: Scene) -> Step:
 
 
 def _refused_for_good(scene: Scene) -> Step:
-    refused = permanent_refusal(scene)
-    if refused is None:
+    message = permanent_refusal(scene)
+    if message is None:
         return Step(scene)
-    return Step(scene, End(False, Reason.CHILD_REFUSED, refused, scene.now))
+    return Step(scene, End(False, Reason.CHILD_REFUSED, message, scene.now))
 
 
 def _within_deadlines(scene: Scene) -> Step:
@@ -162,8 +163,8 @@ def _going_on(step: Step) -> Plan:
         delete=(*gone, *unneeded, *grown.delete),
         apply=(
             *_service(scene),
-            *_controller(scene),
             *([_job(scene)] if making else []),
+            *_controller(scene),
             *grown.apply,
         ),
         child_statuses=grown.statuses,
@@ -282,13 +283,15 @@ def _status(scene: Scene, record: TrainingSessionStatus) -> Manifest | None:
 
 
 def _story(scene: Scene, record: TrainingSessionStatus) -> tuple[Notice, ...]:
-    return story.told(scene.before, record, scene.observed.snapshot)
+    told = story.told(scene.before, record, scene.observed.snapshot)
+    return (*told, *(Notice("Warning", Reason.CHILD_REFUSED, text) for text in refused(scene)))
 
 
 def _makes_job(scene: Scene) -> bool:
     if scene.job is not None or attempts.due(scene) > scene.now:
         return False
-    return has_secret(scene) and not attempts.held_up(scene)
+    service_goes = is_going(scene, "Service", names.service(scene.session.name))
+    return has_secret(scene) and not service_goes and not attempts.held_up(scene)
 
 
 def _paused(scene: Scene) -> float | None:
