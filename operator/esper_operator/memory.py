@@ -47,6 +47,10 @@ class Memory:
     """When each was written."""
     stored: Any = None
     """What the hub said of it last."""
+    asked_at: float = 0.0
+    """When the hub has answered last."""
+    same_answers: int = 0
+    """How many of its answers in a row have said the same."""
     figures: KernelFigures | None = None
     """What was measured of it, where it is a kernel that is compiled."""
     hub_refusal: Said | None = None

@@ -213,6 +213,8 @@ class Reconciler:
             now=self._clock(),
             kernels=tuple(kernel for kernel in kernels if kernel.blueprint == key.name),
             stored=memory.stored,
+            asked_at=memory.asked_at,
+            same_answers=memory.same_answers,
             refused=memory.hub_refusal,
         )
         plan, outcome = blueprints.decide(observed, self._options), Outcome()
@@ -313,8 +315,10 @@ class Reconciler:
             if not error.permanent:
                 raise
             memory.hub_refusal = Said(type(error).__name__, str(error))
-        if before != (memory.stored, memory.hub_refusal):
-            outcome.wrote = True  # there is something new to decide on
+        news = before != (memory.stored, memory.hub_refusal)
+        outcome.wrote |= news  # there is something new to decide on
+        memory.asked_at = self._clock()
+        memory.same_answers = 1 if news else memory.same_answers + 1
 
     def _settled(self, memory: Memory, plan: Plan, outcome: Outcome) -> Outcome:
         """The outcome; a decision that never comes to rest is a fault.
