@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
 from esper.errors import EsperError
+from esper_operator.children.objects import digest_in
 from esper_operator.errors import ApiConflict, ApiNotFound, ApiRefused
-from esper_operator.kinds import BY_NAME, JOB, SECRET, Kind
+from esper_operator.kinds import BY_NAME, JOB, MENDED, SECRET, Kind
 from esper_operator.memory import Memory
 from esper_operator.plans import Manifest, Notice, Plan
 from esper_operator.store import Store
@@ -131,7 +132,10 @@ class Carrier:
         """
         kind = BY_NAME[manifest["kind"]]
         child = f"{kind.name}/{manifest['metadata']['name']}"
-        waits = memory.waits(child, manifest, self._clock())
+        now = self._clock()
+        waits = memory.waits(child, manifest, now)
+        if kind in MENDED:
+            waits = max(waits, memory.paces(child, digest_in(manifest), now))
         if waits > 0:
             outcome.soon(waits)
             return False
@@ -151,7 +155,7 @@ class Carrier:
         outcome.wrote |= child in memory.refused or not self._store.has(kind, answer)
         memory.accepted(child)
         # Its own event will be old news: whom it concerns besides has to learn of it here.
-        self._enqueue(self._store.put(kind, answer))
+        self._enqueue(self._store.put(kind, answer, applied=True))
         return True
 
     async def secret(

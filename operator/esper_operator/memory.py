@@ -20,6 +20,9 @@ _LASTING = 4
 
 _REMEMBERED_NOTICES = 64
 
+AGAIN_SECONDS = 3.0
+"""Between two applies of a child from the same, where somebody changes it back again and again."""
+
 MAX_BUSY_TURNS = 500
 """Turns in a row that may write; a decision that never comes to rest is at fault."""
 
@@ -41,6 +44,8 @@ class Memory:
     uid: str
     refused: dict[str, Refusal] = field(default_factory=dict)
     """By `Kind/name`."""
+    applied: dict[str, tuple[str, float]] = field(default_factory=dict)
+    """The digest of what a child was last applied from, and when, by `Kind/name`."""
     child_statuses: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     """Statuses of its Seeds as they were last written, by name."""
     child_times: dict[str, float] = field(default_factory=dict)
@@ -90,6 +95,15 @@ class Memory:
         """Forget those of children for which `there` says, by `Kind/name`, that they exist now."""
         for child in [child for child in self.refused if there(child)]:
             del self.refused[child]
+
+    def paces(self, child: str, digest: str, now: float) -> float:
+        """Seconds until a child may be applied from the same again; 0: now, which is noted."""
+        before, at = self.applied.get(child, ("", 0.0))
+        left = at + AGAIN_SECONDS - now
+        if before == digest and 0 < left <= AGAIN_SECONDS:
+            return left
+        self.applied[child] = digest, now
+        return 0.0
 
     def tells(self, notice: Notice) -> bool:
         """Whether a notice is to be told; from now on it was."""
