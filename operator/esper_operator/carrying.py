@@ -44,6 +44,8 @@ class Outcome:
     wrote: bool = False
     """Whether there is something new to decide on."""
     again_in: float = math.inf
+    gone: bool = False
+    """Whether the object is not there any more."""
     began: float = field(default_factory=time.monotonic)
 
     def over(self) -> bool:

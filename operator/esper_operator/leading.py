@@ -28,7 +28,7 @@ from esper_operator.kinds import BY_METADATA, EVENT, OWN, SESSION, WATCHED, Kind
 from esper_operator.lease import Election, lasting_clock
 from esper_operator.metadata_watch import MetadataWatch
 from esper_operator.metrics import OperatorMetrics
-from esper_operator.options import Options
+from esper_operator.options import Options, pairs_of
 from esper_operator.reconciling import Reconciler, work
 from esper_operator.resync import Resync
 from esper_operator.store import NAMESPACE, Store
@@ -301,7 +301,15 @@ def options_of(config: EsperConfig) -> Options:
         grace_seconds=settings.stop_seconds,
         compile_deadline_seconds=settings.compile_seconds,
         compile_attempts=settings.compile_attempts,
+        compile_ttl_seconds=settings.compile_ttl_seconds,
+        compile_requests=pairs_of(settings.compile_requests),
+        compile_limits=pairs_of(settings.compile_limits),
+        tamiyo_requests=pairs_of(settings.tamiyo_requests),
+        tamiyo_limits=pairs_of(settings.tamiyo_limits),
+        shared_memory=settings.shared_memory,
         kernels_per_session=settings.kernels_per_session,
+        blueprints_per_session=settings.blueprints_per_session,
+        pod_labels=pairs_of(settings.pod_labels),
         log_level=config.component.log_level,
     )
 

@@ -97,6 +97,8 @@ class NamespaceObserved:
     sessions: tuple[SessionView, ...] = ()
     tamiyo: DeploymentView | None = None
     secret: MetaView | None = None
+    compile_secret: MetaView | None = None
+    kernels: tuple[KernelView, ...] = ()
     refusals: Refusals = field(default_factory=dict)
 
 

@@ -76,6 +76,8 @@ async def work(queue: WorkQueue, reconcile: Reconcile, metrics: OperatorMetrics)
         else:
             again = None if outcome.again_in == math.inf else max(0.0, outcome.again_in)
             queue.done(turn.key, again)
+            if outcome.gone:
+                queue.forget(turn.key)
             if outcome.wrote:
                 queue.add(turn.key)
         metrics.reconciled(turn.key.kind, turn.waited, time.perf_counter() - began)
@@ -117,8 +119,7 @@ class Reconciler:
     async def _session(self, key: Key) -> Outcome:
         session = self._store.session(key.namespace, key.name)
         if session is None:
-            self._memories.forget(*key)
-            return Outcome()
+            return self._gone(key)
         memory = self._memories.of(*key, session.uid)
         outcome = Outcome()
         await self._order(session, memory, outcome)
@@ -204,8 +205,7 @@ class Reconciler:
     async def _blueprint(self, key: Key) -> Outcome:
         blueprint = self._store.blueprint(key.namespace, key.name)
         if blueprint is None:
-            self._memories.forget(*key)
-            return Outcome()
+            return self._gone(key)
         memory = self._memories.of(*key, blueprint.uid)
         kernels = self._store.kernels(key.namespace)
         observed = BlueprintObserved(
@@ -229,8 +229,7 @@ class Reconciler:
     async def _kernel(self, key: Key) -> Outcome:
         kernel = self._store.kernel(key.namespace, key.name)
         if kernel is None:
-            self._memories.forget(*key)
-            return Outcome()
+            return self._gone(key)
         memory = self._memories.of(*key, kernel.uid)
         job = self._store.job_of_kernel(key.namespace, key.name)
         observed = KernelObserved(
@@ -284,6 +283,8 @@ class Reconciler:
             sessions=tuple(self._store.sessions(key.namespace)),
             tamiyo=self._store.deployment(key.namespace, names.TAMIYO),
             secret=self._store.meta(SECRET, key.namespace, names.TAMIYO),
+            compile_secret=self._store.meta(SECRET, key.namespace, names.COMPILE),
+            kernels=tuple(self._store.kernels(key.namespace)),
             refusals=memory.refusals(),
         )
         plan, outcome = namespaces.decide(observed, self._options), Outcome()
@@ -295,7 +296,14 @@ class Reconciler:
         await self._carrier.rest(None, memory, plan, outcome)
         if memory.refusals() != refused:
             self._enqueue(Key(SESSION.name, s.namespace, s.name) for s in observed.sessions)
+        if not (observed.sessions or observed.tamiyo or observed.secret or observed.compile_secret):
+            return self._gone(key)
         return self._settled(memory, plan, outcome)
+
+    def _gone(self, key: Key) -> Outcome:
+        """The outcome for an object that is not there any more."""
+        self._memories.forget(*key)
+        return Outcome(gone=True)
 
     def _of_namespace(self, namespace: str) -> Callable[[], Awaitable[Manifest]]:
         async def ask() -> Manifest:

@@ -218,7 +218,10 @@ class Store:
         for kind in (SESSION, BLUEPRINT, KERNEL):
             for namespace, name in self._views[kind.name]:
                 yield Key(kind.name, namespace, name)
-        for namespace in {namespace for namespace, _ in self._views[SESSION.name]}:
+        # Also where no session is left: what they shared may be.
+        shared = [view for kind in (DEPLOYMENT, SECRET) for view in self._of_kind(kind, None)]
+        sessions = {namespace for namespace, _ in self._views[SESSION.name]}
+        for namespace in sessions | {view.namespace for view in shared if not self._owner(view)}:
             yield Key(NAMESPACE, namespace, "")
 
     def _of_kind(self, kind: Kind, namespace: str | None) -> Iterator[View]:

@@ -49,6 +49,13 @@ def decide(observed: KernelObserved, options: Options) -> Plan:
     return _compiling(observed, options)
 
 
+def needs_secret(view: KernelView, options: Options) -> bool:
+    """Whether a Job may still come to compile it."""
+    ready = found(_before(view).conditions, Kind.READY)
+    never = ready is not None and ready.reason == Reason.KERNEL_MISMATCH
+    return not (view.deleting or never or _is_settled(view, options))
+
+
 def digest_of_blueprint(observed: KernelObserved, spec: CompiledKernelSpec) -> str | None:
     """The digest of the blueprint that the spec names: an object's, else the catalogue's."""
     if observed.blueprint is not None:

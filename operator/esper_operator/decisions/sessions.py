@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 
 from pydantic import ValidationError
@@ -40,9 +39,9 @@ from esper_operator.observed import Observed
 from esper_operator.options import Options
 from esper_operator.plans import Deletion, Manifest, Notice, Plan
 from esper_operator.status import (
-    CONTROLLER_NAME,
     changed,
     is_finished,
+    is_ours,
     record_of,
     to_apply,
 )
@@ -58,7 +57,7 @@ Policy = Callable[[Scene], Step]
 def decide(observed: Observed, options: Options) -> Plan:
     """What is to be done about a session now; nothing where it is another controller's."""
     session = observed.session
-    if session.deleting or not _is_ours(observed):
+    if session.deleting or not is_ours(session):
         return Plan()
     record = record_of(session)
     try:
@@ -70,12 +69,6 @@ def decide(observed: Observed, options: Options) -> Plan:
         return _finished(scene)
     step = _through(scene, _policies(spec))
     return _ended(step, step.end) if step.end is not None else _going_on(step)
-
-
-def _is_ours(observed: Observed) -> bool:
-    """Also of a spec that can't be read as a whole."""
-    policy = json.loads(observed.session.spec_text).get("runPolicy") or {}
-    return policy.get("managedBy") in (None, CONTROLLER_NAME)
 
 
 # -- policies ---------------------------------------------------------------------------------
