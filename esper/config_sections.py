@@ -80,7 +80,7 @@ def _levels(text: str) -> str:
 _QUANTITY = r"[0-9]+(\.[0-9]+)?([numkMGTPE]|[KMGTPE]i)?"
 _RESOURCE = rf"[a-z0-9]([-a-z0-9./]*[a-z0-9])?={_QUANTITY}"
 _WORD = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
-_LABEL = rf"([a-z0-9]([-a-z0-9.]{{0,251}}[a-z0-9])?/)?{_WORD}=({_WORD})?"
+_POD_LABEL = rf"([a-z0-9]([-a-z0-9.]{{0,251}}[a-z0-9])?/)?{_WORD}=({_WORD})?"
 Quantities = Annotated[str, Field(pattern=rf"^({_RESOURCE}(,{_RESOURCE})*)?$")]
 
 
@@ -415,7 +415,9 @@ class OperatorConfig(Section):
     compile_ttl_seconds: Whole = _whole(
         600, "seconds that a compile Job stays for its log", least=0, most=86_400
     )
-    compile_requests: Quantities = _quantities("cpu=500m,memory=512Mi", "what a compile Job asks for")
+    compile_requests: Quantities = _quantities(
+        "cpu=500m,memory=512Mi", "what a compile Job asks for"
+    )
     compile_limits: Quantities = _quantities("memory=5Gi", "what a compile Job may use")
     tamiyo_requests: Quantities = _quantities("cpu=50m,memory=256Mi", "what a controller asks for")
     tamiyo_limits: Quantities = _quantities("memory=1Gi", "what a controller may use")
@@ -427,7 +429,7 @@ class OperatorConfig(Section):
     pod_labels: Annotated[
         str,
         Field(
-            pattern=rf"^({_LABEL}(,{_LABEL})*)?$",
+            pattern=rf"^({_POD_LABEL}(,{_POD_LABEL})*)?$",
             description="labels of every pod, as in network=esper,team=a; empty: none",
         ),
     ] = ""

@@ -42,7 +42,7 @@ def record_of(session: SessionView) -> TrainingSessionStatus:
 
 
 def is_ours(session: SessionView) -> bool:
-    """Whether no other controller runs the session, also where its spec can't be read as a whole."""
+    """Whether no other controller runs the session; also of one whose spec can't be read."""
     policy = json.loads(session.spec_text).get("runPolicy") or {}
     return policy.get("managedBy") in (None, CONTROLLER_NAME)
 

@@ -129,7 +129,9 @@ def test_what_the_hub_said_stands_after_a_restart_of_the_operator() -> None:
 
 
 @pytest.mark.parametrize(("same", "pause"), [(1, 5.0), (2, 10.0), (5, 80.0), (8, 600.0), (99, 600)])
-def test_a_blueprint_that_nobody_uses_is_asked_for_ever_more_rarely(same: int, pause: float) -> None:
+def test_a_blueprint_that_nobody_uses_is_asked_for_ever_more_rarely(
+    same: int, pause: float
+) -> None:
     known = {"stored": stored("proposed"), "same_answers": same, "asked_at": NOW - 2}
     view = blueprint(AFFINE)
     assert blueprints.decide(BlueprintObserved(view, NOW, **known), OPTIONS).again_in == pause - 2

@@ -1,4 +1,4 @@
-"""What is remembered of an object: turns that never come to rest are failures, with their pauses."""
+"""What is remembered of an object: turns that never come to rest fail, applies have pauses."""
 
 from __future__ import annotations
 

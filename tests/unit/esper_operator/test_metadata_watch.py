@@ -1,4 +1,4 @@
-"""Watches of the operator's own, against a real HTTP server: how long they last, and what follows."""
+"""Watches of the operator's own, against a real HTTP server: how long they last, what follows."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def test_a_watch_ends_before_its_silence_or_is_told_that_there_is_nothing(
     """Of Events no bookmark comes; each watch goes on where the last has ended."""
     lists: list[dict[str, str]] = []
     watches: list[dict[str, str]] = []
+    enough = asyncio.Event()
 
     async def answer(request: web.Request) -> web.StreamResponse:
         query = dict(request.query)
@@ -31,6 +32,8 @@ def test_a_watch_ends_before_its_silence_or_is_told_that_there_is_nothing(
             lists.append(query)
             return web.json_response({"metadata": {"resourceVersion": "7"}, "items": []})
         watches.append(query)
+        if len(watches) == 2:
+            enough.set()
         return web.Response(text="")  # as when its time is over
 
     async def life() -> None:
@@ -46,8 +49,7 @@ def test_a_watch_ends_before_its_silence_or_is_told_that_there_is_nothing(
         async with ClusterApi(configuration) as api:
             watch = MetadataWatch(api, kind, None, lambda *told: heard.append(told), fields=fields)
             task = asyncio.create_task(watch.run())
-            while len(watches) < 2:
-                await asyncio.sleep(0.01)
+            await enough.wait()
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task

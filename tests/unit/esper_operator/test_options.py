@@ -25,7 +25,7 @@ def test_the_settings_defaults_are_the_options_own() -> None:
 def test_resources_and_labels_are_pairs() -> None:
     found = options(
         tamiyo_requests="cpu=2,memory=1.5Gi",
-        tamiyo_limits='""',
+        tamiyo_limits="memory=2Gi",
         compile_requests="cpu=1",
         compile_limits="memory=6Gi,nvidia.com/gpu=1",
         pod_labels="network=esper,example.com/team=a",
@@ -34,7 +34,8 @@ def test_resources_and_labels_are_pairs() -> None:
         compile_ttl_seconds="0",
     )
     assert found.tamiyo_requests == (("cpu", "2"), ("memory", "1.5Gi"))
-    assert (found.tamiyo_limits, found.compile_requests) == ((), (("cpu", "1"),))
+    assert found.tamiyo_limits == (("memory", "2Gi"),)
+    assert found.compile_requests == (("cpu", "1"),)
     assert found.compile_limits == (("memory", "6Gi"), ("nvidia.com/gpu", "1"))
     assert found.pod_labels == (("network", "esper"), ("example.com/team", "a"))
     assert (found.shared_memory, found.blueprints_per_session) == ("4Gi", 3)
