@@ -22,7 +22,6 @@ from esper.services.listening import listen
 from esper.services.oona_client import OonaClient
 from esper_operator.views import KernelView
 
-GROUP = "operator"
 TOPICS = (TopicNames.STATUS, TopicNames.KERNEL_REQUESTED)
 RETRY_SECONDS = 2.0
 MAX_SESSIONS = 20_000
@@ -75,16 +74,18 @@ class Reports:
         self,
         connect: Callable[[], Awaitable[OonaClient]],
         sessions: Callable[[], Iterable[tuple[str, str]]],
+        group: str,
     ) -> None:
         """Listen for ever; each time that the bus is away, `connect` to it anew.
 
-        `sessions` gives the namespace and the uid of each session that there is.
+        `sessions` gives the namespace and the uid of each session that there is. Each message goes
+        to one operator of a `group`: those that stand in for each other.
         """
         said = ""
         while True:
             try:
                 self._bus = bus = await connect()
-                subscription = await bus.subscribe(TOPICS, GROUP)
+                subscription = await bus.subscribe(TOPICS, group)
                 # Of sessions made from now on all is heard.
                 async for message in bus.newest(TopicNames.STATUS, sessions()):
                     await self.take(message)

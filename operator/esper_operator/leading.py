@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 from urllib.parse import quote
 
-from esper.configs import EsperConfig, RedisConfig
+from esper.configs import EsperConfig, OperatorConfig, RedisConfig
 from esper.errors import ConfigError
 from esper.services.oona_client import OonaClient
 from esper.services.urza.http_client import HttpUrza
@@ -134,7 +134,7 @@ class Leader:
                 for namespace in self._namespaces or (None,)
             ),
             self._resync.run(),
-            self._reports.run(self._bus, self._uids),
+            self._reports.run(self._bus, self._uids, group_of(self._config.operator)),
             self._sweep.run(),
             self._show(),
             self._watch(keep_signals),
@@ -280,6 +280,14 @@ def _reason_of(session: SessionView) -> str:
     conditions = session.status().get("conditions", ())
     reasons = (item["reason"] for item in conditions if item["type"] == "Succeeded")
     return next(reasons, "New")
+
+
+def group_of(settings: OperatorConfig) -> str:
+    """Those who share a lease share what is said on the bus.
+
+    Operators of other namespaces have another lease, and hear all for themselves.
+    """
+    return f"operator:{settings.lease_namespace}:{settings.lease_name}"
 
 
 def options_of(config: EsperConfig) -> Options:

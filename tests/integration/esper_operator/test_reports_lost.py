@@ -1,15 +1,17 @@
 """What a session said is not lost with the operator that heard it."""
 
 import time
+from contextlib import ExitStack
 
 import pytest
 
+from esper.configs import OperatorConfig
 from esper.contracts.messages import TopicNames
-from esper_operator.hearing import GROUP as LISTENERS
+from esper_operator.leading import group_of
 from tools.cluster.control_plane import wait_for
 from tools.operator_bus import Trainer
 from tools.operator_workers import SESSIONS, Workers
-from tools.operator_world import GROUP
+from tools.operator_world import GROUP, Objects, install
 
 pytestmark = pytest.mark.xdist_group("cluster")
 SEEDS = f"{GROUP}/seeds"
@@ -21,7 +23,8 @@ def unheard(world, session):
     meta = session["metadata"]
     key = f"esper:{meta['namespace']}:{meta['uid']}:{TopicNames.STATUS}"
     with world.hub.redis.client() as redis:
-        [group] = [g for g in redis.xinfo_groups(key) if g["name"] == LISTENERS.encode()]
+        name = group_of(OperatorConfig(lease_namespace=world.own)).encode()
+        [group] = [g for g in redis.xinfo_groups(key) if g["name"] == name]
         newest = redis.xinfo_stream(key)["last-generated-id"]
         return group["pending"] + (group["last-delivered-id"] != newest)
 
@@ -56,3 +59,29 @@ def test_the_last_report_is_written_though_who_heard_it_has_died(alone, objects)
         status = objects.get(f"{SESSIONS}/speaks")["status"]
         assert status["checkpoint"]["name"] == CHECKPOINT
         wait_for(lambda: objects.items(SEEDS), "the seed has no object")
+
+
+def test_operators_of_two_namespaces_take_no_report_from_each_other(control_plane, alone, objects):
+    """Both listen to one bus, of which each message goes to one of a group."""
+    other = Objects(control_plane, control_plane.create_namespace(f"{objects.namespace}-b"))
+    with ExitStack() as stack:
+        stack.callback(other.close)
+        trainers = []
+        for seen in (objects, other):
+            own = f"{seen.namespace}-operator"
+            install(control_plane, own=own, namespaces=seen.namespace)
+            where = {"namespaces": seen.namespace, "lease_namespace": own}
+            config = control_plane.kubeconfig("esper-operator", own)
+            running = stack.enter_context(alone.operator(kubeconfig=config, **where))
+            wait_for(lambda: running.leads, "the operator does not lead")  # noqa: B023
+            made = seen.create(SESSIONS, alone.session("speaks"))
+            Workers(seen, "speaks").run()
+            trainers.append(Trainer(alone.hub.redis.url, seen.namespace, made))
+        for epoch in range(1, 6):
+            for trainer in trainers:
+                trainer.stands(epoch=epoch, checkpoint={"name": f"epoch-{epoch}", "epoch": epoch})
+            for seen in (objects, other):
+                wait_for(
+                    lambda: seen.get(f"{SESSIONS}/speaks")["status"].get("epoch") == epoch,  # noqa: B023
+                    f"report {epoch} of {seen.namespace} is not heard",
+                )
