@@ -229,6 +229,8 @@ class Reconciler:
     async def _kernel(self, key: Key) -> Outcome:
         kernel = self._store.kernel(key.namespace, key.name)
         if kernel is None:
+            self._look_at_asking(key.name)
+            self._enqueue((Key(NAMESPACE, key.namespace, ""),))  # whose Secret it may have been
             return self._gone(key)
         memory = self._memories.of(*key, kernel.uid)
         job = self._store.job_of_kernel(key.namespace, key.name)
@@ -255,9 +257,13 @@ class Reconciler:
                 )
             await self._carrier.rest(about, memory, plan, outcome)
         if outcome.wrote:
-            asking = map(self._store.session_of_uid, self._reports.asking(key.name))
-            self._enqueue(Key(SESSION.name, s.namespace, s.name) for s in asking if s is not None)
+            self._look_at_asking(key.name)
         return self._settled(memory, plan, outcome)
+
+    def _look_at_asking(self, kernel: str) -> None:
+        """Have the sessions looked at that wait for a kernel."""
+        asking = map(self._store.session_of_uid, self._reports.asking(kernel))
+        self._enqueue(Key(SESSION.name, s.namespace, s.name) for s in asking if s is not None)
 
     async def _compiled(self, memory: Memory, order: KernelOrder) -> CompiledKernel:
         """How far the hub has the kernel; once it is compiled, with what was measured of it."""

@@ -98,7 +98,9 @@ def _compiling(observed: KernelObserved, options: Options) -> Plan:
         return _after_failure(observed, job, message, order, options)
     if job is not None:
         plan = _said(observed, "Unknown", Reason.COMPILING, f"Job {job.name}")
-        return Plan(plan.status, order=order, again_in=ASK_SECONDS)
+        # Its pod may have yet to read the Secret.
+        missing = observed.secret is None
+        return Plan(plan.status, order=order, again_in=ASK_SECONDS, credentials=missing)
     if refused is not None:
         text = f"Job {names.compile_job(view.name)}: {refused.reason}: {refused.message}"
         plan = _said(observed, "False", Reason.CHILD_REFUSED, text)
