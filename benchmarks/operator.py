@@ -29,6 +29,7 @@ import psutil
 from benchmarks import operator_creations
 from benchmarks.bars import write_results
 from tools.cluster.control_plane import ControlPlane, wait_for
+from tools.local_cluster import catalogue
 from tools.operator_process import OperatorProcess
 from tools.operator_world import OperatorWorld
 
@@ -38,6 +39,7 @@ NAMESPACE = "load"
 MADE_SECONDS, SETTLE_SECONDS, IDLE_SECONDS = 600.0, 900.0, 60.0
 BURST = "esper_operator_reconcile_seconds", "esper_operator_queue_wait_seconds"
 WRITES = "esper_operator_api_writes_total"
+HUB = "esper_urza_requests_total{"
 CHILDREN = {
     "jobs": "/apis/batch/v1/namespaces/load/jobs",
     "services": "/api/v1/namespaces/load/services",
@@ -89,8 +91,9 @@ def measure(world: OperatorWorld, count: int, few: int, profile: Path | None) ->
         with watched(operator) as process:
             load = measure_load(world, operator, process, count)
             sys.stderr.write(json.dumps(load) + "\n")
+            world.plane.kubectl("apply", "-n", NAMESPACE, "-f", "-", given=catalogue())
             settle(world, operator, 2 * count)
-            idle = measure_idle(operator, process)
+            idle = measure_idle(world, operator, process)
         creations = operator_creations.measure_creations(world, few)
     return {
         "sessions": count,
@@ -224,18 +227,28 @@ def settle(world: OperatorWorld, operator: OperatorProcess, pods: int) -> None:
     sys.stderr.write(f"{pods} pods did not come to rest\n")
 
 
-def measure_idle(operator: OperatorProcess, process: Process) -> dict[str, Any]:
-    """A minute in which nothing happens."""
+def measure_idle(
+    world: OperatorWorld, operator: OperatorProcess, process: Process
+) -> dict[str, Any]:
+    """A minute in which nothing happens, with Blueprints that nobody uses."""
     writes, cpu, began = operator.total(WRITES), process.cpu(), time.monotonic()
+    asked = hub_requests(world)
     time.sleep(IDLE_SECONDS)
     seconds = time.monotonic() - began
     return {
         "seconds": round(seconds, 1),
         "writesPerSecond": round((operator.total(WRITES) - writes) / seconds, 4),
+        "hubRequestsPerSecond": round((hub_requests(world) - asked) / seconds, 4),
         "cpuShare": round((process.cpu() - cpu) / seconds, 5),
         "rssMegabytes": round(process.handle.memory_info().rss / 2**20, 1),
         "mostRssMegabytes": round(process.most_bytes / 2**20, 1),
     }
+
+
+def hub_requests(world: OperatorWorld) -> float:
+    """How many requests the hub has answered."""
+    text = httpx.get(f"{world.hub.urza.url}/metrics", trust_env=False).raise_for_status().text
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(HUB))
 
 
 def total(samples: Samples, name: str) -> float:

@@ -77,6 +77,18 @@ def _levels(text: str) -> str:
     return text
 
 
+_QUANTITY = r"[0-9]+(\.[0-9]+)?([numkMGTPE]|[KMGTPE]i)?"
+_RESOURCE = rf"[a-z0-9]([-a-z0-9./]*[a-z0-9])?={_QUANTITY}"
+_WORD = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+_POD_LABEL = rf"([a-z0-9]([-a-z0-9.]{{0,251}}[a-z0-9])?/)?{_WORD}=({_WORD})?"
+Quantities = Annotated[str, Field(pattern=rf"^({_RESOURCE}(,{_RESOURCE})*)?$")]
+
+
+def _quantities(default: str, what: str) -> Any:
+    """A setting of amounts of resources."""
+    return Field(default, description=f"{what}: as in {default}; empty: nothing is said")
+
+
 _DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
 _HOST_NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
@@ -400,6 +412,27 @@ class OperatorConfig(Section):
     kernels_per_session: Whole = _whole(64, "kernels of one session", least=0, most=1000)
     compile_seconds: Whole = _whole(900, "seconds for a compile Job", least=1, most=86_400)
     compile_attempts: Whole = _whole(5, "compile Jobs of one kernel", least=1, most=100)
+    compile_ttl_seconds: Whole = _whole(
+        600, "seconds that a compile Job stays for its log", least=0, most=86_400
+    )
+    compile_requests: Quantities = _quantities(
+        "cpu=500m,memory=512Mi", "what a compile Job asks for"
+    )
+    compile_limits: Quantities = _quantities("memory=5Gi", "what a compile Job may use")
+    tamiyo_requests: Quantities = _quantities("cpu=50m,memory=256Mi", "what a controller asks for")
+    tamiyo_limits: Quantities = _quantities("memory=1Gi", "what a controller may use")
+    shared_memory: Annotated[
+        str,
+        Field(pattern=f"^{_QUANTITY}$", description="the size of /dev/shm, a quantity as in 1Gi"),
+    ] = "1Gi"
+    blueprints_per_session: Whole = _whole(64, "Blueprints of one session", least=0, most=1000)
+    pod_labels: Annotated[
+        str,
+        Field(
+            pattern=rf"^({_POD_LABEL}(,{_POD_LABEL})*)?$",
+            description="labels of every pod, as in network=esper,team=a; empty: none",
+        ),
+    ] = ""
 
 
 class ComponentConfig(Section):

@@ -5,7 +5,8 @@ python -m tools.chaos_operator [--points N…] [--sample N]
 A real control plane, hub and bus; between operator and API server an HTTP proxy counts changes, and
 kills the operator (SIGKILL) when the API server has done the N-th and before it can hear of it.
 Another operator starts, waits for the lease, and has to bring the session on. A session's life has
-everything in it: two workers made, run, suspended, resumed, one of them lost, and the end.
+everything in it: two workers made, run, a report with a seed, a kernel asked for, suspended,
+resumed, one of the workers lost, the end, and the end of its time to live.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from esper.contracts.blueprints import KernelTarget
 from esper_operator.decisions.attempts import EVIDENCE_SECONDS, FIRST_PAUSE
 from tools.cluster.control_plane import ControlPlane
 from tools.cluster.credentials import write_kubeconfig
+from tools.operator_bus import Trainer
 from tools.operator_process import OperatorProcess
-from tools.operator_workers import JOBS, SECRETS, SERVICES, SESSIONS, Workers
-from tools.operator_world import OWN_NAMESPACE, Objects, OperatorWorld
+from tools.operator_workers import DEPLOYMENTS, JOBS, SECRETS, SERVICES, SESSIONS, Workers
+from tools.operator_world import GROUP, OWN_NAMESPACE, Objects, OperatorWorld
 from tools.servers.http_proxy import HttpProxy
 from tools.servers.process import ServerError
 
@@ -45,6 +48,18 @@ LEASE = {
 """So short that a campaign of hundreds of deaths is over before dinner."""
 NAME = "life"
 EXIT_LOST = 137
+SEEDS, KERNELS = f"{GROUP}/seeds", f"{GROUP}/compiledkernels"
+SEED = {"layer": "blocks.0", "slot": 1, "state": "training", "blueprint": "low-rank"}
+CHECKPOINT = {"name": "checkpoints/first", "epoch": 1}
+TARGET = KernelTarget.model_validate(
+    {
+        "layer": {"kind": "Linear", "inputs": 8, "outputs": 4},
+        "inputShape": [8],
+        "outputShape": [4],
+    }
+)
+ASK_SECONDS = 2.0
+TTL = "ttlSecondsAfterFinished"
 ATTEMPTS = 3
 """The first, the one after the suspension, and the one after the failure."""
 
@@ -143,12 +158,13 @@ class _Life:
 
     def _drive(self) -> None:
         workers = Workers(self._objects, NAME)
-        self._objects.create(SESSIONS, self._world.session(NAME))
+        made = self._objects.create(SESSIONS, self._world.session(NAME))
         self._soon(lambda: self._objects.condition(NAME), "has no condition")
         self._soon(self._has_children, "has not all its children")
         self._soon(lambda: len(workers.pods()) == 2, "has not two pods")
         workers.run()
         self._soon(lambda: self._is("WorkersReady", "True"), "has no ready workers")
+        self._grow(made)
         self._objects.merge(f"{SESSIONS}/{NAME}", {"spec": {"runPolicy": {"suspend": True}}})
         self._soon(lambda: self._is("Suspended", "True") and not workers.pods(), "is not suspended")
         self._objects.merge(f"{SESSIONS}/{NAME}", {"spec": {"runPolicy": {"suspend": False}}})
@@ -160,6 +176,40 @@ class _Life:
         workers.succeed()
         self._soon(lambda: self._is("Succeeded", "True"), "does not succeed")
         self._judge(workers)
+        self._expire()
+
+    def _grow(self, session: dict[str, Any]) -> None:
+        """It reports a seed, and asks for a kernel as its trainer does: until there is one."""
+        trainer = Trainer(self._world.hub.redis.url, self._objects.namespace, session)
+        trainer.stands(epoch=1, checkpoint=CHECKPOINT, seeds=[SEED])
+        self._soon(lambda: self._status().get("epoch") == 1, "does not show its report")
+        self._soon(lambda: "status" in self._one(SEEDS), "has no seed with a status")
+        asked = 0.0
+
+        def ordered() -> bool:
+            nonlocal asked
+            if time.monotonic() - asked > ASK_SECONDS:
+                trainer.asks("low-rank", TARGET)
+                asked = time.monotonic()
+            compiling = [job for job in self._objects.items(JOBS) if _role(job) == "compile"]
+            return "status" in self._one(KERNELS) and len(compiling) == 1
+
+        self._soon(ordered, "has no kernel that is compiled")
+
+    def _expire(self) -> None:
+        """Its time is over: it goes, and what its namespace shared with it."""
+        self._objects.merge(f"{SESSIONS}/{NAME}", {"spec": {"runPolicy": {TTL: 0}}})
+        self._soon(lambda: not self._objects.get(f"{SESSIONS}/{NAME}"), "stays")
+        secrets = (f"{SECRETS}/esper-tamiyo", f"{SECRETS}/esper-compile")
+        shared = (f"{DEPLOYMENTS}/esper-tamiyo", *secrets)
+        self._soon(lambda: not any(map(self._objects.get, shared)), "leaves what opens the hub")
+
+    def _one(self, path: str) -> dict[str, Any]:
+        """The only object of a list; empty before there is one."""
+        found = self._objects.items(path)
+        if len(found) > 1:
+            raise ServerError(f"got {len(found)} of {path}; allowed: 1")
+        return found[0] if found else {}
 
     def _lose(self, workers: Workers, first: dict[str, Any]) -> None:
         """One of the workers fails, so that there is another attempt."""
@@ -177,10 +227,13 @@ class _Life:
             "failures": len(status["failures"]),
             "services": len(self._own(SERVICES)),
             "secrets": len(self._own(SECRETS)),
+            "seeds": len(self._objects.items(SEEDS)),
+            "kernels": len(self._objects.items(KERNELS)),
             "jobs of an attempt": max(Counter(_attempt(job) for job in workers.jobs()).values()),
         }
         lost = int(self._losing)
-        allowed = {"attempt": ATTEMPTS - 1 + lost, "failures": lost, "services": 1, "secrets": 1}
+        allowed = {"attempt": ATTEMPTS - 1 + lost, "failures": lost}
+        allowed |= dict.fromkeys(("services", "secrets", "seeds", "kernels"), 1)
         allowed["jobs of an attempt"] = 1
         if found != allowed:
             raise ServerError(f"got {found}; allowed: {allowed}")
@@ -216,6 +269,10 @@ class _Life:
     def _status(self) -> dict[str, Any]:
         found: dict[str, Any] = (self._objects.get(f"{SESSIONS}/{NAME}") or {}).get("status", {})
         return found
+
+
+def _role(job: dict[str, Any]) -> str:
+    return str(job["metadata"]["labels"]["esper.dev/role"])
 
 
 def _attempt(job: dict[str, Any]) -> str:

@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
 from esper.errors import EsperError
+from esper_operator.children.objects import digest_in
 from esper_operator.errors import ApiConflict, ApiNotFound, ApiRefused
-from esper_operator.kinds import BY_NAME, SECRET, Kind
+from esper_operator.kinds import BY_NAME, JOB, MENDED, SECRET, Kind
 from esper_operator.memory import Memory
 from esper_operator.plans import Manifest, Notice, Plan
 from esper_operator.store import Store
@@ -41,7 +42,10 @@ class Outcome:
     """What carrying out a plan has come to."""
 
     wrote: bool = False
+    """Whether there is something new to decide on."""
     again_in: float = math.inf
+    gone: bool = False
+    """Whether the object is not there any more."""
     began: float = field(default_factory=time.monotonic)
 
     def over(self) -> bool:
@@ -87,8 +91,8 @@ class Carrier:
             _log.debug("the status has no object any more: %s", error)
             return False
         own = Key(about.kind.name, about.namespace, about.name)
+        outcome.wrote |= not self._store.has(about.kind, answer)
         self._enqueue(key for key in self._store.put(about.kind, answer) if key != own)
-        outcome.wrote = True
         return True
 
     async def rest(self, about: About | None, memory: Memory, plan: Plan, outcome: Outcome) -> None:
@@ -102,10 +106,13 @@ class Carrier:
                 # Its end fell between the list that filled the store and the watch.
                 self._enqueue(self._store.drop_uid(kind, name, deletion.uid))
             outcome.wrote = True
+        all_there = True
         for manifest in plan.apply:
             if outcome.over():
                 return
-            await self.child(memory, manifest, outcome)
+            # A Job comes after what its pods can't do without.
+            if all_there or manifest["kind"] != JOB.name:
+                all_there &= await self.child(memory, manifest, outcome)
         for manifest in plan.child_statuses:
             if outcome.over():
                 return
@@ -120,28 +127,38 @@ class Carrier:
                 await self._told(about, notice)
                 outcome.wrote = True
 
-    async def child(self, memory: Memory, manifest: Manifest, outcome: Outcome) -> None:
-        """Apply a child; one that is refused is remembered as that, and tried again later."""
+    async def child(self, memory: Memory, manifest: Manifest, outcome: Outcome) -> bool:
+        """Apply a child; one that is refused is remembered as that, and tried again later.
+
+        False: it was not applied.
+        """
         kind = BY_NAME[manifest["kind"]]
         child = f"{kind.name}/{manifest['metadata']['name']}"
-        waits = memory.waits(child, manifest, self._clock())
+        now = self._clock()
+        waits = memory.waits(child, manifest, now)
+        if kind in MENDED:
+            waits = max(waits, memory.paces(child, digest_in(manifest), now))
         if waits > 0:
             outcome.soon(waits)
-            return
+            return False
         try:
             answer = await self._writer.apply(manifest)
         except ApiConflict as error:
             outcome.soon(1.0)
             _log.info("to be applied again: %s", error)
+            return False
         except ApiRefused as error:
             said = Said(error.reason, error.said)
             memory.refuse(child, manifest, said, self._clock(), lasting=True)
             _log.info("refused: %s", error)
-        else:
-            memory.accepted(child)
-            # Its own event will be old news: whom it concerns besides has to learn of it here.
-            self._enqueue(self._store.put(kind, answer))
-        outcome.wrote = True
+            outcome.wrote = True
+            return False
+        # What the apply has not changed, the next one would not either.
+        outcome.wrote |= child in memory.refused or not self._store.has(kind, answer)
+        memory.accepted(child)
+        # Its own event will be old news: whom it concerns besides has to learn of it here.
+        self._enqueue(self._store.put(kind, answer, applied=True))
+        return True
 
     async def secret(
         self,

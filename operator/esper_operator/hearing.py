@@ -1,6 +1,8 @@
 """What the bus says of sessions: how each stands, and which kernels it asks for.
 
-Every snapshot is whole, so only the newest of each session is kept, and losing one costs nothing.
+Every snapshot is whole, so only the newest of each session is kept. What was heard is acknowledged
+before it is written anywhere: the newest of each session is read again by whoever begins to listen,
+for whoever listened before may have ended in between. A request is made again by who waits for it.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterable
 
 from pydantic import ValidationError
 
@@ -20,7 +22,6 @@ from esper.services.listening import listen
 from esper.services.oona_client import OonaClient
 from esper_operator.views import KernelView
 
-GROUP = "operator"
 TOPICS = (TopicNames.STATUS, TopicNames.KERNEL_REQUESTED)
 RETRY_SECONDS = 2.0
 MAX_SESSIONS = 20_000
@@ -69,13 +70,25 @@ class Reports:
         await self._bus.publish(message, namespace=namespace)
         self._requests.get(uid, {}).pop(ready.kernel, None)
 
-    async def run(self, connect: Callable[[], Awaitable[OonaClient]]) -> None:
-        """Listen for ever; each time that the bus is away, `connect` to it anew."""
+    async def run(
+        self,
+        connect: Callable[[], Awaitable[OonaClient]],
+        sessions: Callable[[], Iterable[tuple[str, str]]],
+        group: str,
+    ) -> None:
+        """Listen for ever; each time that the bus is away, `connect` to it anew.
+
+        `sessions` gives the namespace and the uid of each session that there is. Each message goes
+        to one operator of a `group`: those that stand in for each other.
+        """
         said = ""
         while True:
             try:
-                self._bus = await connect()
-                subscription = await self._bus.subscribe(TOPICS, GROUP)
+                self._bus = bus = await connect()
+                subscription = await bus.subscribe(TOPICS, group)
+                # Of sessions made from now on all is heard.
+                async for message in bus.newest(TopicNames.STATUS, sessions()):
+                    await self.take(message)
                 self.hearing_since = time.time()
                 said = ""
                 await listen(subscription, self.take)
@@ -87,9 +100,9 @@ class Reports:
                 _log.exception("a message could not be taken; it will come again")
             finally:
                 self.hearing_since = None
-                bus, self._bus = self._bus, None
-                if bus is not None:
-                    await bus.close()
+                left, self._bus = self._bus, None
+                if left is not None:
+                    await left.close()
             await asyncio.sleep(RETRY_SECONDS)
 
     async def take(self, message: OonaMessage) -> None:

@@ -8,7 +8,10 @@ from types import MappingProxyType
 
 from esper.contracts.resources import API_VERSION, KINDS
 
-MANAGED_BY = "app.kubernetes.io/managed-by=esper-operator"
+MANAGER = "esper-operator"
+"""The field manager of everything that is applied, and the value of the label `managed-by`."""
+MANAGED_LABEL = "app.kubernetes.io/managed-by"
+MANAGED_BY = f"{MANAGED_LABEL}={MANAGER}"
 """Selects what the operator has made."""
 
 
@@ -65,6 +68,9 @@ WATCHED = (SESSION, BLUEPRINT, KERNEL, JOB, DEPLOYMENT, POD)
 """Those whose events come through kopf, whole."""
 BY_METADATA = (SERVICE, SECRET, SEED)
 """Those of which only metadata is read: their contents don't travel."""
+
+MENDED = (DEPLOYMENT, SERVICE, SECRET)
+"""Those whose content anybody may change by mistake, and which are then applied again."""
 
 
 def selecting(kind: Kind) -> dict[str, str]:

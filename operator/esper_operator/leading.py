@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 from urllib.parse import quote
 
-from esper.configs import EsperConfig, RedisConfig
+from esper.configs import EsperConfig, OperatorConfig, RedisConfig
 from esper.errors import ConfigError
 from esper.services.oona_client import OonaClient
 from esper.services.urza.http_client import HttpUrza
@@ -28,7 +28,7 @@ from esper_operator.kinds import BY_METADATA, EVENT, OWN, SESSION, WATCHED, Kind
 from esper_operator.lease import Election, lasting_clock
 from esper_operator.metadata_watch import MetadataWatch
 from esper_operator.metrics import OperatorMetrics
-from esper_operator.options import Options
+from esper_operator.options import Options, pairs_of
 from esper_operator.reconciling import Reconciler, work
 from esper_operator.resync import Resync
 from esper_operator.store import NAMESPACE, Store
@@ -134,7 +134,7 @@ class Leader:
                 for namespace in self._namespaces or (None,)
             ),
             self._resync.run(),
-            self._reports.run(self._bus),
+            self._reports.run(self._bus, self._uids, group_of(self._config.operator)),
             self._sweep.run(),
             self._show(),
             self._watch(keep_signals),
@@ -201,6 +201,9 @@ class Leader:
         session = self._store.session_of_uid(uid)
         if session is not None:
             self._queue.add(Key(SESSION.name, session.namespace, session.name))
+
+    def _uids(self) -> list[tuple[str, str]]:
+        return [(session.namespace, session.uid) for session in self._store.sessions()]
 
     async def _bus(self) -> OonaClient:
         """The bus over all namespaces, with the user that the hub gives the operator.
@@ -279,6 +282,14 @@ def _reason_of(session: SessionView) -> str:
     return next(reasons, "New")
 
 
+def group_of(settings: OperatorConfig) -> str:
+    """Those who share a lease share what is said on the bus.
+
+    Operators of other namespaces have another lease, and hear all for themselves.
+    """
+    return f"operator:{settings.lease_namespace}:{settings.lease_name}"
+
+
 def options_of(config: EsperConfig) -> Options:
     """What the decisions take from the settings.
 
@@ -298,7 +309,15 @@ def options_of(config: EsperConfig) -> Options:
         grace_seconds=settings.stop_seconds,
         compile_deadline_seconds=settings.compile_seconds,
         compile_attempts=settings.compile_attempts,
+        compile_ttl_seconds=settings.compile_ttl_seconds,
+        compile_requests=pairs_of(settings.compile_requests),
+        compile_limits=pairs_of(settings.compile_limits),
+        tamiyo_requests=pairs_of(settings.tamiyo_requests),
+        tamiyo_limits=pairs_of(settings.tamiyo_limits),
+        shared_memory=settings.shared_memory,
         kernels_per_session=settings.kernels_per_session,
+        blueprints_per_session=settings.blueprints_per_session,
+        pod_labels=pairs_of(settings.pod_labels),
         log_level=config.component.log_level,
     )
 

@@ -13,12 +13,15 @@ from typing import Any
 
 from esper_operator.api import ClusterApi
 from esper_operator.errors import ApiRefused, ApiUnavailable
-from esper_operator.kinds import MANAGED_BY, Kind
+from esper_operator.kinds import EVENT, MANAGED_BY, Kind
 
 Object = Mapping[str, Any]
 Hear = Callable[[Kind, str | None, Object], None]
 
 SERVER_SECONDS = 600
+EVENT_SECONDS = 60
+"""Of Events the API server keeps no cache, so that no bookmark comes: such a watch is ended before
+its silence would pass for the loss of its server."""
 RETRY_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
@@ -42,6 +45,7 @@ class MetadataWatch:
         """
         self._query = {"labelSelector": MANAGED_BY} if fields is None else {"fieldSelector": fields}
         self._metadata_only = fields is None
+        self._seconds = SERVER_SECONDS if kind is not EVENT else EVENT_SECONDS
         self._api = api
         self._kind = kind
         self._namespace = namespace
@@ -68,7 +72,7 @@ class MetadataWatch:
                     self._hear(self._kind, None, found)
                 self._version = version
         assert self._version is not None, "a list has at least one chunk"
-        query = {**self._query, "timeoutSeconds": str(SERVER_SECONDS)}
+        query = {**self._query, "timeoutSeconds": str(self._seconds)}
         async with self._api.watching(
             self._kind, self._namespace, self._version, query, metadata_only=self._metadata_only
         ) as events:

@@ -60,6 +60,10 @@ class BlueprintObserved:
     kernels: tuple[KernelView, ...] = ()
     stored: Blueprint | None = None
     """The hub's answer to its submission."""
+    asked_at: float = 0.0
+    """When it answered last."""
+    same_answers: int = 0
+    """How many of its answers in a row have said the same."""
     refused: Said | None = None
     """Why the hub did not take it: its error's class and message."""
 
@@ -93,6 +97,8 @@ class NamespaceObserved:
     sessions: tuple[SessionView, ...] = ()
     tamiyo: DeploymentView | None = None
     secret: MetaView | None = None
+    compile_secret: MetaView | None = None
+    kernels: tuple[KernelView, ...] = ()
     refusals: Refusals = field(default_factory=dict)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
+Pairs = tuple[tuple[str, str], ...]
 PullPolicy = Literal["Always", "IfNotPresent", "Never"]
 
 
@@ -24,10 +25,10 @@ class Options:
     """Size of /dev/shm where a session does not say."""
     grace_seconds: int = 60
     """For a worker to write a checkpoint once it is asked to stop, where a session does not say."""
-    tamiyo_requests: tuple[tuple[str, str], ...] = (("cpu", "50m"), ("memory", "256Mi"))
-    tamiyo_limits: tuple[tuple[str, str], ...] = (("memory", "1Gi"),)
-    compile_requests: tuple[tuple[str, str], ...] = (("cpu", "500m"), ("memory", "512Mi"))
-    compile_limits: tuple[tuple[str, str], ...] = (("memory", "5Gi"),)
+    tamiyo_requests: Pairs = (("cpu", "50m"), ("memory", "256Mi"))
+    tamiyo_limits: Pairs = (("memory", "1Gi"),)
+    compile_requests: Pairs = (("cpu", "500m"), ("memory", "512Mi"))
+    compile_limits: Pairs = (("memory", "5Gi"),)
     compile_deadline_seconds: int = 900
     """After which a compile Job is given up."""
     compile_attempts: int = 5
@@ -38,6 +39,12 @@ class Options:
     """CompiledKernels that one session may ask for."""
     blueprints_per_session: int = 64
     """Blueprints of its namespace that one session is given."""
-    pod_labels: tuple[tuple[str, str], ...] = field(default=())
+    pod_labels: Pairs = ()
     """Added to every pod, as for a NetworkPolicy."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
+
+
+def pairs_of(text: str) -> Pairs:
+    """``"cpu=50m,memory=1Gi"`` as pairs, as the settings have them."""
+    items = (item.partition("=") for item in text.split(",") if item)
+    return tuple((name, value) for name, _, value in items)

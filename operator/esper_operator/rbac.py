@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from esper.configs import OperatorConfig
+from esper_operator.children import names
 from esper_operator.kinds import (
     BLUEPRINT,
     DEPLOYMENT,
@@ -81,6 +82,12 @@ GRANTS = (
     Grant(SERVICE, _MADE, "the name under which workers meet"),
     Grant(SECRET, _SEEN, "whether it is there, its metadata alone"),
     Grant(SECRET, _MADE, "what opens the hub and the bus to a session"),
+    Grant(
+        SECRET,
+        ("delete",),
+        "no session of the namespace needs the Secret that they shared",
+        names=(names.TAMIYO, names.COMPILE),
+    ),
     Grant(EVENT, _SEEN, "why no pods can be made of a Job"),
     Grant(EVENT, ("create",), "what `kubectl describe` tells"),
 )

@@ -17,7 +17,7 @@ from typing import NoReturn
 from esper.contracts.assets import CompiledKernel
 from esper.contracts.blueprints import BlueprintDocument, KernelTarget
 from esper.contracts.enums import BlueprintState
-from esper.errors import EsperError, WorkFailed
+from esper.errors import EsperError
 from esper_operator.carrying import About, Carrier, Outcome
 from esper_operator.children import names, secret
 from esper_operator.decisions import blueprints, kernels, namespaces, requests, sessions
@@ -28,6 +28,7 @@ from esper_operator.kinds import (
     BLUEPRINT,
     KERNEL,
     SECRET,
+    SEED,
     SESSION,
 )
 from esper_operator.memory import Memories, Memory
@@ -46,8 +47,6 @@ from esper_operator.views import JobView, MetaView, PodView, Said, SessionView
 from esper_operator.work import Key, WorkQueue
 
 NO_STATUS = b"{}"
-MAX_BUSY_TURNS = 500
-"""Turns in a row that may write; a decision that never comes to rest is at fault."""
 _log = logging.getLogger(__name__)
 
 Reconcile = Callable[[Key], Awaitable[Outcome]]
@@ -77,6 +76,8 @@ async def work(queue: WorkQueue, reconcile: Reconcile, metrics: OperatorMetrics)
         else:
             again = None if outcome.again_in == math.inf else max(0.0, outcome.again_in)
             queue.done(turn.key, again)
+            if outcome.gone:
+                queue.forget(turn.key)
             if outcome.wrote:
                 queue.add(turn.key)
         metrics.reconciled(turn.key.kind, turn.waited, time.perf_counter() - began)
@@ -118,8 +119,7 @@ class Reconciler:
     async def _session(self, key: Key) -> Outcome:
         session = self._store.session(key.namespace, key.name)
         if session is None:
-            self._memories.forget(*key)
-            return Outcome()
+            return self._gone(key)
         memory = self._memories.of(*key, session.uid)
         outcome = Outcome()
         await self._order(session, memory, outcome)
@@ -163,6 +163,8 @@ class Reconciler:
         own = self._store.deployment(session.namespace, names.tamiyo(session.name))
         shared = self._store.deployment(session.namespace, names.TAMIYO)
         jobs = self._store.children(session.uid, JobView)
+        memory.forget_refusals(partial(self._is_there, session.namespace))
+        shared_refusals = self._memories.refusals(NAMESPACE, session.namespace, "")
         no_pods = {f"Pod/{job.name}": self._store.pod_refusal(job) for job in jobs}
         return Observed(
             session=session,
@@ -174,9 +176,20 @@ class Reconciler:
             snapshot=self._reports.snapshot(session.uid),
             seed_statuses=memory.child_statuses,
             seed_times=memory.child_times,
-            refusals=memory.refusals() | {k: said for k, said in no_pods.items() if said},
+            refusals={
+                **shared_refusals,
+                **memory.refusals(),
+                **{k: said for k, said in no_pods.items() if said},
+            },
             hearing_since=self._reports.hearing_since,
         )
+
+    def _is_there(self, namespace: str, child: str) -> bool:
+        """Whether a Seed or a CompiledKernel exists, whoever has made it since it was refused."""
+        kind, _, name = child.partition("/")
+        if kind == KERNEL.name:
+            return self._store.kernel(namespace, name) is not None
+        return kind == SEED.name and self._store.meta(SEED, namespace, name) is not None
 
     def _of_session(self, session: SessionView) -> Callable[[], Awaitable[Manifest]]:
         async def ask() -> Manifest:
@@ -192,8 +205,7 @@ class Reconciler:
     async def _blueprint(self, key: Key) -> Outcome:
         blueprint = self._store.blueprint(key.namespace, key.name)
         if blueprint is None:
-            self._memories.forget(*key)
-            return Outcome()
+            return self._gone(key)
         memory = self._memories.of(*key, blueprint.uid)
         kernels = self._store.kernels(key.namespace)
         observed = BlueprintObserved(
@@ -201,6 +213,8 @@ class Reconciler:
             now=self._clock(),
             kernels=tuple(kernel for kernel in kernels if kernel.blueprint == key.name),
             stored=memory.stored,
+            asked_at=memory.asked_at,
+            same_answers=memory.same_answers,
             refused=memory.hub_refusal,
         )
         plan, outcome = blueprints.decide(observed, self._options), Outcome()
@@ -215,8 +229,9 @@ class Reconciler:
     async def _kernel(self, key: Key) -> Outcome:
         kernel = self._store.kernel(key.namespace, key.name)
         if kernel is None:
-            self._memories.forget(*key)
-            return Outcome()
+            self._look_at_asking(key.name)
+            self._enqueue((Key(NAMESPACE, key.namespace, ""),))  # whose Secret it may have been
+            return self._gone(key)
         memory = self._memories.of(*key, kernel.uid)
         job = self._store.job_of_kernel(key.namespace, key.name)
         observed = KernelObserved(
@@ -242,9 +257,13 @@ class Reconciler:
                 )
             await self._carrier.rest(about, memory, plan, outcome)
         if outcome.wrote:
-            asking = map(self._store.session_of_uid, self._reports.asking(key.name))
-            self._enqueue(Key(SESSION.name, s.namespace, s.name) for s in asking if s is not None)
+            self._look_at_asking(key.name)
         return self._settled(memory, plan, outcome)
+
+    def _look_at_asking(self, kernel: str) -> None:
+        """Have the sessions looked at that wait for a kernel."""
+        asking = map(self._store.session_of_uid, self._reports.asking(kernel))
+        self._enqueue(Key(SESSION.name, s.namespace, s.name) for s in asking if s is not None)
 
     async def _compiled(self, memory: Memory, order: KernelOrder) -> CompiledKernel:
         """How far the hub has the kernel; once it is compiled, with what was measured of it."""
@@ -270,15 +289,27 @@ class Reconciler:
             sessions=tuple(self._store.sessions(key.namespace)),
             tamiyo=self._store.deployment(key.namespace, names.TAMIYO),
             secret=self._store.meta(SECRET, key.namespace, names.TAMIYO),
+            compile_secret=self._store.meta(SECRET, key.namespace, names.COMPILE),
+            kernels=tuple(self._store.kernels(key.namespace)),
             refusals=memory.refusals(),
         )
         plan, outcome = namespaces.decide(observed, self._options), Outcome()
+        refused = memory.refusals()
         if plan.credentials:
             await self._carrier.secret(
                 memory, names.TAMIYO, self._of_namespace(key.namespace), outcome
             )
         await self._carrier.rest(None, memory, plan, outcome)
+        if memory.refusals() != refused:
+            self._enqueue(Key(SESSION.name, s.namespace, s.name) for s in observed.sessions)
+        if not (observed.sessions or observed.tamiyo or observed.secret or observed.compile_secret):
+            return self._gone(key)
         return self._settled(memory, plan, outcome)
+
+    def _gone(self, key: Key) -> Outcome:
+        """The outcome for an object that is not there any more."""
+        self._memories.forget(*key)
+        return Outcome(gone=True)
 
     def _of_namespace(self, namespace: str) -> Callable[[], Awaitable[Manifest]]:
         async def ask() -> Manifest:
@@ -298,8 +329,10 @@ class Reconciler:
             if not error.permanent:
                 raise
             memory.hub_refusal = Said(type(error).__name__, str(error))
-        if before != (memory.stored, memory.hub_refusal):
-            outcome.wrote = True  # there is something new to decide on
+        news = before != (memory.stored, memory.hub_refusal)
+        outcome.wrote |= news  # there is something new to decide on
+        memory.asked_at = self._clock()
+        memory.same_answers = 1 if news else memory.same_answers + 1
 
     def _settled(self, memory: Memory, plan: Plan, outcome: Outcome) -> Outcome:
         """The outcome; a decision that never comes to rest is a fault.
@@ -308,10 +341,7 @@ class Reconciler:
             WorkFailed: it has written something in too many turns in a row.
         """
         outcome.soon(plan.again_in)
-        memory.busy_turns = memory.busy_turns + 1 if outcome.wrote else 0
-        if memory.busy_turns > MAX_BUSY_TURNS:
-            memory.busy_turns = 0
-            raise WorkFailed(f"got {MAX_BUSY_TURNS} turns in a row that wrote; allowed: fewer")
+        memory.took_turn(wrote=outcome.wrote)
         return outcome
 
 

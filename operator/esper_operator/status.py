@@ -6,6 +6,8 @@ comes to the same status, so that a write that was lost is only written again.
 
 from __future__ import annotations
 
+import json
+
 from pydantic import ValidationError
 
 from esper.contracts.base import canonical_json
@@ -13,7 +15,6 @@ from esper.contracts.resources import (
     GROUP,
     Condition,
     Failure,
-    TrainingSessionSpec,
     TrainingSessionStatus,
 )
 from esper.contracts.resources.common import ResourceModel
@@ -40,9 +41,10 @@ def record_of(session: SessionView) -> TrainingSessionStatus:
         return TrainingSessionStatus()
 
 
-def is_ours(spec: TrainingSessionSpec) -> bool:
-    """Whether no other controller runs the session."""
-    return spec.run_policy.managed_by in (None, CONTROLLER_NAME)
+def is_ours(session: SessionView) -> bool:
+    """Whether no other controller runs the session; also of one whose spec can't be read."""
+    policy = json.loads(session.spec_text).get("runPolicy") or {}
+    return policy.get("managedBy") in (None, CONTROLLER_NAME)
 
 
 def changed(record: TrainingSessionStatus, **fields: object) -> TrainingSessionStatus:

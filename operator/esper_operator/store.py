@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from esper_operator.kinds import (
     DEPLOYMENT,
     JOB,
     KERNEL,
+    MENDED,
     POD,
     SECRET,
     SEED,
@@ -34,6 +36,7 @@ from esper_operator.views import (
     PodView,
     Said,
     SessionView,
+    ownership,
 )
 from esper_operator.work import Key
 
@@ -72,19 +75,30 @@ class Store:
         self._kernel_of_job: dict[str, Key] = {}
         self._name_of_session: dict[str, Name] = {}
         self._pod_refusals: dict[str, Said] = {}
+        self._applied: dict[tuple[str, Name], tuple[str, str]] = {}
+        """Uid and mark of ownership of children as this process has last applied them."""
         self._deleted: OrderedDict[str, None] = OrderedDict()
 
     # What is heard
 
-    def put(self, kind: Kind, found: Object) -> tuple[Key, ...]:
-        """Take an object as it is now; the keys that it concerns, none where it is old news."""
+    def put(self, kind: Kind, found: Object, *, applied: bool = False) -> tuple[Key, ...]:
+        """Take an object as it is now; the keys that it concerns, none where it is old news.
+
+        `applied` says that it is the answer to an apply. A child that somebody else has changed
+        since counts as made of something else than the operator's manifest: it has no digest.
+        """
         meta = found["metadata"]
         uid, version = meta["uid"], _version(meta)
         name = (meta["namespace"], meta["name"])
         held = self._versions[kind.name].get(name)
-        if uid in self._deleted or (held and held[0] == uid and held[1] >= version):
+        if uid in self._deleted:
+            return ()
+        changed = kind in MENDED and self._is_changed(kind, found, applied=applied)
+        if held and held[0] == uid and held[1] >= version and not (applied and held[1] == version):
             return ()
         view = _VIEWS[kind.name]({**found, "kind": kind.name})  # lists and metadata say another
+        if changed and isinstance(view, MetaView | DeploymentView):
+            view = replace(view, digest="")
         before = self._views[kind.name].get(name)
         if before is not None:
             self._unlink(kind, name, before)
@@ -107,6 +121,7 @@ class Store:
         if held is None or held[0] != uid:
             return ()
         del self._versions[kind.name][name]
+        self._applied.pop((kind.name, name), None)
         view = self._views[kind.name].pop(name)
         keys = self._concerned(kind, view)
         self._unlink(kind, name, view)
@@ -188,6 +203,12 @@ class Store:
             return dict(versions)
         return {name: held for name, held in versions.items() if name[0] == namespace}
 
+    def has(self, kind: Kind, found: Object) -> bool:
+        """Whether an object is held in this version, or in a later one."""
+        meta = found["metadata"]
+        held = self._versions[kind.name].get((meta["namespace"], meta["name"]))
+        return held is not None and held[0] == meta["uid"] and held[1] >= _version(meta)
+
     def deleted(self, uid: str) -> bool:
         """Whether an object of that uid was heard to be gone, not long ago."""
         return uid in self._deleted
@@ -197,13 +218,29 @@ class Store:
         for kind in (SESSION, BLUEPRINT, KERNEL):
             for namespace, name in self._views[kind.name]:
                 yield Key(kind.name, namespace, name)
-        for namespace in {namespace for namespace, _ in self._views[SESSION.name]}:
+        # Also where no session is left: what they shared may be.
+        shared = [view for kind in (DEPLOYMENT, SECRET) for view in self._of_kind(kind, None)]
+        sessions = {namespace for namespace, _ in self._views[SESSION.name]}
+        for namespace in sessions | {view.namespace for view in shared if not self._owner(view)}:
             yield Key(NAMESPACE, namespace, "")
 
     def _of_kind(self, kind: Kind, namespace: str | None) -> Iterator[View]:
         for (of, _), view in self._views[kind.name].items():
             if namespace is None or of == namespace:
                 yield view
+
+    def _is_changed(self, kind: Kind, found: Object, *, applied: bool) -> bool:
+        """Whether somebody else has changed a child since it was applied.
+
+        Of one that this process has not applied: whether somebody else has any of its content.
+        """
+        meta, (mark, others) = found["metadata"], ownership(found)
+        place = kind.name, (meta["namespace"], meta["name"])
+        if applied:
+            self._applied[place] = meta["uid"], mark
+            return False
+        uid, known = self._applied.get(place, ("", ""))
+        return others if uid != meta["uid"] else mark != known
 
     def _owner(self, view: View) -> str:
         """The uid that a view is listed under: of its session, or of the Job of a compilation."""

@@ -20,6 +20,7 @@ from esper.contracts.resources import (
     CompiledKernelSpec,
     TrainingSessionSpec,
 )
+from esper_operator.kinds import MANAGER
 from esper_operator.times import seconds_of
 
 Object = Mapping[str, Any]
@@ -48,6 +49,24 @@ def _label(data: Object, name: str) -> str:
 
 def _annotation(data: Object, name: str) -> str:
     return str((_meta(data).get("annotations") or {}).get(name, ""))
+
+
+def ownership(data: Object) -> tuple[str, bool]:
+    """A mark of who has which fields of an object, and whether others have any of its content.
+
+    Whoever changes a field takes it over from the operator, and whoever removes one takes it away:
+    the mark is then another one. Statuses and metadata are everybody's.
+    """
+    own: object = None
+    others: list[object] = []
+    for item in _meta(data).get("managedFields") or ():
+        fields = item.get("fieldsV1") or {}
+        if item.get("manager") == MANAGER and item.get("operation") == "Apply":
+            own = fields if not item.get("subresource") else own
+        elif item.get("subresource") != "status":
+            content = {name: fields[name] for name in ("f:spec", "f:data") if name in fields}
+            others += [content] if content else []
+    return digest_of_object({"own": own, "others": others}), bool(others)
 
 
 def _time(text: str) -> float:
@@ -348,6 +367,7 @@ class DeploymentView:
     digest: str = ""
     deleting: bool = False
     available: bool = False
+    """Whether it says so and a pod is ready: one that is to have no pod is available, too."""
     failure: Said | None = None
     """Why no pod of it can be made, or why it does not come up in time."""
 
@@ -357,6 +377,7 @@ class DeploymentView:
         meta = _meta(data)
         conditions = (data.get("status") or {}).get("conditions") or ()
         by_type = {item["type"]: item for item in conditions}
+        ready = (data.get("status") or {}).get("readyReplicas") or 0
         failing = [
             by_type[kind]
             for kind, status in (("ReplicaFailure", "True"), ("Progressing", "False"))
@@ -370,7 +391,7 @@ class DeploymentView:
             session_uid=_label(data, UID_LABEL),
             digest=_annotation(data, DIGEST_ANNOTATION),
             deleting=meta.get("deletionTimestamp") is not None,
-            available=by_type.get("Available", {}).get("status") == "True",
+            available=ready > 0 and by_type.get("Available", {}).get("status") == "True",
             failure=Said.of(failing[0]) if failing else None,
         )
 

@@ -97,6 +97,10 @@ class WorkQueue:
         self._failures.pop(key, None)
         self._known.discard(key)
 
+    def __contains__(self, key: Key) -> bool:
+        """Whether a key was ever worked on, and not forgotten since."""
+        return key in self._known
+
     # Who does it
 
     async def take(self) -> Turn:

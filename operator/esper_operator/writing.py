@@ -14,11 +14,9 @@ from typing import Any
 
 from esper_operator.api import APPLY, ClusterApi, Fence
 from esper_operator.errors import ApiConflict, ApiNotFound, LeaseLost
-from esper_operator.kinds import BY_NAME, EVENT, Kind
+from esper_operator.kinds import BY_NAME, EVENT, MANAGER, Kind
 from esper_operator.metrics import OperatorMetrics
 
-MANAGER = "esper-operator"
-"""The field manager of everything that is applied."""
 Object = Mapping[str, Any]
 MAX_EVENT_MESSAGE = 1024
 

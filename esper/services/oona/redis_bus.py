@@ -7,7 +7,7 @@ import heapq
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 
 from redis.exceptions import ResponseError
 
@@ -37,6 +37,8 @@ from esper.services.oona.streams import (
 from esper.services.oona.trimming import LAST_RESORT, LEAST_LAST_RESORT
 
 _PAGE = 200
+_AT_ONCE = 100
+"""Streams whose last entry is asked for in one go: those of statuses are large."""
 _NOWHERE = "check"  # no topic, so nothing lies there
 
 
@@ -166,6 +168,27 @@ class OonaClient:
             except ValueError:
                 continue
 
+    async def newest(
+        self, topic: TopicNames, scopes: Iterable[tuple[str, str]]
+    ) -> AsyncIterator[OonaMessage]:
+        """The last message that is kept of `topic` in each scope, received or not.
+
+        `scopes` are pairs of a namespace and a scope in it; many are asked for at once. One whose
+        last entry is no message is passed over. Nothing is received by this.
+
+        Raises:
+            BusUnavailable: the bus is closed, or Redis does not answer `redis.attempts` times.
+            ConfigError: Redis refuses the user.
+        """
+        self._require_open()
+        keys = [stream_key(namespace, scope, topic) for namespace, scope in scopes]
+        for first in range(0, len(keys), _AT_ONCE):
+            for entry in await self._last_entries(keys[first : first + _AT_ONCE]):
+                try:
+                    yield opened(entry)
+                except ValueError:
+                    continue
+
     async def check(self) -> None:
         """Return if Redis takes messages of this client and gives it those of others.
 
@@ -268,6 +291,17 @@ class OonaClient:
             if len(rows) < _PAGE:
                 return
             start = b"(" + rows[-1].id
+
+    async def _last_entries(self, keys: Sequence[bytes]) -> list[Entry]:
+        """The last entry of each stream that has one."""
+        commands = [packed("XREVRANGE", key, "+", "-", "COUNT", 1) for key in keys]
+        replies = await self._connections.retrying(lambda: self._connections.execute(*commands))
+        found: list[Entry] = []
+        for key, reply in zip(keys, replies, strict=True):
+            if isinstance(reply, ResponseError) and not is_no_stream(reply):
+                raise self._connections.translated(reply)
+            found += entries_of(key, reply if isinstance(reply, list) else [])
+        return found
 
     def _require_open(self) -> None:
         if self._closed:

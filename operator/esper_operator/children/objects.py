@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 from esper.contracts.resources import API_VERSION
+from esper_operator.kinds import MANAGED_LABEL, MANAGER
 from esper_operator.views import (
     ATTEMPT_LABEL,
     DIGEST_ANNOTATION,
@@ -14,10 +15,6 @@ from esper_operator.views import (
     UID_LABEL,
     digest_of_object,
 )
-
-MANAGED_LABEL = "app.kubernetes.io/managed-by"
-MANAGER = "esper-operator"
-"""The value of that label, and the operator's field manager."""
 
 Json = dict[str, Any]
 Role = Literal["worker", "tamiyo", "compile"]

@@ -19,10 +19,12 @@ from esper_operator.observed import BlueprintObserved
 from esper_operator.options import Options
 from esper_operator.plans import Plan, Submission
 from esper_operator.status import to_apply
-from esper_operator.views import BlueprintView
+from esper_operator.views import BlueprintView, KernelView
 
-ASK_SECONDS = 5.0
-"""Between two questions whether the forge has validated it."""
+ASK_SECONDS, LONGEST_SECONDS = 5.0, 600.0
+"""Between two questions whether the forge has validated it: twice as long each time, for nothing
+may come to use it. While a kernel of it is being made, the first of the two."""
+_DOUBLINGS = 7
 REFUSED_SECONDS = 60.0
 """Until it is submitted again to a hub that refused it."""
 
@@ -52,12 +54,27 @@ def decide(observed: BlueprintObserved, options: Options) -> Plan:
         return Plan(to_apply(view, status), submit=submission, again_in=REFUSED_SECONDS)
     if observed.stored is None:
         return _unasked(observed, submission)
-    settled = observed.stored.state in _SETTLED or bool(_compiled(observed))
-    return Plan(
-        to_apply(view, _as_stored(observed, observed.stored)),
-        submit=None if settled else submission,
-        again_in=None if settled else ASK_SECONDS,
-    )
+    status = to_apply(view, _as_stored(observed, observed.stored))
+    if observed.stored.state in _SETTLED or _compiled(observed):
+        return Plan(status)
+    pause = _pause(observed)
+    left = observed.asked_at + pause - observed.now
+    if left > 0:
+        return Plan(status, again_in=left)
+    return Plan(status, submit=submission, again_in=pause)
+
+
+def _pause(observed: BlueprintObserved) -> float:
+    """Seconds from the hub's last answer to the next question."""
+    if any(_is_being_made(view) for view in observed.kernels):
+        return ASK_SECONDS
+    doublings = min(max(observed.same_answers - 1, 0), _DOUBLINGS)
+    return float(min(LONGEST_SECONDS, ASK_SECONDS * 2.0**doublings))
+
+
+def _is_being_made(view: KernelView) -> bool:
+    conditions = view.status().get("conditions", ())
+    return all(item["status"] == "Unknown" for item in conditions if item["type"] == Kind.READY)
 
 
 def document_of(view: BlueprintView) -> BlueprintDocument:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from esper.contracts.resources import TrainingSessionSpec
-from esper_operator.children import tamiyo
+from esper_operator.children import names, tamiyo
 from esper_operator.children.objects import Json, digest_in
 from esper_operator.conditions import Reason, Truth
 from esper_operator.observed import Refusals
@@ -28,10 +28,15 @@ def standing(
     refused = refusals.get(f"Deployment/{name}")
     if refused is not None:
         return "False", Reason.CONTROLLER_FAILED, f"Deployment {name}: {refused.message}"
-    if view is None or view.deleting or view.name != name:
-        return "False", Reason.CONTROLLER_STARTING, f"Deployment {name} is being made"
-    if view.available:
+    there = view is not None and not view.deleting and view.name == name
+    if view is not None and there and view.available:
         return "True", Reason.CONTROLLER_AVAILABLE, f"Deployment {name}"
+    without = refusals.get(f"Secret/{names.TAMIYO}")
+    if without is not None:
+        text = f"Secret {names.TAMIYO}: {without.reason}: {without.message}"
+        return "False", Reason.CONTROLLER_FAILED, text
+    if view is None or not there:
+        return "False", Reason.CONTROLLER_STARTING, f"Deployment {name} is being made"
     if view.failure is not None:
         text = f"Deployment {name}: {view.failure.reason}: {view.failure.message}"
         return "False", Reason.CONTROLLER_FAILED, text
@@ -53,7 +58,8 @@ def removed(view: DeploymentView | None) -> tuple[Deletion, ...]:
 
 
 def if_changed(manifest: Json, view: DeploymentView | None) -> tuple[Manifest, ...]:
-    """The manifest, unless what is there was rendered from the same."""
-    if view is not None and view.digest == digest_in(manifest):
+    """The manifest, unless what is there was rendered from the same, or has yet to go."""
+    there = view is not None and view.name == manifest["metadata"]["name"]
+    if view is not None and there and (view.deleting or view.digest == digest_in(manifest)):
         return ()
     return (manifest,)

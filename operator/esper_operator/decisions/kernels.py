@@ -49,6 +49,13 @@ def decide(observed: KernelObserved, options: Options) -> Plan:
     return _compiling(observed, options)
 
 
+def needs_secret(view: KernelView, options: Options) -> bool:
+    """Whether a Job may still come to compile it."""
+    ready = found(_before(view).conditions, Kind.READY)
+    never = ready is not None and ready.reason == Reason.KERNEL_MISMATCH
+    return not (view.deleting or never or _is_settled(view, options))
+
+
 def digest_of_blueprint(observed: KernelObserved, spec: CompiledKernelSpec) -> str | None:
     """The digest of the blueprint that the spec names: an object's, else the catalogue's."""
     if observed.blueprint is not None:
@@ -91,7 +98,9 @@ def _compiling(observed: KernelObserved, options: Options) -> Plan:
         return _after_failure(observed, job, message, order, options)
     if job is not None:
         plan = _said(observed, "Unknown", Reason.COMPILING, f"Job {job.name}")
-        return Plan(plan.status, order=order, again_in=ASK_SECONDS)
+        # Its pod may have yet to read the Secret.
+        missing = observed.secret is None
+        return Plan(plan.status, order=order, again_in=ASK_SECONDS, credentials=missing)
     if refused is not None:
         text = f"Job {names.compile_job(view.name)}: {refused.reason}: {refused.message}"
         plan = _said(observed, "False", Reason.CHILD_REFUSED, text)
@@ -99,7 +108,9 @@ def _compiling(observed: KernelObserved, options: Options) -> Plan:
         plan = _said(observed, "Unknown", Reason.REQUESTED, "its Job is being made")
     wanted = secret.settings_digest(names.COMPILE, options, observed.now)
     there = observed.secret
-    if there is None or there.deleting or there.digest != wanted:
+    if there is not None and there.deleting:
+        return Plan(plan.status, again_in=ASK_SECONDS)
+    if there is None or there.digest != wanted:
         return Plan(plan.status, credentials=True)
     return Plan(
         plan.status,

@@ -3,35 +3,54 @@
 from __future__ import annotations
 
 from esper_operator.children import names, secret, tamiyo
+from esper_operator.decisions import kernels
 from esper_operator.decisions.controller import if_changed, is_dedicated, removed
 from esper_operator.observed import NamespaceObserved
 from esper_operator.options import Options
-from esper_operator.plans import Plan
+from esper_operator.plans import Deletion, Plan
 from esper_operator.status import is_finished, is_ours, record_of
 from esper_operator.views import SessionView
 
 IDLE_SECONDS = 300.0
-"""How long a namespace's controller stays after its last session has ended."""
+"""How long a namespace's controller, and its Secrets, stay after its last session has ended."""
 
 
 def decide(observed: NamespaceObserved, options: Options) -> Plan:
     """What is to be done about the controller that the sessions of a namespace share.
 
-    Its Secret is that of controllers of their own too.
+    Its Secret is that of controllers of their own too. That of compile Jobs is made for a kernel.
     """
     running = [view for view in observed.sessions if _runs(view)]
     if not running:
-        waiting = _idle_for(observed)
-        if waiting > 0 and observed.tamiyo is not None:
-            return Plan(again_in=waiting)
-        return Plan(delete=removed(observed.tamiyo))
+        return _idle(observed, options)
     wanted = secret.settings_digest(names.TAMIYO, options, observed.now)
-    if observed.secret is None or observed.secret.deleting or observed.secret.digest != wanted:
+    if observed.secret is not None and observed.secret.deleting:
+        return Plan()  # until it has gone, which is heard
+    if observed.secret is None or observed.secret.digest != wanted:
         return Plan(credentials=True)
     if all(is_dedicated(view.spec()) for view in running):
         return Plan(delete=removed(observed.tamiyo))
     manifest = tamiyo.shared(observed.namespace, options)
     return Plan(apply=if_changed(manifest, observed.tamiyo))
+
+
+def _idle(observed: NamespaceObserved, options: Options) -> Plan:
+    """The plan while no session runs: what opens hub and bus goes with who needed it."""
+    compiles = observed.compile_secret is not None and any(
+        kernels.needs_secret(view, options) for view in observed.kernels
+    )
+    mine = observed.tamiyo, observed.secret, None if compiles else observed.compile_secret
+    waiting = _idle_for(observed)
+    if waiting > 0 and any(mine):
+        return Plan(again_in=waiting)
+    secrets = [view for view in mine[1:] if view is not None and not view.deleting]
+    return Plan(
+        delete=(
+            *removed(observed.tamiyo),
+            *(Deletion("v1", "Secret", view.namespace, view.name, view.uid) for view in secrets),
+        ),
+        again_in=IDLE_SECONDS if compiles else None,
+    )
 
 
 def _runs(view: SessionView) -> bool:
@@ -42,7 +61,7 @@ def _runs(view: SessionView) -> bool:
         spec = view.spec()
     except ValueError:
         return False
-    return is_ours(spec) and not spec.run_policy.suspend
+    return is_ours(view) and not spec.run_policy.suspend
 
 
 def _idle_for(observed: NamespaceObserved) -> float:

@@ -43,7 +43,9 @@ def planned(observed: Observed) -> SeedsPlan:
     snapshot, session = observed.snapshot, observed.session
     if snapshot is None:
         return SeedsPlan()
-    there = {m.name: m for m in observed.metas if m.kind == "Seed" and not m.deleting}
+    of_session = [m for m in observed.metas if m.kind == "Seed"]
+    there = {m.name: m for m in of_session if not m.deleting}
+    going = {m.name for m in of_session if m.deleting}
     final = snapshot.outcome is not SessionOutcome.RUNNING
     apply: list[Manifest] = []
     statuses: list[Manifest] = []
@@ -52,6 +54,8 @@ def planned(observed: Observed) -> SeedsPlan:
     for item in snapshot.seeds[:MAX_SEEDS]:
         name = names.seed(session.name, item.layer, item.slot)
         told.add(name)
+        if name in going:
+            continue  # it is made again when it has gone, which is heard
         meta = there.get(name)
         if meta is None or meta.session_uid != session.uid:
             apply.append(seed.manifest(session, item))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 
 from pydantic import ValidationError
@@ -11,7 +10,7 @@ from esper.contracts.refusals import first_refusal
 from esper.contracts.resources import TrainingSession, TrainingSessionSpec, TrainingSessionStatus
 from esper.errors import one_line
 from esper_operator.children import job as jobs
-from esper_operator.children import pods, service
+from esper_operator.children import names, pods, service
 from esper_operator.children.objects import digest_in
 from esper_operator.conditions import MAX_MESSAGE, Kind, Reason, condition, merged
 from esper_operator.decisions import (
@@ -31,16 +30,18 @@ from esper_operator.decisions.scene import Scene
 from esper_operator.decisions.workers import (
     credentials_last,
     has_secret,
+    is_going,
     permanent_refusal,
     readiness,
+    refused,
 )
 from esper_operator.observed import Observed
 from esper_operator.options import Options
 from esper_operator.plans import Deletion, Manifest, Notice, Plan
 from esper_operator.status import (
-    CONTROLLER_NAME,
     changed,
     is_finished,
+    is_ours,
     record_of,
     to_apply,
 )
@@ -56,7 +57,7 @@ Policy = Callable[[Scene], Step]
 def decide(observed: Observed, options: Options) -> Plan:
     """What is to be done about a session now; nothing where it is another controller's."""
     session = observed.session
-    if session.deleting or not _is_ours(observed):
+    if session.deleting or not is_ours(session):
         return Plan()
     record = record_of(session)
     try:
@@ -68,12 +69,6 @@ def decide(observed: Observed, options: Options) -> Plan:
         return _finished(scene)
     step = _through(scene, _policies(spec))
     return _ended(step, step.end) if step.end is not None else _going_on(step)
-
-
-def _is_ours(observed: Observed) -> bool:
-    """Also of a spec that can't be read as a whole."""
-    policy = json.loads(observed.session.spec_text).get("runPolicy") or {}
-    return policy.get("managedBy") in (None, CONTROLLER_NAME)
 
 
 # -- policies ---------------------------------------------------------------------------------
@@ -111,10 +106,10 @@ def _through(scene: Scene, policies: tuple[Policy, ...]) -> Step:
 
 
 def _refused_template(scene: Scene) -> Step:
-    refused = pods.refused_extra(scene.spec.workers.pod_template)
-    if refused is None:
+    message = pods.refused_extra(scene.spec.workers.pod_template)
+    if message is None:
         return Step(scene)
-    return Step(scene, End(False, Reason.INVALID_SPEC, refused, scene.now))
+    return Step(scene, End(False, Reason.INVALID_SPEC, message, scene.now))
 
 
 def _trained_already(scene: Scene) -> Step:
@@ -132,10 +127,10 @@ def _timed(scene: Scene) -> Step:
 
 
 def _refused_for_good(scene: Scene) -> Step:
-    refused = permanent_refusal(scene)
-    if refused is None:
+    message = permanent_refusal(scene)
+    if message is None:
         return Step(scene)
-    return Step(scene, End(False, Reason.CHILD_REFUSED, refused, scene.now))
+    return Step(scene, End(False, Reason.CHILD_REFUSED, message, scene.now))
 
 
 def _within_deadlines(scene: Scene) -> Step:
@@ -161,8 +156,8 @@ def _going_on(step: Step) -> Plan:
         delete=(*gone, *unneeded, *grown.delete),
         apply=(
             *_service(scene),
-            *_controller(scene),
             *([_job(scene)] if making else []),
+            *_controller(scene),
             *grown.apply,
         ),
         child_statuses=grown.statuses,
@@ -174,7 +169,8 @@ def _going_on(step: Step) -> Plan:
             credentials_last(scene) or None,
             REFUSED_SECONDS if scene.observed.refusals else None,
         ),
-        credentials=not has_secret(scene),
+        credentials=not has_secret(scene)
+        and not is_going(scene, "Secret", names.secret(scene.session.name)),
     )
 
 
@@ -280,13 +276,15 @@ def _status(scene: Scene, record: TrainingSessionStatus) -> Manifest | None:
 
 
 def _story(scene: Scene, record: TrainingSessionStatus) -> tuple[Notice, ...]:
-    return story.told(scene.before, record, scene.observed.snapshot)
+    told = story.told(scene.before, record, scene.observed.snapshot)
+    return (*told, *(Notice("Warning", Reason.CHILD_REFUSED, text) for text in refused(scene)))
 
 
 def _makes_job(scene: Scene) -> bool:
     if scene.job is not None or attempts.due(scene) > scene.now:
         return False
-    return has_secret(scene) and not attempts.held_up(scene)
+    service_goes = is_going(scene, "Service", names.service(scene.session.name))
+    return has_secret(scene) and not service_goes and not attempts.held_up(scene)
 
 
 def _paused(scene: Scene) -> float | None:
@@ -305,10 +303,10 @@ def _service(scene: Scene) -> tuple[Manifest, ...]:
     wanted = digest_in(manifest)
     name = manifest["metadata"]["name"]
     there = any(
-        meta.kind == "Service" and meta.name == name and meta.digest == wanted and not meta.deleting
+        meta.kind == "Service" and meta.name == name and meta.digest == wanted
         for meta in scene.observed.metas
     )
-    return () if there else (manifest,)
+    return () if there or is_going(scene, "Service", name) else (manifest,)
 
 
 def _controller(scene: Scene) -> tuple[Manifest, ...]:

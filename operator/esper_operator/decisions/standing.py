@@ -8,7 +8,7 @@ from esper_operator.conditions import Kind, Reason, Truth, condition, merged
 from esper_operator.decisions import attempts, controller, suspension
 from esper_operator.decisions.ends import End
 from esper_operator.decisions.scene import Scene
-from esper_operator.decisions.workers import Readiness, num_ready, readiness
+from esper_operator.decisions.workers import Readiness, num_ready, readiness, refused
 from esper_operator.status import changed, summary_of
 
 
@@ -71,7 +71,7 @@ def _summary(scene: Scene, workers: Readiness) -> tuple[str, str]:
         queue = scene.spec.run_policy.queue_name
         return Reason.QUEUED, workers.message if queue is None else f"waits in queue {queue}"
     if workers.ready or _is_ending(scene):
-        return Reason.RUNNING, workers.message
+        return Reason.RUNNING, "; ".join((workers.message, *refused(scene)))
     if scene.job is not None and scene.record.interrupted_pods:
         lost = len(scene.record.interrupted_pods)
         return Reason.INTERRUPTED, f"{lost} pods were ended from outside; {workers.message}"

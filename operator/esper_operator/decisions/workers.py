@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from esper.errors import one_line
 from esper_operator.children import names, secret
 from esper_operator.conditions import Kind, Reason, Truth, found
 from esper_operator.decisions import attempts, suspension
@@ -23,6 +24,8 @@ CONTAINER_REASONS = frozenset(
     }
 )
 _PERMANENT = frozenset({"Invalid", "BadRequest"})
+_MESSAGE = 400
+"""Characters of a refusal beside which there is more to say."""
 _UNTYPED = "failed to create typed patch object"
 """What the API server says of a field that no pod has."""
 
@@ -44,11 +47,9 @@ class Readiness:
 def readiness(scene: Scene) -> Readiness:
     """What there is to say of the workers now."""
     job = scene.job
-    refused = refusal(scene)
-    if refused is not None and job is None:
-        asked = refused[0].startswith("Secret/")
-        reason = Reason.CREDENTIALS_MISSING if asked else Reason.CHILD_REFUSED
-        return Readiness("False", reason, _refused_text(*refused))
+    missing = refusal(scene)
+    if missing is not None and job is None:
+        return _refused(*missing)
     if job is None:
         return _without_job(scene)
     if suspension.is_queued(scene):
@@ -67,14 +68,27 @@ def refusal(scene: Scene) -> tuple[str, Said] | None:
     return next(((key, refusals[key]) for key in wanted if key in refusals), None)
 
 
+def refused(scene: Scene) -> tuple[str, ...]:
+    """What the API server has said against Seeds and CompiledKernels: the first of each kind."""
+    snapshot = scene.observed.snapshot
+    told = () if snapshot is None else snapshot.seeds
+    wanted = {f"Seed/{names.seed(scene.session.name, s.layer, s.slot)}" for s in told}
+    found: dict[str, str] = {}
+    for key, said in sorted(scene.observed.refusals.items()):
+        kind = key.partition("/")[0]
+        if kind == "CompiledKernel" or key in wanted:
+            found.setdefault(kind, one_line(_refused_text(key, said), _MESSAGE))
+    return tuple(found.values())
+
+
 def permanent_refusal(scene: Scene) -> str | None:
     """The message of a refusal that stays one, however often it is tried."""
-    refused = refusal(scene)
-    if refused is None or scene.job is not None:
+    missing = refusal(scene)
+    if missing is None or scene.job is not None:
         return None
-    _, said = refused
+    _, said = missing
     if said.reason in _PERMANENT or _UNTYPED in said.message:
-        return _refused_text(*refused)
+        return _refused_text(*missing)
     return None
 
 
@@ -93,6 +107,14 @@ def credentials_last(scene: Scene) -> float:
     return 0.0
 
 
+def is_going(scene: Scene, kind: str, name: str) -> bool:
+    """Whether the child of that name is being deleted, which a finalizer may draw out.
+
+    Until it has gone, which is heard, an apply would change nothing.
+    """
+    return any(m.kind == kind and m.name == name and m.deleting for m in scene.observed.metas)
+
+
 def num_ready(scene: Scene) -> int:
     """Workers of the attempt that are ready."""
     job = scene.job
@@ -105,6 +127,12 @@ def _without_job(scene: Scene) -> Readiness:
     if attempts.due(scene) > scene.now:
         number = scene.record.attempt
         return Readiness("False", Reason.BACKING_OFF, f"attempt {number} begins after a pause")
+    for kind, name in (
+        ("Service", names.service(scene.session.name)),
+        ("Secret", names.secret(scene.session.name)),
+    ):
+        if is_going(scene, kind, name):
+            return Readiness("False", Reason.STARTING, f"{kind} {name} is being deleted")
     # The same for every step on the way to it: each change would be one more write a session.
     return Readiness("False", Reason.STARTING, f"Job {scene.job_name} is being made")
 
@@ -123,10 +151,19 @@ def _of_pods(scene: Scene, job: JobView) -> Readiness:
         if trouble is not None:
             return trouble
     pods_refused = scene.observed.refusals.get(f"Pod/{job.name}")
+    missing = refusal(scene)
+    if missing is not None:
+        return _refused(*missing)
     if len(living) < job.completions and pods_refused is not None:
         text = f"Job {job.name}: {pods_refused.message}"
         return Readiness("False", Reason.PODS_REFUSED, text)
     return Readiness("False", Reason.WORKERS_STARTING, count)
+
+
+def _refused(key: str, said: Said) -> Readiness:
+    asked = key.startswith("Secret/")
+    reason = Reason.CREDENTIALS_MISSING if asked else Reason.CHILD_REFUSED
+    return Readiness("False", reason, _refused_text(key, said))
 
 
 def _trouble(pod: PodView, before: Readiness | None) -> Readiness | None:

@@ -4,7 +4,9 @@ import time
 
 import pytest
 
+from tests.integration.esper_operator.test_reports import KERNELS, SEEDS, TARGET, a_seed
 from tools.cluster.control_plane import wait_for
+from tools.operator_bus import Trainer
 from tools.operator_workers import (
     DEPLOYMENTS,
     JOBS,
@@ -54,6 +56,36 @@ def test_demand_01_a_child_that_is_deleted_is_made_again(running, objects, child
     )
     assert time.monotonic() - began < CONVERGE_SECONDS
     assert len(Workers(objects, running).jobs()) == 1
+
+
+@pytest.mark.parametrize("path", [SEEDS, KERNELS, JOBS, f"{SECRETS}/esper-compile"])
+def test_demand_01_what_a_session_grew_is_made_again(world, running, objects, path):
+    """A Seed, a CompiledKernel, the Job that compiles it and its Secret."""
+    session = objects.get(f"{SESSIONS}/{running}")
+    trainer = Trainer(world.hub.redis.url, objects.namespace, session)
+    trainer.stands(epoch=1, seeds=[a_seed()])
+    trainer.asks("low-rank", TARGET)
+
+    def grown():
+        if path.startswith(SECRETS):
+            return objects.get(path)
+        found = [item for item in objects.items(path) if path != JOBS or role_of(item) == "compile"]
+        assert len(found) <= 1
+        return found[0] if found else None
+
+    wait_for(lambda: [j for j in objects.items(JOBS) if role_of(j) == "compile"], "no compile Job")
+    before = wait_for(grown, f"{path} has none")["metadata"]
+    objects.delete(path if path.startswith(SECRETS) else f"{path}/{before['name']}")
+    after = wait_for(
+        lambda: (found := grown()) and uid_of(found) != before["uid"] and found["metadata"],
+        f"{path} is not made again",
+        seconds=CONVERGE_SECONDS,
+    )
+    assert after["name"] == before["name"]
+
+
+def role_of(found):
+    return found["metadata"]["labels"]["esper.dev/role"]
 
 
 def test_demand_01_a_job_that_is_deleted_is_made_again_and_pods_with_it(running, objects):

@@ -9,7 +9,7 @@ POINTS = 10
 
 
 def test_demand_01_an_operator_killed_at_any_change_is_made_up_for(alone):
-    chaos = Chaos(alone, losing=False)
+    chaos = Chaos(alone)
     whole = chaos.live(None)
     assert whole.changes > POINTS
     killed = 0

@@ -128,6 +128,21 @@ def test_what_the_hub_said_stands_after_a_restart_of_the_operator() -> None:
     assert blueprints.decide(BlueprintObserved(view, NOW + 1), OPTIONS) == Plan()
 
 
+@pytest.mark.parametrize(("same", "pause"), [(1, 5.0), (2, 10.0), (5, 80.0), (8, 600.0), (99, 600)])
+def test_a_blueprint_that_nobody_uses_is_asked_for_ever_more_rarely(
+    same: int, pause: float
+) -> None:
+    known = {"stored": stored("proposed"), "same_answers": same, "asked_at": NOW - 2}
+    view = blueprint(AFFINE)
+    assert blueprints.decide(BlueprintObserved(view, NOW, **known), OPTIONS).again_in == pause - 2
+    assert blueprints.decide(BlueprintObserved(view, NOW, **known), OPTIONS).submit is None
+    plan = blueprints.decide(BlueprintObserved(view, NOW - 2 + pause, **known), OPTIONS)
+    assert (plan.submit is not None, plan.again_in) == (True, pause)
+    made = kernel("1" * 40, {"blueprint": "mine"})
+    plan = blueprints.decide(BlueprintObserved(view, NOW, kernels=(made,), **known), OPTIONS)
+    assert (plan.submit, plan.again_in) == (None, 3.0)
+
+
 def test_a_blueprint_counts_its_kernels_and_its_smallest_size() -> None:
     compiled = [
         kernel(f"{n}" * 40, {"blueprint": "mine"}, status={"digest": "a" * 64, "parameters": size})

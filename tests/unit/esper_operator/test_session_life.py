@@ -370,11 +370,3 @@ def test_a_child_that_was_deleted_is_made_anew_and_its_job_goes_on(kind: str, na
     assert plan.credentials is (kind == "Secret")
     assert deleted(plan) == []
     assert written(plan).attempt == 1
-
-
-def test_a_child_that_is_being_deleted_is_made_anew_too() -> None:
-    view = session()
-    leaving = tuple(replace(meta, deleting=True) for meta in made(view))
-    plan = decided(session(status=running(view)), jobs=(job(view),), metas=leaving)
-    assert applied(plan) == ["Service/digits-workers"]
-    assert plan.credentials

@@ -176,3 +176,61 @@ def test_metadata_alone_is_known_by_the_kind_that_it_was_asked_for() -> None:
     partial = of_session(SEED, "first-abc-0") | {"kind": "PartialObjectMetadata"}
     store.put(SEED, partial)
     assert [view.kind for view in store.children("u1", MetaView)] == ["Seed"]
+
+
+def managed(version: int, *others: dict[str, Any], own: str = "f:data") -> dict[str, Any]:
+    """A Secret as the operator has applied it, with what others have of it."""
+    first = {"manager": "esper-operator", "operation": "Apply", "fieldsV1": {own: {"f:a": {}}}}
+    secret = of_session(SECRET, "first-esper", version)
+    secret["metadata"] |= {
+        "annotations": {"esper.dev/digest": "d1"},
+        "managedFields": [first, *others],
+    }
+    return secret
+
+
+def edited(fields: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"manager": "kubectl", "operation": "Update", "fieldsV1": fields, **more}
+
+
+def digest_of_secret(store: Store) -> str:
+    view = store.meta(SECRET, "team", "first-esper")
+    assert view is not None
+    return view.digest
+
+
+def test_a_child_that_somebody_has_changed_has_no_digest_until_it_is_applied_again() -> None:
+    store = Store()
+    store.put(SECRET, managed(1), applied=True)
+    assert digest_of_secret(store) == "d1"
+    store.put(SECRET, managed(2, edited({"f:metadata": {"f:labels": {}}})))
+    assert digest_of_secret(store) == "d1"
+    overwritten = edited({"f:data": {"f:a": {}}})
+    assert store.put(SECRET, managed(3, overwritten, own="f:type")) == (OWNER,)
+    assert digest_of_secret(store) == ""
+    store.put(SECRET, managed(4, edited({"f:data": {"f:b": {}}})), applied=True)
+    assert digest_of_secret(store) == "d1"
+    store.put(SECRET, managed(5, edited({"f:data": {"f:b": {}}}), own="f:type"))
+    assert digest_of_secret(store) == ""  # a field was taken away, and nobody has it
+
+
+def test_the_answer_to_an_apply_counts_though_its_event_has_come_first() -> None:
+    store = Store()
+    store.put(SECRET, managed(1), applied=True)
+    again = managed(2, own="f:stringData")
+    store.put(SECRET, again)
+    assert digest_of_secret(store) == ""
+    store.put(SECRET, again, applied=True)
+    assert digest_of_secret(store) == "d1"
+
+
+def test_of_children_from_before_only_what_others_have_of_their_content_counts() -> None:
+    for others, digest in (
+        ((), "d1"),
+        ((edited({"f:status": {}}, subresource="status"),), "d1"),
+        ((edited({"f:spec": {"f:replicas": {}}}, subresource="scale"),), ""),
+        ((edited({"f:data": {"f:a": {}}}),), ""),
+    ):
+        store = Store()
+        store.put(SECRET, managed(1, *others))
+        assert digest_of_secret(store) == digest

@@ -135,8 +135,10 @@ def test_a_controller(conditions: Any, available: bool, failure: str | None) -> 
         "conditions": [{"type": t, "status": s, "reason": r} for t, s, r in conditions],
     }
     metadata = {"name": "t", "namespace": NAMESPACE, "uid": "u"}
-    found = DeploymentView.of({"metadata": metadata, "status": status})
+    found = DeploymentView.of({"metadata": metadata, "status": {**status, "readyReplicas": 1}})
     assert found.available is available
+    none = DeploymentView.of({"metadata": metadata, "status": status})
+    assert not none.available  # as one that was scaled to nothing
     assert (found.failure.reason if found.failure else None) == failure
 
 

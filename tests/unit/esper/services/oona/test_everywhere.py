@@ -61,6 +61,33 @@ def test_everywhere_all_namespaces_are_heard_and_each_is_answered(server, redis_
         OonaClient(config_of(server, redis_namespace), scope="uid", everywhere=True)
 
 
+def test_the_newest_of_each_scope_is_found_received_or_not(server, redis_namespace):
+    """More scopes than are asked for at once; one has nothing, and one a last entry of no sense."""
+    namespaces = [f"{redis_namespace}-{letter}" for letter in "ab"]
+    scopes = [(namespaces[n % 2], f"uid-{n}") for n in range(150)]
+
+    async def life():
+        everywhere = OonaClient(config_of(server, redis_namespace), scope=None, everywhere=True)
+        try:
+            for number, (namespace, scope) in enumerate(scopes):
+                for message in (event(1000, scope), event(number, scope)):
+                    await everywhere.publish(message, namespace=namespace)
+            async with client_of(server, namespaces[1], "uid-3") as receiver:
+                heard = await receiver.subscribe({EVENTS}, "g")
+                await receiver.publish(event(7, "uid-3"))
+                await drained(heard, 1)
+            with server.client() as client:
+                client.xadd(stream_key(namespaces[0], "uid-4", EVENTS), {"message": "{"})
+            asked = [*scopes, (namespaces[0], "nobody")]
+            return [message async for message in everywhere.newest(EVENTS, asked)]
+        finally:
+            await everywhere.close()
+
+    expected = {scope: number for number, (_, scope) in enumerate(scopes)} | {"uid-3": 7}
+    del expected["uid-4"]
+    assert {message.scope: numbers([message])[0] for message in run(life())} == expected
+
+
 def test_over_many_streams_as_many_messages_are_read_ahead_as_asked_for(server, redis_namespace):
     """Redis counts each stream by itself."""
 
