@@ -98,7 +98,8 @@ class Carrier:
         for deletion in plan.delete:
             kind = BY_NAME[deletion.kind]
             name = (deletion.namespace, deletion.name)
-            if not await self._writer.delete(kind, *name, deletion.uid):
+            grace = deletion.grace_seconds
+            if not await self._writer.delete(kind, *name, deletion.uid, grace_seconds=grace):
                 # Its end fell between the list that filled the store and the watch.
                 self._enqueue(self._store.drop_uid(kind, name, deletion.uid))
             outcome.wrote = True

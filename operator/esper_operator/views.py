@@ -253,6 +253,10 @@ class PodView:
     disrupted: Said | None = None
     """The disruption that ended it from outside, or is about to."""
     finished: float | None = None
+    deleted_by: float | None = None
+    """When it is to have ended at the latest, where it is being deleted."""
+    given_up: bool = False
+    """Whether it is being deleted with no grace, without waiting for its node."""
 
     @classmethod
     def of(cls, data: Object) -> PodView:
@@ -286,6 +290,8 @@ class PodView:
             if "DisruptionTarget" in holding
             else None,
             finished=None if ended is None else seconds_of(ended.get("finishedAt")),
+            deleted_by=seconds_of(meta.get("deletionTimestamp")),
+            given_up=meta.get("deletionGracePeriodSeconds") == 0,
         )
 
     @property
