@@ -95,7 +95,7 @@ def everything_happens(world, objects, lost_node):
         "runPolicy": {"ttlSecondsAfterFinished": 1},
     }
     objects.create(SESSIONS, world.session("own", spec=dedicated))
-    wait_for(lambda: objects.get(f"{DEPLOYMENTS}/own-tamiyo"), "no controller of its own")
+    wait_for(lambda: objects.get(f"{DEPLOYMENTS}/own-controller"), "no controller of its own")
     wait_for(lambda: not objects.get(f"{DEPLOYMENTS}/esper-tamiyo"), "the shared controller stays")
     Workers(objects, "own").run()
     Workers(objects, "own").succeed()

@@ -108,10 +108,10 @@ def test_a_suspended_session_whose_job_was_done_has_succeeded() -> None:
 def test_no_controller_of_its_own_stays_while_suspended() -> None:
     growth = {"controller": {"dedicated": True}}
     view = session(growth=growth)
-    own = deployment("digits-tamiyo", session_uid=view.uid)
+    own = deployment("digits-controller", session_uid=view.uid)
     status = running(view)
     plan = decided(session(status=status, growth=growth, runPolicy=SUSPENDED), tamiyo=own)
-    assert deleted(plan) == ["Deployment/digits-tamiyo"]
+    assert deleted(plan) == ["Deployment/digits-controller"]
 
 
 # -- queues -----------------------------------------------------------------------------------
