@@ -172,6 +172,8 @@ class TrainingSessionStatus(ResourceModel):
     """When the attempt was decided on."""
     failed_attempts: Count = 0
     """Those that failed, which `runPolicy.backoffLimit` bounds."""
+    fruitless_attempts: Count = 0
+    """Those before this one, in a row, that ended uncounted before they had reported anything."""
     replicas: Count = 0
     """Workers that the attempt is made of."""
     job: Annotated[str, Field(max_length=63)] | None = None

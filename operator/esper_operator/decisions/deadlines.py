@@ -15,7 +15,7 @@ that is active and reports nothing for as long as all of its attempts might have
 from __future__ import annotations
 
 from esper_operator.conditions import Reason
-from esper_operator.decisions import attempts, suspension
+from esper_operator.decisions import attempts, progress, suspension
 from esper_operator.decisions.ends import End, Step, soonest
 from esper_operator.decisions.scene import Scene
 from esper_operator.decisions.workers import Readiness
@@ -38,7 +38,8 @@ def bounded(scene: Scene, workers: Readiness) -> Step:
         return Step(scene, End(False, Reason.ACTIVE_DEADLINE_EXCEEDED, message, scene.now))
     if not suspension.is_active(scene) and scene.job is not None:
         return Step(scene, again_in=active)
-    step = _progressing(scene, workers) if _has_reported(scene) else _starting(scene, workers)
+    has_reported = progress.last_report(scene) is not None
+    step = _progressing(scene, workers) if has_reported else _starting(scene, workers)
     stalled = _stalled(scene)
     if step.end is None and stalled is not None and stalled <= 0:
         spent = f"{_longest(scene):.0f} s, over {scene.record.attempt} attempts"
@@ -98,7 +99,9 @@ def _progressing(scene: Scene, workers: Readiness) -> Step:
     heard = scene.observed.hearing_since
     if workers.ready and heard is None:
         return Step(scene)
-    since = max(_began(scene), _reported(scene) or 0.0, (heard or 0.0) if workers.ready else 0.0)
+    since = max(
+        _began(scene), progress.last_report(scene) or 0.0, (heard or 0.0) if workers.ready else 0.0
+    )
     limit = scene.spec.run_policy.progress_deadline_seconds
     left = since + limit - scene.now
     if left > 0:
@@ -117,18 +120,3 @@ def _began(scene: Scene) -> float:
         return job.started if job.started is not None else job.created
     active = scene.record.active_since
     return max(attempts.due(scene), 0.0 if active is None else active.timestamp())
-
-
-def _reported(scene: Scene) -> float | None:
-    """When the attempt last reported."""
-    times = []
-    if scene.snapshot is not None:
-        times.append(scene.snapshot.time.timestamp())
-    written, decided = scene.record.last_heartbeat_time, scene.record.attempt_time
-    if written is not None and decided is not None and written > decided:
-        times.append(written.timestamp())
-    return max(times, default=None)
-
-
-def _has_reported(scene: Scene) -> bool:
-    return _reported(scene) is not None

@@ -43,6 +43,17 @@ def told(scene: Scene) -> Step:
     return Step(scene.recorded(**fields))
 
 
+def last_report(scene: Scene) -> float | None:
+    """When the attempt last reported; None: it has not yet."""
+    times = []
+    if scene.snapshot is not None:
+        times.append(scene.snapshot.time.timestamp())
+    written, decided = scene.record.last_heartbeat_time, scene.record.attempt_time
+    if written is not None and decided is not None and written > decided:
+        times.append(written.timestamp())
+    return max(times, default=None)
+
+
 def _is_past(scene: Scene, written: datetime) -> bool:
     """Whether the report that was written last is one of an attempt before."""
     decided = scene.record.attempt_time

@@ -58,7 +58,7 @@ class World:
     now: float = NOW
     behaviour: str = "trains"
     """What pods do once they run: trains, hangs, fails, bad-input; or what keeps them from it:
-    no-node, no-image."""
+    no-node, no-image, refuses."""
     hub_answers: bool = True
     refuse_jobs: str = ""
     """Reason with which Jobs are refused."""
@@ -339,6 +339,9 @@ class World:
         if self.behaviour == "no-image":
             waiting = {"waiting": {"reason": "ErrImagePull", "message": "not found"}}
             status["containerStatuses"] = [{"name": CONTAINER, "state": waiting}]
+            return
+        if self.behaviour == "refuses":
+            self.end(pod, None)
             return
         if status["phase"] == "Pending":
             status["phase"] = "Running"
