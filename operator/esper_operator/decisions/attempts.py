@@ -177,7 +177,7 @@ def _after_disruptions(scene: Scene, job: JobView) -> Step:
     missing = job.completions - len(scene.living(job))
     if job.suspended or lost < DISRUPTIONS_A_JOB or missing <= 0:
         return Step(scene)
-    unasked = [pod for pod in scene.pods_of(job) if _unasked(pod)]
+    unasked = [pod for pod in _since_resumed(scene, job) if _unasked(pod)]
     if len(unasked) >= DISRUPTIONS_A_JOB and scene.snapshot is None:
         message = (
             f"attempt {job.attempt}: {len(unasked)} workers ended as interrupted, "
@@ -298,15 +298,26 @@ def _text(pod: PodView) -> str:
 
 
 def _with_disruptions(scene: Scene, job: JobView) -> Scene:
-    """Each pod of the attempt that was ended from outside counts once, also once it is gone."""
+    """Each pod of the attempt that was ended from outside counts once, also once it is gone.
+
+    A queue that takes its room back ends them all. That is its doing, and when the Job is resumed
+    it makes them anew without a pause of its own.
+    """
+    if job.suspended:
+        return scene.recorded(interrupted_pods=())
     counted = scene.record.interrupted_pods
-    lost = [pod.name for pod in scene.pods_of(job) if _was_interrupted(pod, job)]
+    lost = [pod.name for pod in _since_resumed(scene, job) if _was_interrupted(pod, job)]
     new = [name for name in lost if name not in counted][: MAX_INTERRUPTED_PODS - len(counted)]
     if not new:
         return scene
     return scene.recorded(
         interrupted_pods=(*counted, *new), disruptions=scene.record.disruptions + len(new)
     )
+
+
+def _since_resumed(scene: Scene, job: JobView) -> tuple[PodView, ...]:
+    """The pods of a Job but for those that ended, or are still ending, as it was suspended."""
+    return tuple(pod for pod in scene.pods_of(job) if pod.created >= job.pods_since)
 
 
 def _was_interrupted(pod: PodView, job: JobView) -> bool:
