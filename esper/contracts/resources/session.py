@@ -207,6 +207,9 @@ class TrainingSessionStatus(ResourceModel):
     threads: Count = 0
     """CPU threads that each process computes with."""
     last_heartbeat_time: Time | None = None
+    """When the operator heard the last report of training, by its own clock."""
+    report_sequence: Count = 0
+    """The number of that report: what is told again is no sign of life."""
     start_time: Time | None = None
     active_since: Time | None = None
     """Since when it has been neither suspended nor in a queue; absent while it is."""

@@ -5,8 +5,10 @@
   what stood in the way as its reason.
 - `progressDeadlineSeconds`: between two reports. It ends the attempt, which may have hung.
 
-A session reports as long as it makes progress. While the bus does not answer nobody can tell, so
-time runs from its return; workers that do not come up are seen without it.
+A session reports as long as it makes progress, and when the operator heard that lies in the status.
+While the bus does not answer nobody can tell. Once it does, and when the operator itself was away,
+it listens for a while before it says that somebody was silent for too long. Workers that do not
+come up are seen without it.
 
 Disruptions may begin attempt after attempt. So that they end some time, a session has failed too
 that is active and reports nothing for as long as all of its attempts might have taken.
@@ -19,6 +21,9 @@ from esper_operator.decisions import attempts, progress, suspension
 from esper_operator.decisions.ends import End, Step, soonest
 from esper_operator.decisions.scene import Scene
 from esper_operator.decisions.workers import Readiness
+
+LISTENING_SECONDS = 60.0
+"""Within which a session that goes on is heard; workers report every half minute at least."""
 
 _TELLING = frozenset(
     {
@@ -61,11 +66,8 @@ def _stalled(scene: Scene) -> float | None:
     since, heard = scene.record.active_since, scene.observed.hearing_since
     if since is None or heard is None:
         return None
-    told, written = scene.observed.snapshot, scene.record.last_heartbeat_time
-    times = [since.timestamp(), heard]
-    times += [] if told is None else [told.time.timestamp()]
-    times += [] if written is None else [written.timestamp()]
-    return max(times) + _longest(scene) - scene.now
+    last = max(since.timestamp(), progress.last_heard(scene) or 0.0)
+    return _listened(heard, last + _longest(scene)) - scene.now
 
 
 def _longest(scene: Scene) -> float:
@@ -82,12 +84,13 @@ def _starting(scene: Scene, workers: Readiness) -> Step:
         # It has trained before, and waits for room as one that was preempted does.
         limit = max(limit, float(scene.spec.run_policy.progress_deadline_seconds))
         field = "runPolicy.progressDeadlineSeconds"
+    due = since + limit
     if workers.ready:
         heard = scene.observed.hearing_since
         if heard is None:
             return Step(scene)
-        since = max(since, heard)
-    left = since + limit - scene.now
+        due = _listened(heard, due)
+    left = due - scene.now
     if left > 0:
         return Step(scene, again_in=left)
     reason = workers.reason if workers.reason in _TELLING else Reason.STARTUP_DEADLINE_EXCEEDED
@@ -99,11 +102,9 @@ def _progressing(scene: Scene, workers: Readiness) -> Step:
     heard = scene.observed.hearing_since
     if workers.ready and heard is None:
         return Step(scene)
-    since = max(
-        _began(scene), progress.last_report(scene) or 0.0, (heard or 0.0) if workers.ready else 0.0
-    )
     limit = scene.spec.run_policy.progress_deadline_seconds
-    left = since + limit - scene.now
+    due = max(_began(scene), progress.last_report(scene) or 0.0) + limit
+    left = (_listened(heard, due) if workers.ready and heard is not None else due) - scene.now
     if left > 0:
         return Step(scene, again_in=left)
     message = (
@@ -111,6 +112,11 @@ def _progressing(scene: Scene, workers: Readiness) -> Step:
         f"(runPolicy.progressDeadlineSeconds): {workers.message}"
     )
     return attempts.failed(scene, Reason.PROGRESS_DEADLINE_EXCEEDED, message)
+
+
+def _listened(heard: float, due: float) -> float:
+    """When a deadline may be said to be missed, where the bus has answered since `heard`."""
+    return max(due, heard + LISTENING_SECONDS)
 
 
 def _began(scene: Scene) -> float:

@@ -275,8 +275,10 @@ def kernel(name: str, content: dict[str, Any], **fields: Any) -> KernelView:
 
 
 def observed(view: SessionView, **fields: Any) -> Observed:
-    """What is observed of a session whose Service and Secret are there."""
+    """What is observed of a session whose Service and Secret are there, and its clock is right."""
     given: dict[str, Any] = {"now": NOW, "metas": made(view), "hearing_since": NOW - 10_000}
+    told = fields.get("snapshot")
+    given["heard"] = None if told is None else told.time.timestamp()
     return Observed(session=view, **given | fields)
 
 

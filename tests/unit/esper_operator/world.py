@@ -84,6 +84,7 @@ class World:
         self.pods: dict[str, Object] = {}
         self.trained: dict[str, float] = {}
         self.snapshot: SessionSnapshot | None = None
+        self.heard: float | None = None
         self.refusals: dict[str, Said] = {}
         self.made_jobs: list[str] = []
         self.last_seen_pods: list[Object] = []
@@ -107,6 +108,7 @@ class World:
                 pods=tuple(map(PodView.of, self._seen_pods())),
                 metas=tuple(map(MetaView.of, metas)),
                 snapshot=self.snapshot,
+                heard=self.heard,
                 refusals=dict(self.refusals),
                 hearing_since=NOW - 1e6,
             ),
@@ -372,6 +374,7 @@ class World:
         newer = self.snapshot is None or attempt >= self.snapshot.attempt
         if newer:
             self.snapshot = snapshot(attempt, time=self.now, **told)
+            self.heard = self.now
 
     def end(self, pod: Object, code: int | None, said: str = "") -> None:
         """A pod ends with that exit code; without one it never ran."""
