@@ -38,7 +38,7 @@ class Memory:
     refused: dict[str, Refusal] = field(default_factory=dict)
     """By `Kind/name`."""
     child_statuses: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Statuses of its Seeds as they were last written, by name."""
+    """Statuses of its Seeds as they were last written, by uid."""
     child_times: dict[str, float] = field(default_factory=dict)
     """When each was written."""
     stored: Any = None

@@ -43,7 +43,7 @@ class Observed:
     heard: float | None = None
     """When this process heard it: workers' clocks may say anything."""
     seed_statuses: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    """Statuses of its Seeds as this process last wrote them, by name; one that it has not written
+    """Statuses of its Seeds as this process last wrote them, by uid; one that it has not written
     yet is missing."""
     seed_times: Mapping[str, float] = field(default_factory=dict)
     """When this process last wrote each of them."""
