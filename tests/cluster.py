@@ -49,6 +49,17 @@ def no_kubelet(shared_kubelet):
 
 
 @pytest.fixture
+def lost_node(control_plane, no_kubelet):
+    """The name of a node that does not answer."""
+    name = f"lost-{uuid.uuid4().hex[:8]}"
+    with control_plane.client() as client:
+        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}}
+        client.post("/api/v1/nodes", json=node).raise_for_status()
+        yield name
+        client.delete(f"/api/v1/nodes/{name}")
+
+
+@pytest.fixture
 def private_control_plane(tmp_path):
     with ControlPlane(tmp_path / "control-plane", audit=True) as running:
         yield running

@@ -10,6 +10,7 @@ from tests.cluster import (  # noqa: F401
     control_plane,
     esper_control_plane,
     kubelet,
+    lost_node,
     namespace,
     no_kubelet,
     private_control_plane,

@@ -72,6 +72,18 @@ class Workers:
         }
         self._say(pod, "Succeeded" if code == 0 else "Failed", {"terminated": ended})
 
+    def lose(self, pod: dict[str, Any], node: str) -> None:
+        """Say that one runs on a node that does not answer, and has been evicted from it."""
+        name = pod["metadata"]["name"]
+        target = {"apiVersion": "v1", "kind": "Node", "name": node}
+        binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}}
+        self._objects.create(f"{PODS}/{name}/binding", {**binding, "target": target})
+        self._say(pod, "Running", {"running": {"startedAt": _now()}}, ready=True)
+        condition = {"type": "DisruptionTarget", "status": "True", "lastTransitionTime": _now()}
+        condition |= {"reason": "DeletionByTaintManager", "message": "its node does not answer"}
+        self._objects.merge(f"{PODS}/{name}/status", {"status": {"conditions": [condition]}})
+        self._objects.delete(f"{PODS}/{name}", grace_seconds=1)
+
     def _say(
         self, pod: dict[str, Any], phase: str, state: dict[str, Any], *, ready: bool = False
     ) -> None:

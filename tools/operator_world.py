@@ -228,9 +228,12 @@ class Objects:
         found = self.get(path)
         return [] if found is None else list(found["items"])
 
-    def delete(self, path: str) -> None:
-        """Delete an object."""
-        self._client.delete(self._at(path), params={"propagationPolicy": "Background"})
+    def delete(self, path: str, *, grace_seconds: int | None = None) -> None:
+        """Delete an object; a pod may be told for how long it may take to end."""
+        query: dict[str, str | int] = {"propagationPolicy": "Background"}
+        if grace_seconds is not None:
+            query["gracePeriodSeconds"] = grace_seconds
+        self._client.delete(self._at(path), params=query)
 
     def merge(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Merge a patch into an object, or into its status."""

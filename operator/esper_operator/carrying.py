@@ -102,7 +102,8 @@ class Carrier:
         for deletion in plan.delete:
             kind = BY_NAME[deletion.kind]
             name = (deletion.namespace, deletion.name)
-            if not await self._writer.delete(kind, *name, deletion.uid):
+            grace = deletion.grace_seconds
+            if not await self._writer.delete(kind, *name, deletion.uid, grace_seconds=grace):
                 # Its end fell between the list that filled the store and the watch.
                 self._enqueue(self._store.drop_uid(kind, name, deletion.uid))
             outcome.wrote = True
@@ -188,7 +189,7 @@ class Carrier:
         await self.child(memory, manifest, outcome)
 
     async def _child_status(self, memory: Memory, manifest: Manifest, outcome: Outcome) -> None:
-        kind, name = BY_NAME[manifest["kind"]], manifest["metadata"]["name"]
+        kind = BY_NAME[manifest["kind"]]
         wait = self._writer.background_wait()
         if wait > 0:
             outcome.soon(wait)
@@ -199,8 +200,9 @@ class Carrier:
             outcome.soon(1.0)  # the object itself was refused, or is just being made anew
             return
         self._store.put(kind, answer)
-        memory.child_statuses[name] = manifest["status"]
-        memory.child_times[name] = self._clock()
+        uid = answer["metadata"]["uid"]
+        memory.child_statuses[uid] = manifest["status"]
+        memory.child_times[uid] = self._clock()
         outcome.wrote = True
 
     async def _told(self, about: About, notice: Notice) -> None:

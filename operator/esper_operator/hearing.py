@@ -37,6 +37,7 @@ class Reports:
         """`concerned` is told the uid of a session of which something was heard."""
         self._concerned = concerned
         self._snapshots: dict[str, SessionSnapshot] = {}
+        self._heard: dict[str, float] = {}
         self._requests: dict[str, dict[str, KernelRequested]] = {}
         self._bus: OonaClient | None = None
         self.hearing_since: float | None = None
@@ -46,13 +47,17 @@ class Reports:
         """The newest of a session; None where none was heard."""
         return self._snapshots.get(uid)
 
+    def heard(self, uid: str) -> float | None:
+        """When the newest of a session was heard, in seconds since the epoch."""
+        return self._heard.get(uid)
+
     def requests(self, uid: str) -> tuple[KernelRequested, ...]:
         """The kernels that a session has asked for."""
         return tuple(self._requests.get(uid, {}).values())
 
     def keep_only(self, uids: Collection[str]) -> None:
         """Forget what was heard of other sessions than these."""
-        for held in (self._snapshots, self._requests):
+        for held in (self._snapshots, self._heard, self._requests):
             for uid in [uid for uid in held if uid not in uids]:
                 del held[uid]
 
@@ -125,6 +130,7 @@ class Reports:
             if known is None and len(self._snapshots) >= MAX_SESSIONS:
                 return
             self._snapshots[uid] = payload
+            self._heard[uid] = time.time()
         elif isinstance(payload, KernelRequested):
             requests = self._requests.setdefault(uid, {})
             if payload.kernel in requests or len(requests) >= MAX_REQUESTS:

@@ -47,7 +47,7 @@ class Memory:
     applied: dict[str, tuple[str, float]] = field(default_factory=dict)
     """The digest of what a child was last applied from, and when, by `Kind/name`."""
     child_statuses: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Statuses of its Seeds as they were last written, by name."""
+    """Statuses of its Seeds as they were last written, by uid."""
     child_times: dict[str, float] = field(default_factory=dict)
     """When each was written."""
     stored: Any = None

@@ -40,8 +40,10 @@ class Observed:
     """The controller that decides for it: its own, or the namespace's."""
     snapshot: SessionSnapshot | None = None
     """The newest from the bus, as last heard by this process."""
+    heard: float | None = None
+    """When this process heard it: workers' clocks may say anything."""
     seed_statuses: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    """Statuses of its Seeds as this process last wrote them, by name; one that it has not written
+    """Statuses of its Seeds as this process last wrote them, by uid; one that it has not written
     yet is missing."""
     seed_times: Mapping[str, float] = field(default_factory=dict)
     """When this process last wrote each of them."""

@@ -25,6 +25,8 @@ class Deletion:
     name: str
     uid: str
     """Precondition of the deletion: an object made anew in its place stays."""
+    grace_seconds: int | None = None
+    """How long a pod may take to end; None: as long as it says itself."""
 
 
 @dataclass(frozen=True, slots=True)

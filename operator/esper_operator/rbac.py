@@ -1,7 +1,6 @@
 """What the operator may do: one table, from which roles are rendered, with a reason for each line.
 
-A test asks the API server's audit log which verbs were really used, and compares. Those that only
-a fault needs say so.
+A test asks the API server's audit log which verbs were really used: all of these, and no others.
 """
 
 from __future__ import annotations
@@ -41,8 +40,6 @@ class Grant:
     verbs: tuple[str, ...]
     reason: str
     subresource: str = ""
-    faults_only: bool = False
-    """Whether they are used only when something goes wrong."""
     names: tuple[str, ...] = ()
     """The only objects that they are granted on; none for all."""
 
@@ -67,14 +64,12 @@ GRANTS = (
     Grant(SEED, _SEEN, "which Seeds there are, their metadata alone"),
     Grant(SEED, _MADE, "a slot has left dormancy"),
     Grant(SEED, ("patch",), "how a seed stands", "status"),
-    Grant(
-        SEED, ("delete",), "the slot of a session of that name that was deleted", faults_only=True
-    ),
+    Grant(SEED, ("delete",), "a slot that reports left out makes room for another"),
     Grant(JOB, _SEEN, "how workers and compilations stand"),
     Grant(JOB, _MADE, "the workers of an attempt, or a compilation"),
     Grant(JOB, ("delete",), "a session was suspended, resized, or begins a new attempt"),
     Grant(POD, _SEEN, "why a worker does not start, and how it has ended"),
-    Grant(POD, ("delete",), "a worker on a node that was lost", faults_only=True),
+    Grant(POD, ("delete",), "a worker on a node that was lost"),
     Grant(DEPLOYMENT, _SEEN, "whether a controller runs"),
     Grant(DEPLOYMENT, _MADE, "a controller, of a session or of a namespace"),
     Grant(DEPLOYMENT, ("delete",), "no session needs the controller any more"),

@@ -174,6 +174,7 @@ class Reconciler:
             metas=self._store.children(session.uid, MetaView),
             tamiyo=own or shared,
             snapshot=self._reports.snapshot(session.uid),
+            heard=self._reports.heard(session.uid),
             seed_statuses=memory.child_statuses,
             seed_times=memory.child_times,
             refusals={

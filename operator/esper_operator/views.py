@@ -8,6 +8,7 @@ epoch.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -201,6 +202,8 @@ class JobView:
     completions: int = 1
     started: float | None = None
     """Since when it has not been suspended."""
+    pods_since: float = 0.0
+    """Pods made before then were ended as it was suspended; infinite while that is so."""
     finished: float | None = None
     """When it was seen to have succeeded or failed."""
     complete: bool = False
@@ -230,6 +233,7 @@ class JobView:
             suspended=bool(spec.get("suspend")),
             completions=int(spec.get("completions") or 1),
             started=seconds_of(status.get("startTime")),
+            pods_since=_resumed(status),
             finished=None if end is None else seconds_of(end.get("lastTransitionTime")),
             complete=done is not None,
             failed=None if done is not None or failed is None else Said.of(failed),
@@ -239,6 +243,15 @@ class JobView:
     def ended(self) -> bool:
         """Whether it has come to its end, good or bad."""
         return self.complete or self.failed is not None
+
+
+def _resumed(status: Object) -> float:
+    """When a Job was resumed last; 0 where it never was suspended, infinite while it is."""
+    for item in status.get("conditions") or ():
+        if item.get("type") == "Suspended":
+            resumed = item.get("status") == "False"
+            return seconds_of(item.get("lastTransitionTime")) or 0.0 if resumed else math.inf
+    return 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +285,10 @@ class PodView:
     disrupted: Said | None = None
     """The disruption that ended it from outside, or is about to."""
     finished: float | None = None
+    deleted_by: float | None = None
+    """When it is to have ended at the latest, where it is being deleted."""
+    given_up: bool = False
+    """Whether it is being deleted with no grace, without waiting for its node."""
 
     @classmethod
     def of(cls, data: Object) -> PodView:
@@ -305,6 +322,8 @@ class PodView:
             if "DisruptionTarget" in holding
             else None,
             finished=None if ended is None else seconds_of(ended.get("finishedAt")),
+            deleted_by=seconds_of(meta.get("deletionTimestamp")),
+            given_up=meta.get("deletionGracePeriodSeconds") == 0,
         )
 
     @property

@@ -172,6 +172,8 @@ class TrainingSessionStatus(ResourceModel):
     """When the attempt was decided on."""
     failed_attempts: Count = 0
     """Those that failed, which `runPolicy.backoffLimit` bounds."""
+    fruitless_attempts: Count = 0
+    """Those before this one, in a row, that ended uncounted before they had reported anything."""
     replicas: Count = 0
     """Workers that the attempt is made of."""
     job: Annotated[str, Field(max_length=63)] | None = None
@@ -205,6 +207,9 @@ class TrainingSessionStatus(ResourceModel):
     threads: Count = 0
     """CPU threads that each process computes with."""
     last_heartbeat_time: Time | None = None
+    """When the operator heard the last report of training, by its own clock."""
+    report_sequence: Count = 0
+    """The number of that report: what is told again is no sign of life."""
     start_time: Time | None = None
     active_since: Time | None = None
     """Since when it has been neither suspended nor in a queue; absent while it is."""

@@ -1,7 +1,8 @@
 """What each child is called: always the same for the same parent.
 
 A session has a name of at most 48 characters, so that the host names of its pods, the longest, stay
-DNS labels.
+DNS labels. Whatever it is called, no child of it has the name of another's, or of one that a
+namespace shares.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def job(session: str, uid: str, attempt: int) -> str:
 
 
 def tamiyo(session: str) -> str:
-    """The controller of a session that has its own."""
-    return f"{session}-tamiyo"
+    """The controller of a session that has its own; never that of a namespace."""
+    return f"{session}-controller"
 
 
 def seed(session: str, layer: str, slot: int) -> str:

@@ -3,7 +3,8 @@
 A Job is one attempt. A failure of any of its workers fails it, and the next attempt begins after a
 pause that grows; `runPolicy.backoffLimit` bounds how many may fail. What ends workers from outside
 is no failure: the Job replaces the pods itself, and only after several of them is it followed by a
-new Job, because its own pauses between pods grow with each.
+new Job, because its own pauses between pods grow with each. Where one attempt after another ends
+so before it has reported anything, there are pauses too, and but for evictions there is an end.
 
 The new attempt's number is written to the status, with all that counts, before its Job is made.
 """
@@ -15,6 +16,7 @@ from esper.contracts.resources.session import MAX_INTERRUPTED_PODS
 from esper.errors import one_line
 from esper_operator.children.job import BAD_INPUT, INTERRUPTED
 from esper_operator.conditions import Kind, Reason, condition, is_reason, merged
+from esper_operator.decisions import progress
 from esper_operator.decisions.ends import End, Step
 from esper_operator.decisions.scene import Scene
 from esper_operator.plans import Notice
@@ -27,6 +29,10 @@ LONGEST_PAUSE = 360.0
 """Seconds between an attempt that failed and the next; the pause doubles with each."""
 EVIDENCE_SECONDS = 5.0
 """How long the pods of a failed Job may take to be seen: the two are watched apart."""
+AT_ONCE = 2
+"""Attempts in a row that may end uncounted without a report and be followed without a pause."""
+MAX_FRUITLESS = 10
+"""Of those after which a session has failed whose pods are refused, or whose Job is deleted."""
 DISRUPTIONS_A_JOB = 3
 """Pods that a Job may lose before a new one is quicker than its own back-off."""
 FOLLOWING = frozenset({Reason.RETRYING, Reason.INTERRUPTED})
@@ -67,7 +73,9 @@ def followed(
 ) -> Step:
     """The next attempt begins without a failure being counted."""
     notice = Notice("Normal", reason, one_line(message, _MAX_TEXT))
-    return Step(_summed_up(_next(scene), summary, message), notices=(notice,))
+    fruitless = _fruitless(scene) if summary == Reason.INTERRUPTED else 0
+    followed_by = _next(scene).recorded(fruitless_attempts=fruitless)
+    return Step(_summed_up(followed_by, summary, message), notices=(notice,))
 
 
 def due(scene: Scene) -> float:
@@ -75,10 +83,11 @@ def due(scene: Scene) -> float:
     decided, summary = scene.record.attempt_time, summary_of(scene.record)
     if decided is None:
         return scene.now
-    if summary is None or summary.reason != Reason.RETRYING:
-        return decided.timestamp()
-    doubled = FIRST_PAUSE * 2.0 ** min(max(scene.record.failed_attempts - 1, 0), 10)
-    return decided.timestamp() + min(doubled, LONGEST_PAUSE)
+    if summary is not None and summary.reason == Reason.RETRYING:
+        return decided.timestamp() + _pause(max(scene.record.failed_attempts, 1))
+    if summary is not None and summary.reason == Reason.INTERRUPTED:
+        return decided.timestamp() + _pause(scene.record.fruitless_attempts - AT_ONCE)
+    return decided.timestamp()
 
 
 def held_up(scene: Scene) -> float:
@@ -137,7 +146,7 @@ def _without_job(scene: Scene) -> Step:
         return Step(scene)
     message = f"Job {scene.job_name} is gone; attempt {scene.record.attempt + 1} follows it"
     counted = scene.recorded(disruptions=scene.record.disruptions + 1)
-    return followed(counted, Reason.JOB_DELETED, message, summary=Reason.INTERRUPTED)
+    return _followed_to_a_limit(counted, Reason.JOB_DELETED, message)
 
 
 def _after_failure(scene: Scene, job: JobView, said: Said) -> Step:
@@ -148,8 +157,8 @@ def _after_failure(scene: Scene, job: JobView, said: Said) -> Step:
         waiting = _finished(job) + EVIDENCE_SECONDS - scene.now
         if waiting > 0:
             return Step(scene, again_in=waiting)
-        message = f"Job {job.name} failed ({said.reason}), and none of its pods did by itself"
-        return followed(scene, Reason.DISRUPTED, message, summary=Reason.INTERRUPTED)
+        message = f"Job {job.name} failed ({said.reason}): {_refused(scene, job)}"
+        return _followed_to_a_limit(scene, Reason.DISRUPTED, message)
     scene = _with_cause(scene, job, cause)
     text = _text(cause)
     if cause.exit_code in BAD_INPUT:
@@ -168,7 +177,7 @@ def _after_disruptions(scene: Scene, job: JobView) -> Step:
     missing = job.completions - len(scene.living(job))
     if job.suspended or lost < DISRUPTIONS_A_JOB or missing <= 0:
         return Step(scene)
-    unasked = [pod for pod in scene.pods_of(job) if _unasked(pod)]
+    unasked = [pod for pod in _since_resumed(scene, job) if _unasked(pod)]
     if len(unasked) >= DISRUPTIONS_A_JOB and scene.snapshot is None:
         message = (
             f"attempt {job.attempt}: {len(unasked)} workers ended as interrupted, "
@@ -187,6 +196,30 @@ def _concluded(scene: Scene, message: str, end: End) -> Step:
         return Step(scene, End(False, end.reason, message, end.time))
     notice = Notice("Warning", Reason.RETRYING, one_line(message, _MAX_TEXT))
     return Step(_summed_up(_next(scene), Reason.RETRYING, message), notices=(notice,))
+
+
+def _followed_to_a_limit(scene: Scene, reason: Reason, message: str) -> Step:
+    """The next attempt; the end, where too many in a row have come to nothing like this one."""
+    count = _fruitless(scene)
+    if count < MAX_FRUITLESS:
+        return followed(scene, reason, message, summary=Reason.INTERRUPTED)
+    text = f"{message}; {count} attempts in a row have ended without a report"
+    ended = scene.recorded(fruitless_attempts=count)
+    return Step(ended, End(False, Reason.INTERRUPTED_TOO_OFTEN, text, scene.now))
+
+
+def _fruitless(scene: Scene) -> int:
+    """Attempts in a row that have ended uncounted without a report, with the one that ends now."""
+    if progress.last_report(scene) is not None:
+        return 0
+    return scene.record.fruitless_attempts + 1
+
+
+def _pause(times: int) -> float:
+    """Seconds until the next attempt, after so many in a row that call for a pause."""
+    if times < 1:
+        return 0.0
+    return min(FIRST_PAUSE * 2.0 ** min(times - 1, 10), LONGEST_PAUSE)
 
 
 def _summed_up(scene: Scene, reason: Reason, message: str) -> Scene:
@@ -208,6 +241,7 @@ def _next(scene: Scene) -> Scene:
         attempt_time=datetime_of(scene.now),
         job=None,
         interrupted_pods=(),
+        fruitless_attempts=0,
         replicas=scene.spec.workers.replicas,
     )
 
@@ -235,6 +269,14 @@ def _has_failed(pod: PodView) -> bool:
     return pod.disrupted is None and not pod.deleting
 
 
+def _refused(scene: Scene, job: JobView) -> str:
+    """What its node says of a pod that never ran, where there is one; else that none failed."""
+    for pod in scene.pods_of(job):
+        if pod.phase == "Failed" and pod.exit_code is None and pod.ended is not None:
+            return f"pod {pod.name}: {pod.ended.reason or 'Failed'}: {pod.ended.message}"
+    return "none of its pods did by itself"
+
+
 def _with_cause(scene: Scene, job: JobView, cause: PodView) -> Scene:
     failure = Failure(
         pod=cause.name,
@@ -256,15 +298,26 @@ def _text(pod: PodView) -> str:
 
 
 def _with_disruptions(scene: Scene, job: JobView) -> Scene:
-    """Each pod of the attempt that was ended from outside counts once, also once it is gone."""
+    """Each pod of the attempt that was ended from outside counts once, also once it is gone.
+
+    A queue that takes its room back ends them all. That is its doing, and when the Job is resumed
+    it makes them anew without a pause of its own.
+    """
+    if job.suspended:
+        return scene.recorded(interrupted_pods=())
     counted = scene.record.interrupted_pods
-    lost = [pod.name for pod in scene.pods_of(job) if _was_interrupted(pod, job)]
+    lost = [pod.name for pod in _since_resumed(scene, job) if _was_interrupted(pod, job)]
     new = [name for name in lost if name not in counted][: MAX_INTERRUPTED_PODS - len(counted)]
     if not new:
         return scene
     return scene.recorded(
         interrupted_pods=(*counted, *new), disruptions=scene.record.disruptions + len(new)
     )
+
+
+def _since_resumed(scene: Scene, job: JobView) -> tuple[PodView, ...]:
+    """The pods of a Job but for those that ended, or are still ending, as it was suspended."""
+    return tuple(pod for pod in scene.pods_of(job) if pod.created >= job.pods_since)
 
 
 def _was_interrupted(pod: PodView, job: JobView) -> bool:

@@ -5,8 +5,10 @@
   what stood in the way as its reason.
 - `progressDeadlineSeconds`: between two reports. It ends the attempt, which may have hung.
 
-A session reports as long as it makes progress. While the bus does not answer nobody can tell, so
-time runs from its return; workers that do not come up are seen without it.
+A session reports as long as it makes progress, and when the operator heard that lies in the status.
+While the bus does not answer nobody can tell. Once it does, and when the operator itself was away,
+it listens for a while before it says that somebody was silent for too long. Workers that do not
+come up are seen without it.
 
 Disruptions may begin attempt after attempt. So that they end some time, a session has failed too
 that is active and reports nothing for as long as all of its attempts might have taken.
@@ -15,10 +17,13 @@ that is active and reports nothing for as long as all of its attempts might have
 from __future__ import annotations
 
 from esper_operator.conditions import Reason
-from esper_operator.decisions import attempts, suspension
+from esper_operator.decisions import attempts, progress, suspension
 from esper_operator.decisions.ends import End, Step, soonest
 from esper_operator.decisions.scene import Scene
 from esper_operator.decisions.workers import Readiness
+
+LISTENING_SECONDS = 60.0
+"""Within which a session that goes on is heard; workers report every half minute at least."""
 
 _TELLING = frozenset(
     {
@@ -38,7 +43,8 @@ def bounded(scene: Scene, workers: Readiness) -> Step:
         return Step(scene, End(False, Reason.ACTIVE_DEADLINE_EXCEEDED, message, scene.now))
     if not suspension.is_active(scene) and scene.job is not None:
         return Step(scene, again_in=active)
-    step = _progressing(scene, workers) if _has_reported(scene) else _starting(scene, workers)
+    has_reported = progress.last_report(scene) is not None
+    step = _progressing(scene, workers) if has_reported else _starting(scene, workers)
     stalled = _stalled(scene)
     if step.end is None and stalled is not None and stalled <= 0:
         spent = f"{_longest(scene):.0f} s, over {scene.record.attempt} attempts"
@@ -60,11 +66,8 @@ def _stalled(scene: Scene) -> float | None:
     since, heard = scene.record.active_since, scene.observed.hearing_since
     if since is None or heard is None:
         return None
-    told, written = scene.observed.snapshot, scene.record.last_heartbeat_time
-    times = [since.timestamp(), heard]
-    times += [] if told is None else [told.time.timestamp()]
-    times += [] if written is None else [written.timestamp()]
-    return max(times) + _longest(scene) - scene.now
+    last = max(since.timestamp(), progress.last_heard(scene) or 0.0)
+    return _listened(heard, last + _longest(scene)) - scene.now
 
 
 def _longest(scene: Scene) -> float:
@@ -81,12 +84,13 @@ def _starting(scene: Scene, workers: Readiness) -> Step:
         # It has trained before, and waits for room as one that was preempted does.
         limit = max(limit, float(scene.spec.run_policy.progress_deadline_seconds))
         field = "runPolicy.progressDeadlineSeconds"
+    due = since + limit
     if workers.ready:
         heard = scene.observed.hearing_since
         if heard is None:
             return Step(scene)
-        since = max(since, heard)
-    left = since + limit - scene.now
+        due = _listened(heard, due)
+    left = due - scene.now
     if left > 0:
         return Step(scene, again_in=left)
     reason = workers.reason if workers.reason in _TELLING else Reason.STARTUP_DEADLINE_EXCEEDED
@@ -98,9 +102,9 @@ def _progressing(scene: Scene, workers: Readiness) -> Step:
     heard = scene.observed.hearing_since
     if workers.ready and heard is None:
         return Step(scene)
-    since = max(_began(scene), _reported(scene) or 0.0, (heard or 0.0) if workers.ready else 0.0)
     limit = scene.spec.run_policy.progress_deadline_seconds
-    left = since + limit - scene.now
+    due = max(_began(scene), progress.last_report(scene) or 0.0) + limit
+    left = (_listened(heard, due) if workers.ready and heard is not None else due) - scene.now
     if left > 0:
         return Step(scene, again_in=left)
     message = (
@@ -110,6 +114,11 @@ def _progressing(scene: Scene, workers: Readiness) -> Step:
     return attempts.failed(scene, Reason.PROGRESS_DEADLINE_EXCEEDED, message)
 
 
+def _listened(heard: float, due: float) -> float:
+    """When a deadline may be said to be missed, where the bus has answered since `heard`."""
+    return max(due, heard + LISTENING_SECONDS)
+
+
 def _began(scene: Scene) -> float:
     """Since when the attempt's workers could have been at work."""
     job = scene.job
@@ -117,18 +126,3 @@ def _began(scene: Scene) -> float:
         return job.started if job.started is not None else job.created
     active = scene.record.active_since
     return max(attempts.due(scene), 0.0 if active is None else active.timestamp())
-
-
-def _reported(scene: Scene) -> float | None:
-    """When the attempt last reported."""
-    times = []
-    if scene.snapshot is not None:
-        times.append(scene.snapshot.time.timestamp())
-    written, decided = scene.record.last_heartbeat_time, scene.record.attempt_time
-    if written is not None and decided is not None and written > decided:
-        times.append(written.timestamp())
-    return max(times, default=None)
-
-
-def _has_reported(scene: Scene) -> bool:
-    return _reported(scene) is not None

@@ -60,7 +60,7 @@ def planned(observed: Observed) -> SeedsPlan:
         if meta is None or meta.session_uid != session.uid:
             apply.append(seed.manifest(session, item))
         content = _content(item)
-        wait = _wait(observed, name, content, final=final)
+        wait = _wait(observed, meta, content, final=final)
         if wait == 0.0:
             statuses.append(seed.status(session, item, content))
         else:
@@ -73,18 +73,21 @@ def _content(item: SeedSnapshot) -> Json:
 
 
 def _wait(
-    observed: Observed, name: str, content: Mapping[str, Any], *, final: bool
+    observed: Observed, meta: MetaView | None, content: Mapping[str, Any], *, final: bool
 ) -> float | None:
-    """Seconds until the status is to be written; None: it need not be."""
-    before = observed.seed_statuses.get(name)
-    if before is None:
+    """Seconds until the status is to be written; None: it need not be.
+
+    A Seed that was deleted comes back as another object, which has none.
+    """
+    before = None if meta is None else observed.seed_statuses.get(meta.uid)
+    if meta is None or before is None:
         return 0.0
     differing = {key for key in {*before, *content} if before.get(key) != content.get(key)}
     if not differing:
         return None
     if final or differing - _FIGURES:
         return 0.0
-    since = observed.seed_times.get(name, 0.0)
+    since = observed.seed_times.get(meta.uid, 0.0)
     waits = []
     if differing - {"healthPercent"}:
         waits.append(since + FIGURES_SECONDS - observed.now)

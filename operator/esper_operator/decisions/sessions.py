@@ -18,6 +18,7 @@ from esper_operator.decisions import (
     controller,
     deadlines,
     expiry,
+    lost,
     progress,
     seeds,
     sizing,
@@ -82,6 +83,7 @@ def _policies(spec: TrainingSessionSpec) -> tuple[Policy, ...]:
         progress.told,
         suspension.resumed,
         attempts.advance,
+        lost.followed,
         sizing.resized,
         _timed,
         _refused_for_good,
@@ -153,7 +155,7 @@ def _going_on(step: Step) -> Plan:
     unneeded = () if controller.is_dedicated(scene.spec) else _own_controller_removed(scene)
     return Plan(
         status=_status(scene, record),
-        delete=(*gone, *unneeded, *grown.delete),
+        delete=(*gone, *lost.deletions(scene), *unneeded, *grown.delete),
         apply=(
             *_service(scene),
             *([_job(scene)] if making else []),
@@ -166,6 +168,7 @@ def _going_on(step: Step) -> Plan:
             step.again_in,
             grown.again_in,
             _paused(scene),
+            lost.again_in(scene),
             credentials_last(scene) or None,
             REFUSED_SECONDS if scene.observed.refusals else None,
         ),
@@ -181,11 +184,16 @@ def _suspended(step: Step) -> Plan:
     record = standing.conditions(scene)
     return Plan(
         status=_status(scene, record),
-        delete=(*_deleted(scene.jobs), *_own_controller_removed(scene), *grown.delete),
+        delete=(
+            *_deleted(scene.jobs),
+            *lost.deletions(scene),
+            *_own_controller_removed(scene),
+            *grown.delete,
+        ),
         apply=grown.apply,
         child_statuses=grown.statuses,
         notices=(*step.notices, *_story(scene, record)),
-        again_in=soonest(step.again_in, grown.again_in),
+        again_in=soonest(step.again_in, grown.again_in, lost.again_in(scene)),
     )
 
 
@@ -211,7 +219,7 @@ def _ended(step: Step, end: End) -> Plan:
         apply=grown.apply,
         child_statuses=grown.statuses,
         notices=(*step.notices, *_story(scene, record), notice),
-        again_in=soonest(expiry.left(scene), grown.again_in),
+        again_in=soonest(expiry.left(scene), grown.again_in, lost.again_in(scene)),
     )
 
 
@@ -231,7 +239,7 @@ def _finished(scene: Scene) -> Plan:
         apply=grown.apply,
         child_statuses=grown.statuses,
         notices=_story(scene, record),
-        again_in=soonest(left, step.again_in, grown.again_in),
+        again_in=soonest(left, step.again_in, grown.again_in, lost.again_in(scene)),
     )
 
 
@@ -332,6 +340,6 @@ def _own_controller_removed(scene: Scene) -> tuple[Deletion, ...]:
 
 
 def _cleared(scene: Scene) -> tuple[Deletion, ...]:
-    """Jobs that have not ended, whose pods would work on, and a controller for nobody."""
+    """Jobs that have not ended, pods that can't end, and a controller for nobody."""
     unended = (job for job in scene.jobs if not job.ended)
-    return (*_deleted(unended), *_own_controller_removed(scene))
+    return (*_deleted(unended), *lost.deletions(scene), *_own_controller_removed(scene))

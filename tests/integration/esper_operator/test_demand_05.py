@@ -76,3 +76,27 @@ def test_demand_05_a_queue_alone_starts_and_stops_its_jobs(world, operator, obje
     assert status(objects)["failedAttempts"] == 0
     suspend(objects, True)
     wait_for(lambda: not workers.jobs(), "a queue could start it again")
+
+
+def test_demand_05_a_job_that_a_queue_has_preempted_goes_on_when_it_is_admitted_again(
+    world, operator, objects
+):
+    spec = {"workers": {"replicas": 3}, "runPolicy": {"queueName": "gpus"}}
+    objects.create(SESSIONS, world.session("paused", spec=spec))
+    workers = Workers(objects, "paused")
+    [job] = wait_for(workers.jobs, "there is no Job")
+    path = f"{JOBS}/{job['metadata']['name']}"
+    objects.merge(path, {"spec": {"suspend": False}})
+    workers.run(3)
+    wait_for(lambda: objects.condition("paused")["reason"] == "Running", "it does not run")
+    objects.merge(path, {"spec": {"suspend": True}})
+    wait_for(lambda: not workers.pods(), "the workers stay")
+    wait_for(lambda: objects.condition("paused")["reason"] == "Queued", "it is not queued again")
+    time.sleep(1)  # so that what is admitted later is later by the API server's seconds
+    objects.merge(path, {"spec": {"suspend": False}})
+    workers.run(3)
+    wait_for(lambda: objects.condition("paused")["reason"] == "Running", "it does not go on")
+    time.sleep(QUIET_SECONDS)
+    assert [found["metadata"]["uid"] for found in workers.jobs()] == [job["metadata"]["uid"]]
+    found = status(objects)
+    assert (found["attempt"], found["disruptions"], found["failedAttempts"]) == (1, 0, 0)

@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from esper.configs import OperatorConfig
+from esper.contracts.assets import MAX_SEEDS
+from esper_operator.decisions.lost import MARGIN_SECONDS
 from esper_operator.rbac import GRANTS, lease_grants, manifests, rendered
 from tests.integration.esper_operator.test_reports import BLUEPRINTS, KERNELS, SEEDS, TARGET, a_seed
 from tools.cluster.control_plane import wait_for
@@ -34,14 +36,10 @@ def used(plane, account):
     return found
 
 
-def granted(*, faults):
-    """What the table grants: all of it, or without what only a fault needs."""
-    return {
-        (grant.resource, verb)
-        for grant in (*GRANTS, *lease_grants("any"))
-        for verb in grant.verbs
-        if faults or not grant.faults_only
-    }
+def granted():
+    """What the table grants."""
+    grants = (*GRANTS, *lease_grants("any"))
+    return {(grant.resource, verb) for grant in grants for verb in grant.verbs}
 
 
 def refusals(plane, account):
@@ -52,11 +50,11 @@ def refusals(plane, account):
     ]
 
 
-def everything_happens(world, objects):
+def everything_happens(world, objects, lost_node):
     """Sessions and kernels for which the operator has to do all that it can do."""
     trained = objects.create(SESSIONS, world.session("all"))
     workers = Workers(objects, "all")
-    workers.run()
+    workers.lose(workers.run()[0], lost_node)
     trainer = Trainer(world.hub.redis.url, objects.namespace, trained)
     trainer.stands(epoch=1, seeds=[a_seed()])
     wait_for(lambda: (s := objects.items(SEEDS)) and "status" in s[0], "no seed has a status")
@@ -71,6 +69,21 @@ def everything_happens(world, objects):
     wait_for(
         lambda: (objects.get(f"{KERNELS}/{kernel}") or {}).get("status"), "the kernel has no status"
     )
+    trainer.stands(epoch=2, seeds=[a_seed(slot=slot) for slot in range(2, MAX_SEEDS)])
+    wait_for(lambda: len(objects.items(SEEDS)) == MAX_SEEDS - 1, "not all seeds have an object")
+    trainer.stands(epoch=3, seeds=[a_seed(slot=0), a_seed(layer="blocks.1")])
+    wait_for(
+        lambda: (
+            {s["spec"]["layer"] for s in objects.items(SEEDS)} == {"blocks.0", "blocks.1"}
+            and len(objects.items(SEEDS)) == MAX_SEEDS
+        ),
+        "the seed that is told of no more leaves no room",
+    )
+    wait_for(
+        lambda: objects.get(f"{SESSIONS}/all")["status"]["attempt"] == 2,
+        "the lost pod holds the session up",
+        seconds=MARGIN_SECONDS + 20,
+    )
     suspended(objects, True)
     wait_for(lambda: not workers.pods(), "the workers stay")
     suspended(objects, False)
@@ -82,7 +95,7 @@ def everything_happens(world, objects):
         "runPolicy": {"ttlSecondsAfterFinished": 1},
     }
     objects.create(SESSIONS, world.session("own", spec=dedicated))
-    wait_for(lambda: objects.get(f"{DEPLOYMENTS}/own-tamiyo"), "no controller of its own")
+    wait_for(lambda: objects.get(f"{DEPLOYMENTS}/own-controller"), "no controller of its own")
     wait_for(lambda: not objects.get(f"{DEPLOYMENTS}/esper-tamiyo"), "the shared controller stays")
     Workers(objects, "own").run()
     Workers(objects, "own").succeed()
@@ -105,17 +118,17 @@ def namespaced(control_plane, shared_operator, namespace, tmp_path):
 
 
 def test_demand_11_in_a_namespace_it_uses_all_that_it_may_do_and_asks_for_no_more(
-    namespaced, objects
+    namespaced, objects, lost_node
 ):
     account = f"system:serviceaccount:{namespaced.own}:esper-operator"
     with namespaced.operator() as operator:
         wait_for(lambda: operator.leads, "the operator does not lead")
-        everything_happens(namespaced, objects)
+        everything_happens(namespaced, objects, lost_node)
         assert operator.asked("/readyz") == (200, "ready\n")
     done = used(namespaced.plane, account)
     assert refusals(namespaced.plane, account) == []
-    assert granted(faults=False) - done == set(), "granted and not used"
-    assert done - granted(faults=True) == set(), "used and not granted"
+    assert granted() - done == set(), "granted and not used"
+    assert done - granted() == set(), "used and not granted"
 
 
 def test_demand_11_an_operator_of_one_namespace_leaves_others_alone(namespaced, objects):

@@ -33,6 +33,10 @@ def trainer(world, operator, objects):
     return Trainer(world.hub.redis.url, objects.namespace, made)
 
 
+def uid_of(found):
+    return found["metadata"]["uid"]
+
+
 def status(objects):
     return objects.get(f"{SESSIONS}/speaks")["status"]
 
@@ -54,6 +58,21 @@ def test_a_snapshot_shows_in_the_status_and_its_seeds_as_objects(trainer, object
         "the seed's transition does not show",
     )
     assert len(objects.items(SEEDS)) == 1
+
+
+def test_a_seed_that_is_deleted_comes_back_as_it_was(trainer, objects):
+    trainer.stands(epoch=3, seeds=[a_seed(alpha_percent=40)])
+    wait_for(lambda: (s := objects.items(SEEDS)) and "status" in s[0], "the seed has no status")
+    [before] = objects.items(SEEDS)
+    objects.delete(f"{SEEDS}/{before['metadata']['name']}")
+    again = wait_for(
+        lambda: next(
+            (s for s in objects.items(SEEDS) if uid_of(s) != uid_of(before) and "status" in s), None
+        ),
+        "the seed does not come back",
+    )
+    assert again["status"] == before["status"]
+    assert again["spec"] == before["spec"]
 
 
 def test_an_older_snapshot_changes_nothing(trainer, objects):

@@ -107,6 +107,7 @@ def job_object(
     conditions: dict[str, tuple[str, str]] | None = None,
     ended: float = NOW - 5,
     suspended: bool = False,
+    resumed: float | None = None,
     deleting: bool = False,
 ) -> dict[str, Any]:
     """A Job that the operator has made, with true conditions (reason, message) by type."""
@@ -131,6 +132,10 @@ def job_object(
         }
         for kind, (reason, message) in (conditions or {}).items()
     ]
+    if suspended or resumed is not None:
+        at = text_of(created if resumed is None else resumed)
+        condition = {"type": "Suspended", "status": "True" if suspended else "False"}
+        status["conditions"].append({**condition, "lastTransitionTime": at})
     content = {**manifest["spec"], "suspend": suspended}
     return {**manifest, "metadata": metadata, "spec": content, "status": status}
 
@@ -270,8 +275,10 @@ def kernel(name: str, content: dict[str, Any], **fields: Any) -> KernelView:
 
 
 def observed(view: SessionView, **fields: Any) -> Observed:
-    """What is observed of a session whose Service and Secret are there."""
+    """What is observed of a session whose Service and Secret are there, and its clock is right."""
     given: dict[str, Any] = {"now": NOW, "metas": made(view), "hearing_since": NOW - 10_000}
+    told = fields.get("snapshot")
+    given["heard"] = None if told is None else told.time.timestamp()
     return Observed(session=view, **given | fields)
 
 

@@ -90,6 +90,75 @@ def test_what_came_from_outside_uses_up_no_attempt(pods: Any) -> None:
     assert len(deleted(plan)) == 1
 
 
+REFUSED = {"status_reason": "UnexpectedAdmissionError"}
+
+
+def refused(before: int, **fields: Any) -> Plan:
+    """The plan once a node has refused the pod of an attempt after so many that came to nothing."""
+    return after([REFUSED], fruitless_attempts=before, **fields)
+
+
+def test_what_a_node_says_of_a_pod_that_it_refuses_is_told() -> None:
+    plan = refused(0)
+    assert "-0-abcde: UnexpectedAdmissionError" in plan.notices[0].message
+    assert "UnexpectedAdmissionError" in condition_of(plan, Kind.SUCCEEDED)[2]
+    assert written(plan).fruitless_attempts == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "pause"), [(0, 0), (1, 0), (2, 10), (3, 20), (4, 40), (7, 320), (8, 360)]
+)
+def test_attempts_in_a_row_that_come_to_nothing_are_followed_after_a_pause(
+    before: int, pause: int
+) -> None:
+    plan = refused(before)
+    assert summary(plan) == ("Unknown", "Interrupted")
+    assert (applied(plan) == []) is (pause > 0)
+    if pause:
+        assert condition_of(plan, Kind.WORKERS_READY)[1] == "BackingOff"
+        assert plan.again_in == pytest.approx(pause)
+        due = decided(session(status=dict(plan.status or {})), now=NOW + pause)
+        assert len(applied(due)) == 1
+
+
+def test_ten_of_them_end_the_session() -> None:
+    plan = refused(9)
+    assert summary(plan) == ("False", "InterruptedTooOften")
+    message = condition_of(plan, Kind.SUCCEEDED)[2]
+    assert "UnexpectedAdmissionError" in message
+    assert "10 attempts in a row" in message
+    assert applied(plan) == []
+
+
+def test_a_job_that_is_deleted_again_and_again_is_followed_after_a_pause_and_to_an_end() -> None:
+    view = session()
+    plan = decided(session(status=running(view, fruitless_attempts=2)))
+    assert applied(plan) == []
+    assert plan.again_in == pytest.approx(10)
+    last = decided(session(status=running(view, fruitless_attempts=9)))
+    assert summary(last) == ("False", "InterruptedTooOften")
+
+
+def test_evictions_before_any_report_have_pauses_and_do_not_end_the_session() -> None:
+    view = session()
+    lost = tuple(pod(view, name=n, disrupted="Preemption", exit_code=137) for n in "abc")
+    status = running(view, fruitless_attempts=40)
+    plan = decided(session(status=status), jobs=(job(view),), pods=lost)
+    assert summary(plan) == ("Unknown", "Interrupted")
+    assert plan.again_in == pytest.approx(360)
+    assert written(plan).fruitless_attempts == 41
+
+
+@pytest.mark.parametrize(
+    ("heartbeat", "told"), [(None, {"snapshot": snapshot()}), (datetime_of(NOW - 7), {})]
+)
+def test_a_report_ends_the_row(heartbeat: Any, told: dict[str, Any]) -> None:
+    status = running(session(), fruitless_attempts=9, last_heartbeat_time=heartbeat)
+    plan = decided(session(status=status), **told)
+    assert written(plan).fruitless_attempts == 0
+    assert len(applied(plan)) == 1
+
+
 def test_one_failure_among_disruptions_counts() -> None:
     plan = after([{"exit_code": 137, "disrupted": "PreemptionByScheduler"}, {"exit_code": 1}])
     status = written(plan)

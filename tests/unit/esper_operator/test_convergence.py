@@ -97,6 +97,17 @@ def test_a_hub_that_never_answers_ends_the_session() -> None:
     assert summary(world) == ("False", "CredentialsMissing")
 
 
+def test_pods_that_their_node_refuses_end_the_session_after_few_jobs() -> None:
+    world = World({**SECTIONS, "runPolicy": {}}, behaviour="refuses")
+    began = world.now
+    live_on(world)
+    assert summary(world) == ("False", "InterruptedTooOften")
+    assert len(world.made_jobs) == 10
+    assert world.statuses[-1].failed_attempts == 0
+    assert world.now - began > 10 + 20 + 40 + 80 + 160 + 320 + 360
+    check_rest(world)
+
+
 def test_a_session_that_hangs_is_tried_again_before_it_fails() -> None:
     world = World(SECTIONS)
     for _ in range(4):

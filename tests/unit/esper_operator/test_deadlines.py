@@ -109,9 +109,9 @@ def test_pods_that_the_api_server_refuses_show_with_its_words() -> None:
 
 def test_without_the_bus_workers_that_are_ready_are_not_given_up() -> None:
     assert summary(after(5000, [{"ready": True}], hearing_since=None))[0] == "Unknown"
-    heard = after(5000, [{"ready": True}], hearing_since=NOW - 99)
+    heard = after(5000, [{"ready": True}], hearing_since=NOW - 59)
     assert heard.again_in == pytest.approx(1)
-    assert summary(after(5000, [{"ready": True}], hearing_since=NOW - 100))[0] == "False"
+    assert summary(after(5000, [{"ready": True}], hearing_since=NOW - 60))[0] == "False"
     # Workers that do not come up are seen without it.
     assert summary(after(5000, [PULL], hearing_since=None))[0] == "False"
 
@@ -141,9 +141,43 @@ def test_progress_cannot_be_missed_where_nobody_hears() -> None:
     told = snapshot(time=NOW - 4000)
     plan = after(5000, [{"ready": True}], snapshot=told, hearing_since=None)
     assert written(plan).failed_attempts == 0
-    back = after(5000, [{"ready": True}], snapshot=told, hearing_since=NOW - 299)
+    back = after(5000, [{"ready": True}], snapshot=told, hearing_since=NOW - 59)
     assert written(back).failed_attempts == 0
     assert back.again_in == pytest.approx(1)
+    listened = after(5000, [{"ready": True}], snapshot=told, hearing_since=NOW - 60)
+    assert written(listened).failed_attempts == 1
+
+
+def test_a_reconnection_gives_no_more_time_than_to_be_heard() -> None:
+    status = {"attempt_time": datetime_of(NOW - 5000), "last_heartbeat_time": datetime_of(NOW - 40)}
+    status["report_sequence"] = 7
+    again = snapshot(time=NOW - 40, sequence=7)
+    plan = after(
+        5000, [{"ready": True}], snapshot=again, heard=NOW - 1, hearing_since=NOW - 1, status=status
+    )
+    assert plan.again_in == pytest.approx(260)
+
+
+@pytest.mark.parametrize("skew", [-7200.0, 0.0, 86_400.0])
+@pytest.mark.parametrize(("heard", "failed"), [(299, False), (300, True)])
+def test_workers_clocks_decide_nothing(skew: float, heard: float, failed: bool) -> None:
+    told = snapshot(time=NOW - heard + skew)
+    status = {"attempt_time": datetime_of(NOW - 5000)}
+    plan = after(5000, [{"ready": True}], snapshot=told, heard=NOW - heard, status=status)
+    assert written(plan).failed_attempts == int(failed)
+
+
+def test_after_a_restart_a_session_that_hangs_is_found_out_once_it_was_listened_for() -> None:
+    status = {
+        "attempt_time": datetime_of(NOW - 50_000),
+        "active_since": datetime_of(NOW - 50_000),
+        "last_heartbeat_time": datetime_of(NOW - 36_000),
+    }
+    early = after(50_000, [{"ready": True}], hearing_since=NOW - 10, status=status)
+    assert summary(early)[0] == "Unknown"
+    assert early.again_in == pytest.approx(50)
+    late = after(50_000, [{"ready": True}], hearing_since=NOW - 60, status=status)
+    assert summary(late) == ("False", "ProgressDeadlineExceeded")
 
 
 def test_a_report_of_the_attempt_before_is_no_sign_of_this_one() -> None:

@@ -21,7 +21,9 @@ from tests.unit.esper_operator.objects import (
 OLD = NOW
 
 
-def after(report: Any, heartbeat: float | None, now: float = NOW, **status: Any) -> Any:
+def after(
+    report: Any, heartbeat: float | None, now: float = NOW, heard: float = OLD, **status: Any
+) -> Any:
     """The status after a report, where the last one written had that time."""
     view = session()
     time = None if heartbeat is None else datetime_of(heartbeat)
@@ -32,6 +34,7 @@ def after(report: Any, heartbeat: float | None, now: float = NOW, **status: Any)
         jobs=(job(view, created=NOW - 100),),
         pods=(pod(view, ready=True),),
         snapshot=report,
+        heard=heard,
         now=now,
     )
 
@@ -45,7 +48,6 @@ def after(report: Any, heartbeat: float | None, now: float = NOW, **status: Any)
         (OLD - 1, {"seed_counts": {"training": 1, "active": 1}}, True),
         (OLD - 1, {"checkpoint": {"name": "c", "epoch": 1}}, True),
         (OLD - 1, {"outcome": "Succeeded"}, True),
-        (OLD + 1, {"outcome": "Succeeded"}, False),
     ],
 )
 def test_figures_are_written_every_few_seconds_and_news_at_once(
@@ -62,10 +64,30 @@ def test_figures_that_wait_are_looked_at_when_they_are_due() -> None:
     assert written(after(report, OLD - 3, now=NOW + 2)).epoch == 2
 
 
-def test_a_clock_that_is_ahead_holds_nothing_up() -> None:
-    ahead = NOW + 3600
-    assert after(snapshot(time=ahead + 1, epoch=2), ahead).again_in == pytest.approx(4)
-    assert written(after(snapshot(time=ahead + 5, epoch=2), ahead)).epoch == 2
+def test_an_older_report_changes_nothing() -> None:
+    report = snapshot(time=OLD + 5, sequence=7, epoch=2, outcome="Succeeded")
+    assert written(after(report, OLD - 9, report_sequence=8)).epoch == 1
+    assert written(after(report, OLD - 9, report_sequence=6)).epoch == 2
+
+
+def test_a_report_that_is_read_again_is_no_sign_of_life() -> None:
+    report = snapshot(time=OLD, sequence=7, epoch=2)
+    status = written(after(report, OLD - 90, now=NOW + 50, report_sequence=7))
+    assert status.last_heartbeat_time == datetime_of(OLD - 90)
+    assert status.epoch == 2  # the figures are its own, whatever somebody has written
+
+
+@pytest.mark.parametrize("skew", [-7200.0, 0.0, 86_400.0])
+def test_when_a_report_was_heard_is_written_whatever_its_clock_says(skew: float) -> None:
+    report = snapshot(time=OLD + skew, sequence=7, epoch=2)
+    status = written(after(report, OLD - 90, heard=NOW - 3, report_sequence=6))
+    assert status.epoch == 2
+    assert status.last_heartbeat_time == datetime_of(NOW - 3)
+    assert status.report_sequence == 7
+
+
+def test_a_status_that_is_ahead_of_the_operators_clock_holds_nothing_up() -> None:
+    assert written(after(snapshot(time=OLD, epoch=2), OLD + 3600)).epoch == 2
 
 
 @pytest.mark.parametrize(("attempt", "taken"), [(0, False), (1, True), (2, False)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ def planned(
     since: float = 1.0,
     outcome: str = "Running",
     others: int = 0,
+    uid: str = "first",
 ) -> SeedsPlan:
     """The plan where the first seed was last written as `before`, so many seconds ago."""
     view = session()
@@ -34,9 +36,9 @@ def planned(
     if before is not None:
         manifest = seed.manifest(view, before)
         name = manifest["metadata"]["name"]
-        there.append(meta("Seed", view, name, digest_in(manifest)))
-        statuses[name] = {**before.status().to_wire(), "observedGeneration": 1}
-        times[name] = NOW - since
+        there.append(replace(meta("Seed", view, name, digest_in(manifest)), uid=uid))
+        statuses["first"] = {**before.status().to_wire(), "observedGeneration": 1}
+        times["first"] = NOW - since
     there += [meta("Seed", view, f"digits-old-{n:03}", "x") for n in range(others)]
     told = snapshot(seeds=items, outcome=outcome)
     return seeds.planned(
@@ -54,6 +56,13 @@ def test_a_seed_is_made_with_its_status() -> None:
     assert (made.spec.session, made.spec.layer, made.spec.slot) == ("digits", "layers.0", 2)
     assert made.metadata.owner_references[0].name == "digits"
     assert made.metadata.labels["esper.dev/session"] == "digits"
+
+
+def test_a_seed_that_was_made_again_gets_its_status_again() -> None:
+    assert planned(grown(), before=grown()).statuses == ()
+    again = planned(grown(), before=grown(), uid="second")
+    assert again.apply == ()
+    assert again.statuses[0]["status"]["state"] == "training"
 
 
 @pytest.mark.parametrize("layer", ["a", "features.0.conv", "A.B_c", "x" * 512])

@@ -308,22 +308,22 @@ def test_the_controller_shows(
 def test_a_controller_of_its_own_is_made_with_the_session_and_goes_with_its_end() -> None:
     growth = {"controller": {"dedicated": True}}
     view = session(growth=growth)
-    assert "Deployment/digits-tamiyo" in applied(decided(view))
-    own = deployment("digits-tamiyo", session_uid=view.uid)
+    assert "Deployment/digits-controller" in applied(decided(view))
+    own = deployment("digits-controller", session_uid=view.uid)
     ended = decided(
         session(growth=growth, status=running(view)),
         jobs=(job(view, conditions=COMPLETE),),
         tamiyo=own,
         metas=made(view),
     )
-    assert deleted(ended) == ["Deployment/digits-tamiyo"]
+    assert deleted(ended) == ["Deployment/digits-controller"]
 
 
 def test_a_controller_of_its_own_goes_when_nobody_asks_for_it_any_more() -> None:
     view = session()
-    own = deployment("digits-tamiyo", session_uid=view.uid)
+    own = deployment("digits-controller", session_uid=view.uid)
     plan = decided(session(status=running(view)), jobs=(job(view),), tamiyo=own)
-    assert deleted(plan) == ["Deployment/digits-tamiyo"]
+    assert deleted(plan) == ["Deployment/digits-controller"]
     assert condition_of(plan, Kind.CONTROLLER_READY)[1] == "ControllerStarting"
 
 
@@ -331,7 +331,7 @@ def test_the_shared_controller_does_not_stand_for_one_of_its_own() -> None:
     view = session(growth={"controller": {"dedicated": True}})
     plan = decided(view, tamiyo=deployment("esper-tamiyo"))
     assert condition_of(plan, Kind.CONTROLLER_READY)[:2] == ("False", "ControllerStarting")
-    assert "Deployment/digits-tamiyo" in applied(plan)
+    assert "Deployment/digits-controller" in applied(plan)
 
 
 def test_the_shared_controller_is_not_the_sessions_to_delete() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,10 +109,10 @@ def test_a_suspended_session_whose_job_was_done_has_succeeded() -> None:
 def test_no_controller_of_its_own_stays_while_suspended() -> None:
     growth = {"controller": {"dedicated": True}}
     view = session(growth=growth)
-    own = deployment("digits-tamiyo", session_uid=view.uid)
+    own = deployment("digits-controller", session_uid=view.uid)
     status = running(view)
     plan = decided(session(status=status, growth=growth, runPolicy=SUSPENDED), tamiyo=own)
-    assert deleted(plan) == ["Deployment/digits-tamiyo"]
+    assert deleted(plan) == ["Deployment/digits-controller"]
 
 
 # -- queues -----------------------------------------------------------------------------------
@@ -148,23 +149,57 @@ def test_time_in_a_queue_does_not_count() -> None:
 
 def test_a_queue_that_takes_its_room_back_fails_nothing_and_goes_on_later() -> None:
     view = session(runPolicy=QUEUE)
-    leaving = tuple(pod(view, name=name, deleting=True) for name in "abc")
+    leaving = tuple(pod(view, name=name, deleting=True, created=NOW - 30) for name in "abc")
     plan = decided(
         session(status=running(view), runPolicy=QUEUE),
         jobs=(job(view, suspended=True),),
         pods=leaving,
     )
     status = written(plan)
-    assert (status.attempt, status.failed_attempts, status.disruptions) == (1, 0, 3)
+    assert (status.attempt, status.failed_attempts, status.disruptions) == (1, 0, 0)
     assert deleted(plan) == []
-    admitted = decided(
-        session(status=dict(plan.status or {}), runPolicy=QUEUE),
-        jobs=(job(view, created=NOW + 100),),
-        pods=(pod(view, ready=True),),
-        now=NOW + 101,
+    # It is resumed before all of them are gone, and before the Job's controller says so.
+    for resumed in (None, NOW + 100):
+        again = job(view, created=NOW - 30, resumed=resumed, suspended=resumed is None)
+        again = replace(again, suspended=False)
+        admitted = decided(
+            session(status=dict(plan.status or {}), runPolicy=QUEUE),
+            jobs=(again,),
+            pods=leaving,
+            now=NOW + 101,
+        )
+        assert written(admitted).attempt == 1
+        assert written(admitted).disruptions == 0
+        assert deleted(admitted) == []
+    ready = pod(view, created=NOW + 100, ready=True)
+    running_again = decided(
+        session(status=dict(admitted.status or {}), runPolicy=QUEUE),
+        jobs=(again,),
+        pods=(*leaving, ready),
+        now=NOW + 102,
     )
-    assert summary(admitted) == ("Unknown", "Running")
-    assert written(admitted).active_since == datetime_of(NOW + 101)
+    assert summary(running_again) == ("Unknown", "Running")
+    assert written(running_again).active_since == datetime_of(NOW + 101)
+
+
+def test_pods_that_were_seen_to_leave_before_their_job_was_suspended_are_not_counted_on() -> None:
+    view = session(runPolicy=QUEUE)
+    status = running(view, disruptions=2, interrupted_pods=("a", "b"))
+    plan = decided(session(status=status, runPolicy=QUEUE), jobs=(job(view, suspended=True),))
+    assert written(plan).interrupted_pods == ()
+    assert written(plan).attempt == 1
+
+
+def test_disruptions_after_a_queue_has_admitted_a_job_count() -> None:
+    view = session(runPolicy=QUEUE)
+    evicted = pod(view, created=NOW - 5, disrupted="EvictionByEvictionAPI")
+    plan = decided(
+        session(status=running(view), runPolicy=QUEUE),
+        jobs=(job(view, resumed=NOW - 6),),
+        pods=(evicted,),
+    )
+    assert written(plan).interrupted_pods == (evicted.name,)
+    assert written(plan).disruptions == 1
 
 
 # -- size -------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class World:
     now: float = NOW
     behaviour: str = "trains"
     """What pods do once they run: trains, hangs, fails, bad-input; or what keeps them from it:
-    no-node, no-image."""
+    no-node, no-image, refuses."""
     hub_answers: bool = True
     refuse_jobs: str = ""
     """Reason with which Jobs are refused."""
@@ -84,6 +84,7 @@ class World:
         self.pods: dict[str, Object] = {}
         self.trained: dict[str, float] = {}
         self.snapshot: SessionSnapshot | None = None
+        self.heard: float | None = None
         self.refusals: dict[str, Said] = {}
         self.made_jobs: list[str] = []
         self.last_seen_pods: list[Object] = []
@@ -107,6 +108,7 @@ class World:
                 pods=tuple(map(PodView.of, self._seen_pods())),
                 metas=tuple(map(MetaView.of, metas)),
                 snapshot=self.snapshot,
+                heard=self.heard,
                 refusals=dict(self.refusals),
                 hearing_since=NOW - 1e6,
             ),
@@ -340,6 +342,9 @@ class World:
             waiting = {"waiting": {"reason": "ErrImagePull", "message": "not found"}}
             status["containerStatuses"] = [{"name": CONTAINER, "state": waiting}]
             return
+        if self.behaviour == "refuses":
+            self.end(pod, None)
+            return
         if status["phase"] == "Pending":
             status["phase"] = "Running"
             status["conditions"] = [{"type": "Ready", "status": "True"}]
@@ -369,6 +374,7 @@ class World:
         newer = self.snapshot is None or attempt >= self.snapshot.attempt
         if newer:
             self.snapshot = snapshot(attempt, time=self.now, **told)
+            self.heard = self.now
 
     def end(self, pod: Object, code: int | None, said: str = "") -> None:
         """A pod ends with that exit code; without one it never ran."""
