@@ -30,9 +30,9 @@ _KEPT_SECURITY = {"runAsUser", "runAsGroup", "fsGroup", "fsGroupChangePolicy", "
 """What `extra.securityContext` may say: who the pod is, as long as that is not root."""
 _OWNED = {
     *("containers", "initContainers", "ephemeralContainers", "volumes", "restartPolicy"),
-    *("hostNetwork", "hostPID", "hostIPC", "hostname", "subdomain", "nodeName"),
-    *("serviceAccount", "automountServiceAccountToken", "enableServiceLinks"),
-    *("shareProcessNamespace", "setHostnameAsFQDN"),
+    *("hostNetwork", "hostPID", "hostIPC", "hostname", "subdomain", "nodeName", "os"),
+    *("serviceAccount", "serviceAccountName", "automountServiceAccountToken"),
+    *("enableServiceLinks", "shareProcessNamespace", "setHostnameAsFQDN", "hostnameOverride"),
 }
 """Fields of a pod's spec that are the operator's alone."""
 
@@ -141,7 +141,7 @@ def with_template(spec: Json, template: PodTemplate) -> Json:
     owned = {item["name"] for item in container.get("env", ())}
     added = [item.to_wire() for item in template.env if item.name not in owned]
     container["env"] = [*container.get("env", ()), *added]
-    container["envFrom"] = [*container.get("envFrom", ()), *template.env_from]
+    container["envFrom"] = [source.to_wire() for source in template.env_from]
     paths = {mount["mountPath"].rstrip("/") for mount in container["volumeMounts"]}
     container["volumeMounts"] = [
         *container["volumeMounts"],
@@ -156,7 +156,7 @@ def with_template(spec: Json, template: PodTemplate) -> Json:
     merged["containers"] = [container]
     merged["volumes"] = [
         *spec["volumes"],
-        *(v for v in template.volumes if v.get("name") not in _OWN_VOLUMES),
+        *(volume.to_wire() for volume in template.volumes if volume.name not in _OWN_VOLUMES),
     ]
     merged["tolerations"] = [
         *(t for t in not_ready_tolerations() if not _tolerated(t, template.tolerations)),

@@ -114,7 +114,7 @@ def test_its_pods_are_restricted(esper_control_plane, team, name):
         ({"tolerations": [{"operator": "Maybe"}]}, "tolerations"),
         ({"volumes": [{"name": "UPPER", "emptyDir": {}}]}, "volumes"),
         ({"volumeMounts": [{"name": "nowhere", "mountPath": "/x"}]}, "nowhere"),
-        ({"envFrom": [{"configMapRef": 3}]}, "configMapRef"),
+        ({"envFrom": [{"configMapRef": {"nme": "c"}}]}, "nme"),
         ({"env": [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "spec.x"}}}]}, "spec.x"),
         ({"affinity": {"nodeAffinity": {"required": 1}}}, "required"),
     ],

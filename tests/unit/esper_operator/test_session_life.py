@@ -217,6 +217,9 @@ def decided_raw(view: Any) -> Plan:
         ({"securityContext": {"runAsUser": 0}}, "runAsUser"),
         ({"securityContext": []}, "securityContext"),
         ({"automountServiceAccountToken": True}, "automountServiceAccountToken"),
+        ({"serviceAccountName": "admin"}, "serviceAccountName"),
+        ({"serviceAccount": "admin"}, "serviceAccount"),
+        ({"volumes": [{"name": "host", "hostPath": {"path": "/"}}]}, "volumes"),
     ],
 )
 def test_a_template_that_would_weaken_the_pod_ends_the_session(
