@@ -75,7 +75,7 @@ class KernelObserved:
     pods: tuple[PodView, ...] = ()
     """Of that Job."""
     secret: MetaView | None = None
-    """The one of the namespace's compile Jobs."""
+    """The one of that Job."""
     stored: CompiledKernel | None = None
     figures: KernelFigures | None = None
     """What was measured of it, once it is compiled."""

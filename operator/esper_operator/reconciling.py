@@ -42,7 +42,7 @@ from esper_operator.observed import (
 from esper_operator.options import Options
 from esper_operator.plans import KernelOrder, Manifest, Plan
 from esper_operator.store import NAMESPACE, Store
-from esper_operator.views import JobView, MetaView, PodView, Said, SessionView
+from esper_operator.views import JobView, KernelView, MetaView, PodView, Said, SessionView
 from esper_operator.work import Key, WorkQueue
 
 NO_STATUS = b"{}"
@@ -225,7 +225,7 @@ class Reconciler:
             blueprint=self._store.blueprint(key.namespace, kernel.blueprint),
             job=job,
             pods=() if job is None else self._store.pods_of(job.uid),
-            secret=self._store.meta(SECRET, key.namespace, names.COMPILE),
+            secret=self._store.meta(SECRET, key.namespace, names.kernel_secret(key.name)),
             stored=memory.stored,
             figures=memory.figures,
             refusals=memory.refusals(),
@@ -237,9 +237,8 @@ class Reconciler:
             if plan.order is not None:
                 await self._ask(memory, partial(self._compiled, memory, plan.order), outcome)
             if plan.credentials:
-                await self._carrier.secret(
-                    memory, names.COMPILE, self._of_compilations(key.namespace), outcome
-                )
+                child = names.kernel_secret(key.name)
+                await self._carrier.secret(memory, child, self._of_kernel(kernel), outcome)
             await self._carrier.rest(about, memory, plan, outcome)
         if outcome.wrote:
             asking = map(self._store.session_of_uid, self._reports.asking(key.name))
@@ -254,10 +253,10 @@ class Reconciler:
             memory.figures = (await self._hub.metadata(order.kernel)).figures
         return stored
 
-    def _of_compilations(self, namespace: str) -> Callable[[], Awaitable[Manifest]]:
+    def _of_kernel(self, kernel: KernelView) -> Callable[[], Awaitable[Manifest]]:
         async def ask() -> Manifest:
-            issued = await self._hub.operator_credentials()
-            return secret.compile_manifest(namespace, issued, self._options, self._clock())
+            issued = await self._hub.kernel_credentials(kernel.name)
+            return secret.compile_manifest(kernel, issued, self._options, self._clock())
 
         return ask
 

@@ -245,7 +245,7 @@ class Store:
                 Key(kind.name, namespace, view.name),
                 Key(BLUEPRINT.name, namespace, view.blueprint),
             )
-        if isinstance(view, JobView) and view.kernel:
+        if isinstance(view, JobView | MetaView) and view.kernel:
             return (Key(KERNEL.name, namespace, view.kernel),)
         if isinstance(view, PodView) and view.role == COMPILE:
             key = self._kernel_of_job.get(view.job_uid)

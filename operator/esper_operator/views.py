@@ -98,6 +98,8 @@ class MetaView:
     deleting: bool = False
     renew_after: float = 0.0
     """When a Secret's credentials are to be renewed."""
+    kernel: str = ""
+    """The kernel that a Secret helps to compile."""
 
     @classmethod
     def of(cls, data: Object) -> MetaView:
@@ -114,6 +116,7 @@ class MetaView:
             digest=_annotation(data, DIGEST_ANNOTATION),
             deleting=meta.get("deletionTimestamp") is not None,
             renew_after=_time(_annotation(data, RENEW_ANNOTATION)),
+            kernel=_label(data, KERNEL_LABEL),
         )
 
 

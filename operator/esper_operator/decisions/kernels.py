@@ -97,9 +97,7 @@ def _compiling(observed: KernelObserved, options: Options) -> Plan:
         plan = _said(observed, "False", Reason.CHILD_REFUSED, text)
     else:
         plan = _said(observed, "Unknown", Reason.REQUESTED, "its Job is being made")
-    wanted = secret.settings_digest(names.COMPILE, options, observed.now)
-    there = observed.secret
-    if there is None or there.deleting or there.digest != wanted:
+    if not secret.compiles(observed.secret, view, options, observed.now):
         return Plan(plan.status, credentials=True)
     return Plan(
         plan.status,

@@ -14,9 +14,9 @@ from esper_operator.status import record_of
 from esper_operator.views import Said
 from tests.unit.esper_operator.objects import (
     ISSUED,
+    KERNEL_ISSUED,
     NAMESPACE,
     NOW,
-    OPERATOR_ISSUED,
     OPTIONS,
     kernel,
     observed,
@@ -61,7 +61,7 @@ OTHERS = {
     "service": service.manifest(session()),
     "secret": secret.manifest(session(), ISSUED, OPTIONS, NOW),
     "secret of controllers": secret.controller_manifest(NAMESPACE, ISSUED, OPTIONS, NOW),
-    "secret of compile jobs": secret.compile_manifest(NAMESPACE, OPERATOR_ISSUED, OPTIONS, NOW),
+    "secret of a compile job": secret.compile_manifest(KERNEL, KERNEL_ISSUED, OPTIONS, NOW),
     "tamiyo": tamiyo.shared(NAMESPACE, OPTIONS),
     "own tamiyo": tamiyo.dedicated(session(), OPTIONS),
     "compile job": compile_job.manifest(KERNEL, 1, OPTIONS),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from esper.configs import EsperConfig
 from esper.contracts.manifests import parse_manifest
@@ -19,9 +20,9 @@ from esper_operator.times import datetime_of
 from esper_operator.views import DIGEST_ANNOTATION, MetaView, digest_of_object
 from tests.unit.esper_operator.objects import (
     ISSUED,
+    KERNEL_ISSUED,
     NAMESPACE,
     NOW,
-    OPERATOR_ISSUED,
     OPTIONS,
     UID,
     blueprint,
@@ -396,13 +397,39 @@ def test_one_of_the_catalogues_name_takes_its_place_there() -> None:
 
 def test_settings_of_what_outlives_sessions_are_given_anew_each_month() -> None:
     shared = secret.controller_manifest(NAMESPACE, ISSUED, OPTIONS, NOW)
-    compiling = secret.compile_manifest(NAMESPACE, OPERATOR_ISSUED, OPTIONS, NOW)
-    for manifest, name in ((shared, names.TAMIYO), (compiling, names.COMPILE)):
-        assert manifest["metadata"]["name"] == name
-        assert digest_in(manifest) == secret.settings_digest(name, OPTIONS, NOW)
-        assert digest_in(manifest) != secret.settings_digest(name, OPTIONS, NOW + 31 * 86_400)
+    assert shared["metadata"]["name"] == names.TAMIYO
+    assert digest_in(shared) == secret.settings_digest(names.TAMIYO, OPTIONS, NOW)
+    assert digest_in(shared) != secret.settings_digest(names.TAMIYO, OPTIONS, NOW + 31 * 86_400)
     assert "redis" in yaml.safe_load(files(shared)["esper.yaml"])
-    assert "redis" not in yaml.safe_load(files(compiling)["esper.yaml"])
+
+
+def test_a_compile_job_has_a_secret_of_its_own_kernel_that_goes_with_it() -> None:
+    manifest = secret.compile_manifest(KERNEL, KERNEL_ISSUED, OPTIONS, NOW)
+    volumes = pod_of(ALL["compile"])["volumes"]
+    assert {"secretName": manifest["metadata"]["name"], "defaultMode": 0o440} in [
+        volume.get("secret") for volume in volumes
+    ]
+    (owner,) = manifest["metadata"]["ownerReferences"]
+    assert (owner["kind"], owner["uid"]) == ("CompiledKernel", KERNEL.uid)
+    assert files(manifest)["hub-token"] == "kernel-token"
+    assert "redis" not in yaml.safe_load(files(manifest)["esper.yaml"])
+    view = MetaView.of({**manifest, "kind": "Secret"})
+    assert view.kernel == KERNEL.name
+    assert secret.compiles(view, KERNEL, OPTIONS, NOW)
+    # Its token ends a day after it was given.
+    assert not secret.compiles(view, KERNEL, OPTIONS, NOW + 86_400)
+    other = kernel(KERNEL.name, {"blueprint": "affine"}, uid="made-anew")
+    assert not secret.compiles(view, other, OPTIONS, NOW)
+    assert not secret.compiles(None, KERNEL, OPTIONS, NOW)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [names.secret("any"), names.kernel_secret(KERNEL.name), names.TAMIYO],
+)
+def test_no_session_can_name_a_secret_of_the_operators(name: str) -> None:
+    with pytest.raises(ValidationError, match="not the operator's"):
+        template(volumes=[{"name": "v", "secret": {"secretName": name}}])
 
 
 # -- the rest ---------------------------------------------------------------------------------
