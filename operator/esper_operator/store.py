@@ -160,6 +160,13 @@ class Store:
         """The Service, Secret or Seed of that name."""
         return self._views[kind.name].get((namespace, name))  # type: ignore[return-value]
 
+    def own(self, kind: Kind, namespace: str, name: str, session_uid: str) -> str | None:
+        """The uid of the object of that name, if it was made for that session, or for none."""
+        view = self._views[kind.name].get((namespace, name))
+        if view is None or getattr(view, "session_uid", "") != session_uid:
+            return None
+        return view.uid
+
     def sessions(self, namespace: str | None = None) -> Iterator[SessionView]:
         """The sessions of a namespace, or all."""
         return self._of_kind(SESSION, namespace)  # type: ignore[return-value]

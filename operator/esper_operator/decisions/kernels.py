@@ -85,7 +85,8 @@ def _compiling(observed: KernelObserved, options: Options) -> Plan:
     """A Job compiles it; the hub says what came of it."""
     view, job = observed.kernel, observed.job
     order = _asking_again(observed)
-    refused = observed.refusals.get(f"Job/{names.compile_job(view.name)}")
+    wanted = (f"Job/{names.compile_job(view.name)}", f"Secret/{names.kernel_secret(view.name)}")
+    refused = next((key for key in wanted if key in observed.refusals), None)
     if job is not None and job.failed is not None:
         message = _why(observed) or f"Job {job.name}: {job.failed.reason}: {job.failed.message}"
         return _after_failure(observed, job, message, order, options)
@@ -93,7 +94,8 @@ def _compiling(observed: KernelObserved, options: Options) -> Plan:
         plan = _said(observed, "Unknown", Reason.COMPILING, f"Job {job.name}")
         return Plan(plan.status, order=order, again_in=ASK_SECONDS)
     if refused is not None:
-        text = f"Job {names.compile_job(view.name)}: {refused.reason}: {refused.message}"
+        said = observed.refusals[refused]
+        text = f"{refused}: {said.reason}: {said.message}"
         plan = _said(observed, "False", Reason.CHILD_REFUSED, text)
     else:
         plan = _said(observed, "Unknown", Reason.REQUESTED, "its Job is being made")

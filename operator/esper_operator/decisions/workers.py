@@ -23,6 +23,8 @@ CONTAINER_REASONS = frozenset(
     }
 )
 _PERMANENT = frozenset({"Invalid", "BadRequest"})
+NOT_OURS = "AlreadyExists"
+"""The reason where a child's name is taken."""
 _UNTYPED = "failed to create typed patch object"
 """What the API server says of a field that no pod has."""
 
@@ -46,7 +48,8 @@ def readiness(scene: Scene) -> Readiness:
     job = scene.job
     refused = refusal(scene)
     if refused is not None and job is None:
-        asked = refused[0].startswith("Secret/")
+        key, said = refused
+        asked = key.startswith("Secret/") and said.reason != NOT_OURS
         reason = Reason.CREDENTIALS_MISSING if asked else Reason.CHILD_REFUSED
         return Readiness("False", reason, _refused_text(*refused))
     if job is None:
