@@ -28,6 +28,7 @@ from esper_operator.options import Options
 from esper_operator.times import text_of
 from esper_operator.views import (
     KERNEL_LABEL,
+    POLICY_ANNOTATION,
     RENEW_ANNOTATION,
     BlueprintView,
     KernelView,
@@ -72,7 +73,7 @@ def manifest(
     """The Secret of a session, with the blueprints of its namespace that it may grow.
 
     It says when its credentials are to be renewed: the hub gives the same user of the bus again,
-    and a token that lasts longer.
+    and a token that lasts longer; and which deletion policy the hub was told of with them.
 
     Raises:
         pydantic.ValidationError: the session's spec is none.
@@ -99,7 +100,10 @@ def manifest(
         labels=labels_of(session),
         owners=(owner_of("TrainingSession", session),),
         known_by=_known_by(session, options),
-        annotations={RENEW_ANNOTATION: _renewed(issued.expires_at.timestamp(), now)},
+        annotations={
+            RENEW_ANNOTATION: _renewed(issued.expires_at.timestamp(), now),
+            POLICY_ANNOTATION: session.spec().run_policy.deletion_policy,
+        },
     )
 
 

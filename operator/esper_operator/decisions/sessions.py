@@ -32,6 +32,7 @@ from esper_operator.decisions.workers import (
     credentials_last,
     has_secret,
     permanent_refusal,
+    policy_is_news,
     readiness,
 )
 from esper_operator.observed import Observed
@@ -190,6 +191,7 @@ def _suspended(step: Step) -> Plan:
         child_statuses=grown.statuses,
         notices=(*step.notices, *_story(scene, record)),
         again_in=soonest(step.again_in, grown.again_in),
+        credentials=policy_is_news(scene),
     )
 
 
@@ -222,7 +224,8 @@ def _ended(step: Step, end: End) -> Plan:
 def _finished(scene: Scene) -> Plan:
     """What is left to do for a session that has ended: nothing is made anew but Seeds."""
     left = expiry.left(scene)
-    if left == 0.0:
+    news = policy_is_news(scene)
+    if left == 0.0 and not news:
         notice = Notice("Normal", Reason.EXPIRED, "runPolicy.ttlSecondsAfterFinished has passed")
         return Plan(delete=(expiry.deletion(scene),), notices=(notice,))
     step = progress.told(scene)
@@ -235,7 +238,8 @@ def _finished(scene: Scene) -> Plan:
         apply=grown.apply,
         child_statuses=grown.statuses,
         notices=_story(scene, record),
-        again_in=soonest(left, step.again_in, grown.again_in),
+        again_in=soonest(left or None, step.again_in, grown.again_in),
+        credentials=news,
     )
 
 

@@ -231,6 +231,7 @@ def made(view: SessionView) -> tuple[MetaView, ...]:
             names.secret(view.name),
             secret.digest(view, OPTIONS),
             renew_after=NOW + 60 * 86_400,
+            deletion_policy="Retain",
         ),
     )
 
