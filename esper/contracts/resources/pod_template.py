@@ -2,11 +2,13 @@
 
 A pod can do no more than the restricted Pod Security Standard lets it: volumes are of its types
 alone, nothing gives a service account's token, and no Secret that the operator has made is read
-where the operator does not mount it.
+where the operator does not mount it. Nor can it name what the operator sets itself: that is
+refused, not passed over.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue, model_validator
@@ -52,6 +54,71 @@ SecretName = Annotated[
 """A Secret of the user's."""
 
 
+OWN_VARIABLES = (
+    *("HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME", "POD_IP"),
+    *("ESPER_TOLARIA__ATTEMPT", "ESPER_TOLARIA__STORAGE"),
+)
+_ANOTHER_VARIABLE = f"a variable that the operator does not set: not {', '.join(OWN_VARIABLES)}"
+OWN_VOLUME_PREFIX = "esper-"
+_ANOTHER_VOLUME = (
+    f"a name that does not begin with {OWN_VOLUME_PREFIX}, as the operator's volumes do"
+)
+OWN_PLACES_PATTERN = (
+    r"^/*(tmp|dev/+shm|var/+lib/+esper(-claim)?|etc/+esper(/.*)?)/*$|(^|/)[.][.]?(/|$)"
+)
+_ANOTHER_PLACE = (
+    "a place that is not the operator's: not /tmp, /dev/shm, /var/lib/esper or "
+    "/var/lib/esper-claim, not in /etc/esper, and without . and .."
+)
+
+
+def _variable(name: str) -> str:
+    if name in OWN_VARIABLES:
+        raise PydanticCustomError("reserved", _ANOTHER_VARIABLE)
+    return name
+
+
+def _volume(name: str) -> str:
+    if name.startswith(OWN_VOLUME_PREFIX):
+        raise PydanticCustomError("reserved", _ANOTHER_VOLUME)
+    return name
+
+
+def _place(path: str) -> str:
+    if re.search(OWN_PLACES_PATTERN, path):
+        raise PydanticCustomError("reserved", _ANOTHER_PLACE)
+    return path
+
+
+VariableName = Annotated[
+    str,
+    AfterValidator(_variable),
+    Field(
+        min_length=1,
+        max_length=253,
+        json_schema_extra=rules((f"!(self in {list(OWN_VARIABLES)})", _ANOTHER_VARIABLE)),
+    ),
+]
+VolumeName = Annotated[
+    str,
+    AfterValidator(_volume),
+    Field(
+        min_length=1,
+        max_length=63,
+        json_schema_extra=rules((f"!self.startsWith('{OWN_VOLUME_PREFIX}')", _ANOTHER_VOLUME)),
+    ),
+]
+MountPath = Annotated[
+    str,
+    AfterValidator(_place),
+    Field(
+        min_length=1,
+        max_length=1024,
+        json_schema_extra=rules((f"!self.matches('{OWN_PLACES_PATTERN}')", _ANOTHER_PLACE)),
+    ),
+]
+
+
 def _one_of(place: str, fields: tuple[str, ...]) -> ConfigDict:
     """The rule that exactly one of those fields is set."""
     held = ", ".join(f"has(self.{name})" for name in fields)
@@ -85,7 +152,7 @@ class VariableSource(ResourceModel):
 class EnvironmentVariable(ResourceModel):
     """corev1.EnvVar."""
 
-    name: Annotated[str, Field(min_length=1, max_length=253)]
+    name: VariableName
     value: Annotated[str, Field(max_length=32768)] | None = None
     value_from: VariableSource | None = None
 
@@ -169,7 +236,7 @@ class Volume(ResourceModel):
 
     model_config = _one_of("volumes", _VOLUMES)
 
-    name: Annotated[str, Field(min_length=1, max_length=63)]
+    name: VolumeName
     config_map: Free | None = None
     csi: CsiVolume | None = None
     downward_api: Annotated[Free | None, Field(alias="downwardAPI")] = None
@@ -185,13 +252,25 @@ class Volume(ResourceModel):
         return self
 
 
+class VolumeMount(ResourceModel):
+    """corev1.VolumeMount."""
+
+    name: Annotated[str, Field(min_length=1, max_length=63)]
+    mount_path: MountPath
+    sub_path: Annotated[str, Field(max_length=1024)] | None = None
+    sub_path_expr: Annotated[str, Field(max_length=1024)] | None = None
+    read_only: bool | None = None
+    recursive_read_only: Annotated[str, Field(max_length=32)] | None = None
+    mount_propagation: Annotated[str, Field(max_length=32)] | None = None
+
+
 class PodTemplate(ResourceModel):
     """The fields of a worker pod that a session may set; free-form ones are passed on."""
 
     env: Annotated[tuple[EnvironmentVariable, ...], Field(strict=False, max_length=128)] = ()
     env_from: Annotated[tuple[EnvironmentSource, ...], Field(strict=False, max_length=64)] = ()
     volumes: Annotated[tuple[Volume, ...], Field(strict=False, max_length=64)] = ()
-    volume_mounts: FreeItems = ()
+    volume_mounts: Annotated[tuple[VolumeMount, ...], Field(strict=False, max_length=64)] = ()
     node_selector: Labels = Field(default_factory=dict)
     tolerations: FreeItems = ()
     affinity: Free | None = None
@@ -202,4 +281,7 @@ class PodTemplate(ResourceModel):
     """Size of the memory-backed /dev/shm."""
     termination_grace_period_seconds: Annotated[int, Field(ge=0, le=86_400)] | None = None
     extra: Free | None = None
-    """Other fields of the pod's spec; the API server checks them when the pod is made."""
+    """Other fields of the pod's spec; the API server checks them when the pod is made.
+
+    Neither those that the operator sets nor those that have a field here.
+    """

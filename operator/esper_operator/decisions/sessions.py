@@ -11,7 +11,7 @@ from esper.contracts.refusals import first_refusal
 from esper.contracts.resources import TrainingSession, TrainingSessionSpec, TrainingSessionStatus
 from esper.errors import one_line
 from esper_operator.children import job as jobs
-from esper_operator.children import pods, service
+from esper_operator.children import service
 from esper_operator.children.objects import digest_in
 from esper_operator.conditions import MAX_MESSAGE, Kind, Reason, condition, merged
 from esper_operator.decisions import (
@@ -112,7 +112,7 @@ def _through(scene: Scene, policies: tuple[Policy, ...]) -> Step:
 
 
 def _refused_template(scene: Scene) -> Step:
-    refused = pods.refused_extra(scene.spec.workers.pod_template)
+    refused = jobs.refused(scene.spec)
     if refused is None:
         return Step(scene)
     return Step(scene, End(False, Reason.INVALID_SPEC, refused, scene.now))

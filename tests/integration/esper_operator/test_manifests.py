@@ -27,7 +27,7 @@ from tests.unit.esper_operator.objects import (
 pytestmark = pytest.mark.xdist_group("cluster")
 
 TEMPLATE = {
-    "env": [{"name": "MINE", "value": "1"}, {"name": "HOME", "value": "/root"}],
+    "env": [{"name": "MINE", "value": "1"}],
     "envFrom": [{"configMapRef": {"name": "c"}}],
     "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "d"}}],
     "volumeMounts": [{"name": "data", "mountPath": "/data"}],

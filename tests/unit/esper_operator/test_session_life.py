@@ -219,6 +219,8 @@ def decided_raw(view: Any) -> Plan:
         ({"securityContext": []}, "securityContext"),
         ({"automountServiceAccountToken": True}, "automountServiceAccountToken"),
         ({"serviceAccountName": "admin"}, "serviceAccountName"),
+        ({"nodeSelector": {"pool": "gpu"}}, "nodeSelector"),
+        ({"terminationGracePeriodSeconds": 5}, "terminationGracePeriodSeconds"),
         ({"serviceAccount": "admin"}, "serviceAccount"),
         ({"volumes": [{"name": "host", "hostPath": {"path": "/"}}]}, "volumes"),
     ],
