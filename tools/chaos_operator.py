@@ -200,8 +200,7 @@ class _Life:
         """Its time is over: it goes, and what its namespace shared with it."""
         self._objects.merge(f"{SESSIONS}/{NAME}", {"spec": {"runPolicy": {TTL: 0}}})
         self._soon(lambda: not self._objects.get(f"{SESSIONS}/{NAME}"), "stays")
-        secrets = (f"{SECRETS}/esper-tamiyo", f"{SECRETS}/esper-compile")
-        shared = (f"{DEPLOYMENTS}/esper-tamiyo", *secrets)
+        shared = (f"{DEPLOYMENTS}/esper-tamiyo", f"{SECRETS}/esper-tamiyo")
         self._soon(lambda: not any(map(self._objects.get, shared)), "leaves what opens the hub")
 
     def _one(self, path: str) -> dict[str, Any]:

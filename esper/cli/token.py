@@ -19,15 +19,18 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--role",
         required=True,
-        choices=("reader", "session", "worker", "admin"),
+        choices=("compiler", "reader", "session", "worker", "admin"),
         help="what its holder may do; docs/api.md has the table",
     )
     command.add_argument(
         "--subject",
         metavar="NAME",
-        help="whom it is for; with --role session the session's uid, and required",
+        help="whom it is for; required with --role session, the session's uid, and compiler, the "
+        "kernel",
     )
-    command.add_argument("--namespace", default="", metavar="N", help="the session's namespace")
+    command.add_argument(
+        "--namespace", default="", metavar="N", help="whose sessions it reaches (default: all)"
+    )
     command.add_argument(
         "--days", type=float, default=30.0, metavar="D", help="how long it lasts (default: 30)"
     )
@@ -50,8 +53,9 @@ def execute(arguments: argparse.Namespace, config: EsperConfig) -> int:
     role, days = Role(arguments.role), arguments.days
     if not 0 < days <= MAX_DAYS:
         raise BadInput("--days", days, f"more than 0, at most {MAX_DAYS}")
-    if role is Role.SESSION and arguments.subject is None:
-        raise BadInput("--subject", "nothing", "the uid of the session that the token opens")
+    named = {Role.SESSION: "the uid of the session", Role.COMPILER: "the kernel"}
+    if role in named and arguments.subject is None:
+        raise BadInput("--subject", "nothing", f"{named[role]} that the token opens")
     since = utc_now()
     until = since + timedelta(days=days)
     token = Tokens(config.urza.signing_key).mint(

@@ -138,7 +138,7 @@ def _explained(error: Mapping[str, Any], root: Schema) -> tuple[Path, object, st
             if said:
                 return (*path, *steps(said["field"])), said["came"], said["allowed"]
             return path, _shown(came), str(context["error"])
-        case "too_large":
+        case "too_large" | "reserved":
             return path, _shown(came), error["msg"]
     if error["loc"] and error["loc"][-1] == "[key]":
         return path, came, "a name: " + _WORDS.get(context.get("pattern", ""), _reason(error))

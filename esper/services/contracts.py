@@ -24,6 +24,7 @@ __all__ = [
     "BlueprintFilter",
     "IssuedCredentials",
     "KernelClaim",
+    "KernelCredentials",
     "KernelFigures",
     "KernelFilter",
     "KernelMetadata",
@@ -228,18 +229,22 @@ class IssuedCredentials(Contract):
 
 
 class OperatorCredentials(Contract):
-    """What opens the streams that the operator needs, and what its compile Jobs ask the hub with.
+    """What opens the streams that the operator needs.
 
     The Redis user hears how the sessions of all namespaces stand and which kernels they ask for,
-    and tells them which are ready. `worker_token` is of role worker. Without a Redis behind the hub
-    there is no user.
+    and tells them which are ready. Without a Redis behind the hub there is no user.
     """
 
-    worker_token: Annotated[str, Field(repr=False)]
     redis_username: str | None = None
     redis_password: Annotated[str | None, Field(repr=False)] = None
+
+
+class KernelCredentials(Contract):
+    """With what one kernel is compiled: its claim, its artifact and its result, and no other's."""
+
+    kernel: KernelId
+    hub_token: Annotated[str, Field(repr=False)]
     expires_at: AwareTime
-    """Of the token; the user stays."""
 
 
 class SweptNamespaces(Contract):

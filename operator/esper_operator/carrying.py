@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 from esper.errors import EsperError
 from esper_operator.children.objects import digest_in
-from esper_operator.errors import ApiConflict, ApiNotFound, ApiRefused
-from esper_operator.kinds import BY_NAME, JOB, MENDED, SECRET, Kind
+from esper_operator.errors import ApiConflict, ApiNotFound, ApiRefused, NotOurs
+from esper_operator.kinds import BY_NAME, JOB, MANAGED_LABEL, MENDED, OWN, SECRET, Kind
 from esper_operator.memory import Memory
 from esper_operator.plans import Manifest, Notice, Plan
 from esper_operator.store import Store
-from esper_operator.views import Said
+from esper_operator.views import UID_LABEL, Said
 from esper_operator.work import Key
 from esper_operator.writing import Writer
 
@@ -128,29 +128,39 @@ class Carrier:
                 await self._told(about, notice)
                 outcome.wrote = True
 
-    async def child(self, memory: Memory, manifest: Manifest, outcome: Outcome) -> bool:
+    async def child(
+        self,
+        memory: Memory,
+        manifest: Manifest,
+        outcome: Outcome,
+        known_by: Manifest | None = None,
+    ) -> bool:
         """Apply a child; one that is refused is remembered as that, and tried again later.
 
-        False: it was not applied.
+        `known_by` is what it is remembered by, where the manifest is another one each time. False:
+        it was not applied.
         """
         kind = BY_NAME[manifest["kind"]]
         child = f"{kind.name}/{manifest['metadata']['name']}"
+        known = manifest if known_by is None else known_by
         now = self._clock()
-        waits = memory.waits(child, manifest, now)
+        waits = memory.waits(child, known, now)
         if kind in MENDED:
             waits = max(waits, memory.paces(child, digest_in(manifest), now))
         if waits > 0:
             outcome.soon(waits)
             return False
         try:
-            answer = await self._writer.apply(manifest)
+            answer = await self._applied(kind, manifest)
         except ApiConflict as error:
             outcome.soon(1.0)
             _log.info("to be applied again: %s", error)
             return False
         except ApiRefused as error:
             said = Said(error.reason, error.said)
-            memory.refuse(child, manifest, said, self._clock(), lasting=True)
+            # What a session of that name has left goes soon.
+            lasting = not isinstance(error, NotOurs)
+            memory.refuse(child, known, said, self._clock(), lasting=lasting)
             _log.info("refused: %s", error)
             outcome.wrote = True
             return False
@@ -186,7 +196,29 @@ class Carrier:
             return
         finally:
             self._asking -= 1
-        await self.child(memory, manifest, outcome)
+        await self.child(memory, manifest, outcome, known_by={})
+
+    async def _applied(self, kind: Kind, manifest: Manifest) -> Manifest:
+        """Make a child, or change the one that was made for the same parent, and no other.
+
+        Raises:
+            NotOurs: there is another object of that name.
+            ApiConflict: it has come or gone just now.
+        """
+        meta = manifest["metadata"]
+        place, labels = (meta["namespace"], meta["name"]), meta["labels"]
+        session = labels.get(UID_LABEL, "")
+        try:
+            return await self._writer.apply(manifest, self._store.own(kind, *place, session))
+        except ApiConflict:
+            # What others may have made too is heard of, and is theirs as well.
+            there = None if kind in OWN else await self._writer.there(manifest)
+            if there is None:
+                raise
+        held = there.get("labels") or {}
+        if any(held.get(name) != labels.get(name) for name in (MANAGED_LABEL, UID_LABEL)):
+            raise NotOurs(f"{kind.name} {'/'.join(place)}")
+        return await self._writer.apply(manifest, there["uid"])
 
     async def _child_status(self, memory: Memory, manifest: Manifest, outcome: Outcome) -> None:
         kind = BY_NAME[manifest["kind"]]

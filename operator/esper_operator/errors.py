@@ -4,7 +4,8 @@ EsperError
 ├── WorkFailed
 │   └── ApiRefused          the API server says no, and would say it again: 400, 403, 404, 422, …
 │       ├── ApiNotFound     there is no such object, or no such kind
-│       └── ApiConflict     the object was changed, or made, by somebody else meanwhile
+│       ├── ApiConflict     the object was changed, or made, by somebody else meanwhile
+│       └── NotOurs         an object of that name is there, and somebody else's
 └── Unavailable
     ├── ApiUnavailable      no answer, no answer in time, or one that asks to come again
     └── LeaseLost           this process may not write any more; it ends
@@ -35,6 +36,16 @@ class ApiNotFound(ApiRefused):
 
 class ApiConflict(ApiRefused):
     """The object is another one, or another version, than the request is about."""
+
+
+class NotOurs(ApiRefused):
+    """An object of a child's name exists that the operator has not made for that parent."""
+
+    def __init__(self, what: str) -> None:
+        allowed = "none of that name, or the operator's own: rename or delete it"
+        super().__init__(
+            what, 409, "AlreadyExists", f"it exists and is not ours; allowed: {allowed}"
+        )
 
 
 class ApiUnavailable(Unavailable):

@@ -10,6 +10,7 @@ from esper.contracts.assets import Blueprint, CompiledKernel
 from esper.contracts.blueprints import BlueprintDocument, KernelTarget
 from esper.services.contracts import (
     IssuedCredentials,
+    KernelCredentials,
     KernelMetadata,
     OperatorCredentials,
     SweepResult,
@@ -30,7 +31,11 @@ class Hub(Protocol):
         ...
 
     async def operator_credentials(self) -> OperatorCredentials:
-        """What opens the operator's streams, and its compile Jobs' token."""
+        """What opens the operator's streams."""
+        ...
+
+    async def kernel_credentials(self, kernel: str) -> KernelCredentials:
+        """With what that kernel is compiled, and no other."""
         ...
 
     async def namespaces(self) -> tuple[str, ...]:

@@ -81,7 +81,7 @@ class KernelObserved:
     pods: tuple[PodView, ...] = ()
     """Of that Job."""
     secret: MetaView | None = None
-    """The one of the namespace's compile Jobs."""
+    """The one of that Job."""
     stored: CompiledKernel | None = None
     figures: KernelFigures | None = None
     """What was measured of it, once it is compiled."""
@@ -99,8 +99,6 @@ class NamespaceObserved:
     sessions: tuple[SessionView, ...] = ()
     tamiyo: DeploymentView | None = None
     secret: MetaView | None = None
-    compile_secret: MetaView | None = None
-    kernels: tuple[KernelView, ...] = ()
     refusals: Refusals = field(default_factory=dict)
 
 

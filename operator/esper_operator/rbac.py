@@ -81,7 +81,7 @@ GRANTS = (
         SECRET,
         ("delete",),
         "no session of the namespace needs the Secret that they shared",
-        names=(names.TAMIYO, names.COMPILE),
+        names=(names.TAMIYO,),
     ),
     Grant(EVENT, _SEEN, "why no pods can be made of a Job"),
     Grant(EVENT, ("create",), "what `kubectl describe` tells"),

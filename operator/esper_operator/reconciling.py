@@ -43,7 +43,7 @@ from esper_operator.observed import (
 from esper_operator.options import Options
 from esper_operator.plans import KernelOrder, Manifest, Plan
 from esper_operator.store import NAMESPACE, Store
-from esper_operator.views import JobView, MetaView, PodView, Said, SessionView
+from esper_operator.views import JobView, KernelView, MetaView, PodView, Said, SessionView
 from esper_operator.work import Key, WorkQueue
 
 NO_STATUS = b"{}"
@@ -241,7 +241,7 @@ class Reconciler:
             blueprint=self._store.blueprint(key.namespace, kernel.blueprint),
             job=job,
             pods=() if job is None else self._store.pods_of(job.uid),
-            secret=self._store.meta(SECRET, key.namespace, names.COMPILE),
+            secret=self._store.meta(SECRET, key.namespace, names.kernel_secret(key.name)),
             stored=memory.stored,
             figures=memory.figures,
             refusals=memory.refusals(),
@@ -253,9 +253,8 @@ class Reconciler:
             if plan.order is not None:
                 await self._ask(memory, partial(self._compiled, memory, plan.order), outcome)
             if plan.credentials:
-                await self._carrier.secret(
-                    memory, names.COMPILE, self._of_compilations(key.namespace), outcome
-                )
+                child = names.kernel_secret(key.name)
+                await self._carrier.secret(memory, child, self._of_kernel(kernel), outcome)
             await self._carrier.rest(about, memory, plan, outcome)
         if outcome.wrote:
             self._look_at_asking(key.name)
@@ -274,15 +273,15 @@ class Reconciler:
             memory.figures = (await self._hub.metadata(order.kernel)).figures
         return stored
 
-    def _of_compilations(self, namespace: str) -> Callable[[], Awaitable[Manifest]]:
+    def _of_kernel(self, kernel: KernelView) -> Callable[[], Awaitable[Manifest]]:
         async def ask() -> Manifest:
-            issued = await self._hub.operator_credentials()
-            return secret.compile_manifest(namespace, issued, self._options, self._clock())
+            issued = await self._hub.kernel_credentials(kernel.name)
+            return secret.compile_manifest(kernel, issued, self._options, self._clock())
 
         return ask
 
     async def _shared(self, key: Key) -> Outcome:
-        """What the sessions of a namespace share: its controller, and its Secrets."""
+        """What the sessions of a namespace share: its controller, and its Secret."""
         memory = self._memories.of(*key, key.namespace)
         observed = NamespaceObserved(
             namespace=key.namespace,
@@ -290,8 +289,6 @@ class Reconciler:
             sessions=tuple(self._store.sessions(key.namespace)),
             tamiyo=self._store.deployment(key.namespace, names.TAMIYO),
             secret=self._store.meta(SECRET, key.namespace, names.TAMIYO),
-            compile_secret=self._store.meta(SECRET, key.namespace, names.COMPILE),
-            kernels=tuple(self._store.kernels(key.namespace)),
             refusals=memory.refusals(),
         )
         plan, outcome = namespaces.decide(observed, self._options), Outcome()
@@ -303,7 +300,7 @@ class Reconciler:
         await self._carrier.rest(None, memory, plan, outcome)
         if memory.refusals() != refused:
             self._enqueue(Key(SESSION.name, s.namespace, s.name) for s in observed.sessions)
-        if not (observed.sessions or observed.tamiyo or observed.secret or observed.compile_secret):
+        if not (observed.sessions or observed.tamiyo or observed.secret):
             return self._gone(key)
         return self._settled(memory, plan, outcome)
 

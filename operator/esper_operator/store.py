@@ -175,6 +175,13 @@ class Store:
         """The Service, Secret or Seed of that name."""
         return self._views[kind.name].get((namespace, name))  # type: ignore[return-value]
 
+    def own(self, kind: Kind, namespace: str, name: str, session_uid: str) -> str | None:
+        """The uid of the object of that name, if it was made for that session, or for none."""
+        view = self._views[kind.name].get((namespace, name))
+        if view is None or getattr(view, "session_uid", "") != session_uid:
+            return None
+        return view.uid
+
     def sessions(self, namespace: str | None = None) -> Iterator[SessionView]:
         """The sessions of a namespace, or all."""
         return self._of_kind(SESSION, namespace)  # type: ignore[return-value]
@@ -282,7 +289,7 @@ class Store:
                 Key(kind.name, namespace, view.name),
                 Key(BLUEPRINT.name, namespace, view.blueprint),
             )
-        if isinstance(view, JobView) and view.kernel:
+        if isinstance(view, JobView | MetaView) and view.kernel:
             return (Key(KERNEL.name, namespace, view.kernel),)
         if isinstance(view, PodView) and view.role == COMPILE:
             key = self._kernel_of_job.get(view.job_uid)

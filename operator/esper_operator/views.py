@@ -34,6 +34,7 @@ ATTEMPT_LABEL = "esper.dev/attempt"
 KERNEL_LABEL = "esper.dev/kernel"
 DIGEST_ANNOTATION = "esper.dev/digest"
 RENEW_ANNOTATION = "esper.dev/renew-after"
+POLICY_ANNOTATION = "esper.dev/deletion-policy"
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 CONTAINER = "worker"
 """The name of the container that works, in every pod that the operator has made."""
@@ -118,6 +119,10 @@ class MetaView:
     deleting: bool = False
     renew_after: float = 0.0
     """When a Secret's credentials are to be renewed."""
+    kernel: str = ""
+    """The kernel that a Secret helps to compile."""
+    deletion_policy: str = ""
+    """What the hub was told, with a Secret's credentials, becomes of what a session keeps."""
 
     @classmethod
     def of(cls, data: Object) -> MetaView:
@@ -134,6 +139,8 @@ class MetaView:
             digest=_annotation(data, DIGEST_ANNOTATION),
             deleting=meta.get("deletionTimestamp") is not None,
             renew_after=_time(_annotation(data, RENEW_ANNOTATION)),
+            kernel=_label(data, KERNEL_LABEL),
+            deletion_policy=intern(_annotation(data, POLICY_ANNOTATION)),
         )
 
 

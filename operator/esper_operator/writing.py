@@ -17,6 +17,9 @@ from esper_operator.errors import ApiConflict, ApiNotFound, LeaseLost
 from esper_operator.kinds import BY_NAME, EVENT, MANAGER, Kind
 from esper_operator.metrics import OperatorMetrics
 
+_NO_VERSION = "1"
+"""No object has this version, which is the store's own before it held any; to apply one that has it
+makes the object, and conflicts where there is one."""
 Object = Mapping[str, Any]
 MAX_EVENT_MESSAGE = 1024
 
@@ -47,9 +50,25 @@ class Writer:
         self._seconds = seconds
         self._pace = Pace(background_rate)
 
-    async def apply(self, manifest: Object) -> Object:
-        """Make the object, or bring the fields that `manifest` names to its values."""
-        return await self._applied(manifest, "", "apply")
+    async def apply(self, manifest: Object, uid: str | None = None) -> Object:
+        """Make the object; with `uid` bring that one's fields to those that `manifest` names.
+
+        Raises:
+            ApiConflict: there is one of that name already, or it is another one.
+        """
+        held = {"resourceVersion": _NO_VERSION} if uid is None else {"uid": uid}
+        checked = {**manifest, "metadata": {**manifest["metadata"], **held}}
+        return await self._applied(checked, "", "apply")
+
+    async def there(self, manifest: Object) -> Object | None:
+        """The metadata of the object that has the name of `manifest`, whoever has made it."""
+        kind, meta = BY_NAME[manifest["kind"]], manifest["metadata"]
+        named = {"fieldSelector": f"metadata.name={meta['name']}"}
+        async for found, _ in self._api.chunks(kind, meta["namespace"], named, metadata_only=True):
+            for item in found:
+                metadata: Object = item["metadata"]
+                return metadata
+        return None
 
     def background_wait(self) -> float:
         """Seconds until one more write may be made in the background; 0: now, and it is counted."""

@@ -121,6 +121,23 @@ def _session(field: str, value: Any, named: str = "", **more: Any) -> Bad:
     return Bad("session", f"spec.{field}", value, named or f"spec.{field}", more)
 
 
+def _pod(field: str, value: Any, named: str = "") -> Bad:
+    """A field of a session's pod template."""
+    place = f"workers.podTemplate.{field}"
+    return _session(place, value, f"spec.workers.podTemplate.{named or field}")
+
+
+def _volume(content: Mapping[str, Any], named: str = "") -> Bad:
+    """A volume of a session's pods."""
+    return _pod("volumes.0", {"name": "v", **content}, f"volumes[0]{named}")
+
+
+def _projected(source: Mapping[str, Any], named: str = "") -> Bad:
+    """A source of a projected volume."""
+    named = f".projected.sources[0]{named}"
+    return _volume({"projected": {"sources": [source]}}, named)
+
+
 def _chained(op: str, fields: Mapping[str, Any]) -> Bad:
     """An operation behind a producer that has too much or too little."""
     producer = {
@@ -325,6 +342,26 @@ SHAPES = [
     Bad("kernel", "spec.target.outputShape", []),
     Bad("kernel", "spec.target.inputShape", [1] * 9),
 ]
+TOKEN = {"serviceAccountToken": {"path": "token"}}
+PODS = [
+    _volume({"hostPath": {"path": "/"}}, ".hostPath"),
+    _volume({"nfs": {"server": "s", "path": "/"}}, ".nfs"),
+    _volume({"emptyDir": {}, "configMap": {"name": "c"}}),
+    _projected(TOKEN, ".serviceAccountToken"),
+    _projected({"podCertificate": {"keyType": "ED25519"}}, ".podCertificate"),
+    _projected({"secret": {"name": "esper-tamiyo"}}, ".secret.name"),
+    _volume({"secret": {"secretName": "others-esper"}}, ".secret.secretName"),
+    _volume({"secret": {"secretName": "5f5f.esper"}}, ".secret.secretName"),
+    _volume({"csi": {"driver": "d", "nodePublishSecretRef": {"name": "a-esper"}}}, ".csi"),
+    _pod("envFrom.0", {"secretRef": {"name": "a-esper"}}, "envFrom[0].secretRef.name"),
+    _pod(
+        "env.0",
+        {"name": "A", "valueFrom": {"secretKeyRef": {"name": "a-esper", "key": "hub-token"}}},
+        "env[0].valueFrom.secretKeyRef.name",
+    ),
+    _session("storage", {"uri": "s3://b", "secretName": "a-esper"}, "spec.storage.secretName"),
+]
+"""What would let a pod do more than the restricted standard, or read what is the operator's."""
 GPU = {"nvidia.com/gpu": 2}
 RULES = [
     _session("training.batchSize", 3, "training.batchSize", **{"spec.workers.replicas": 4}),
@@ -345,6 +382,12 @@ RULES = [
     _session("workers.resources.limits", GPU, "resources.limits[nvidia.com/gpu]"),
     _session("storage", {"uri": "s3://b", "claimName": "c"}, "claimName"),
     _session("storage.secretName", "keys", "secretName"),
+    _volume({}),
+    _projected({}),
+    _pod("volumes.0", {"name": "esper-tmp", "emptyDir": {}}, "volumes[0].name"),
+    _pod("volumeMounts.0", {"name": "v", "mountPath": "/tmp/"}, "volumeMounts[0].mountPath"),
+    _pod("env.0", {"name": "HOME", "value": "/root"}, "env[0].name"),
+    _volume({"secret": {"secretName": "esper-tamiyo"}}),
     Bad("builtin", "spec.builtin", GONE, "graph"),
     Bad("graph", "spec.builtin", "widen", "graph"),
     Bad("graph", "spec.arguments", {"units": 8}, "arguments"),
@@ -373,4 +416,4 @@ RULES = [
     _chained("max_pool2d", {"kernelSize": 2, "divisorOverride": 1}),
     _chained("avg_pool2d", {"kernelSize": 2, "kind": "relu"}),
 ]
-TABLE = [*TYPES, *RANGES, *TEXTS, *NAMES, *SHAPES, *RULES]
+TABLE = [*TYPES, *RANGES, *TEXTS, *NAMES, *SHAPES, *PODS, *RULES]

@@ -12,7 +12,6 @@ from esper.contracts.resources.blueprint import (
     CompiledKernelStatus,
 )
 from esper.contracts.resources.cluster import (
-    PodTemplate,
     Resources,
     RunPolicySpec,
     StorageSpec,
@@ -36,6 +35,7 @@ from esper.contracts.resources.growth import (
     GrowthSpec,
     LayersSpec,
 )
+from esper.contracts.resources.pod_template import PodTemplate
 from esper.contracts.resources.seed import Seed, SeedSpec, SeedStatus, SeedTransitionStatus
 from esper.contracts.resources.session import (
     CheckpointStatus,

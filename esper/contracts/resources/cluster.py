@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from esper.contracts.resources.common import (
-    Labels,
     LabelValue,
     ObjectName,
     Quantity,
@@ -18,39 +17,10 @@ from esper.contracts.resources.common import (
     rules,
     without_nulls,
 )
+from esper.contracts.resources.pod_template import PodTemplate, SecretName
 
 GPU = "nvidia.com/gpu"
-Free = dict[str, JsonValue]
-FreeItems = Annotated[tuple[Free, ...], Field(strict=False, max_length=64)]
 Quantities = Annotated[dict[str, Quantity], Field(max_length=16), BeforeValidator(without_nulls)]
-
-
-class EnvironmentVariable(ResourceModel):
-    """corev1.EnvVar; `valueFrom` is passed on as it is."""
-
-    name: Annotated[str, Field(min_length=1, max_length=253)]
-    value: Annotated[str, Field(max_length=32768)] | None = None
-    value_from: Free | None = None
-
-
-class PodTemplate(ResourceModel):
-    """The fields of a worker pod that a session may set; free-form ones are passed on."""
-
-    env: Annotated[tuple[EnvironmentVariable, ...], Field(strict=False, max_length=128)] = ()
-    env_from: FreeItems = ()
-    volumes: FreeItems = ()
-    volume_mounts: FreeItems = ()
-    node_selector: Labels = Field(default_factory=dict)
-    tolerations: FreeItems = ()
-    affinity: Free | None = None
-    runtime_class_name: Subdomain | None = None
-    priority_class_name: Subdomain | None = None
-    image_pull_secrets: FreeItems = ()
-    shared_memory: Quantity | None = None
-    """Size of the memory-backed /dev/shm."""
-    termination_grace_period_seconds: Annotated[int, Field(ge=0, le=86_400)] | None = None
-    extra: Free | None = None
-    """Other fields of the pod's spec; the API server checks them when the pod is made."""
 
 
 class Resources(ResourceModel):
@@ -141,7 +111,7 @@ class StorageSpec(ResourceModel):
     uri: Annotated[str, Field(max_length=1024, pattern="^(s3|file)://.+")] | None = None
     claim_name: Subdomain | None = None
     """A PersistentVolumeClaim of the session's namespace."""
-    secret_name: Subdomain | None = None
+    secret_name: SecretName | None = None
     """The Secret with the credentials for `uri`."""
 
     @model_validator(mode="after")

@@ -3,21 +3,23 @@
 A token is a JSON Web Token (RFC 7519) signed with HMAC-SHA-256 and `urza.signing_key`. Nothing of
 it is stored: it is good until it expires, or until the session that it was made for is revoked.
 
-=============  ======  =======  ======  =====
-permission     reader  session  worker  admin
-=============  ======  =======  ======  =====
-read           yes     yes      yes     yes
-propose                yes      yes     yes
-keep sessions          its own  yes     yes
-work                            yes     yes
-administer                              yes
-=============  ======  =======  ======  =====
+=============  ========  ======  =======  ======  =====
+permission     compiler  reader  session  worker  admin
+=============  ========  ======  =======  ======  =====
+read           yes       yes     yes      yes     yes
+see sessions             yes     its own  yes     yes
+propose                          yes      yes     yes
+keep sessions                    its own  yes     yes
+compile        its own                    yes     yes
+work                                      yes     yes
+administer                                        yes
+=============  ========  ======  =======  ======  =====
 
-*read* blueprints, kernels and artifacts, and sessions (a session token: its own alone; a reader's
-of a namespace: those in it); *propose* blueprints and ask for kernels; *keep sessions*: register
-and update them, in the token's namespace if it is a session's; *work*: claim what is to be
-compiled or validated, and hand in the result; *administer*: delete, archive, make credentials,
-sweep.
+*read* blueprints, kernels and artifacts; *see sessions*; *propose* blueprints and ask for kernels;
+*keep sessions*: register and update them; *compile*: claim a kernel by its name, and hand in its
+artifact and result (a compiler's token is of one kernel); *work*: claim whatever is to be compiled
+or validated; *administer*: delete, archive, make credentials, sweep. Of sessions a token that names
+a namespace reaches those in it alone, an administrator's all.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}")
 class Role(StrEnum):
     """What a token is for, the weakest first."""
 
+    COMPILER = "compiler"
     READER = "reader"
     SESSION = "session"
     WORKER = "worker"
@@ -60,18 +63,22 @@ class Permission(StrEnum):
     """What an endpoint asks for."""
 
     READ = "read"
+    SEE_SESSIONS = "see sessions"
     PROPOSE = "propose"
     KEEP_SESSIONS = "keep sessions"
+    COMPILE = "compile"
     WORK = "work"
     ADMINISTER = "administer"
 
 
-_READER = frozenset({Permission.READ})
+_COMPILER = frozenset({Permission.READ, Permission.COMPILE})
+_READER = frozenset({Permission.READ, Permission.SEE_SESSIONS})
 _SESSION = _READER | {Permission.PROPOSE, Permission.KEEP_SESSIONS}
-_WORKER = _SESSION | {Permission.WORK}
+_WORKER = _SESSION | {Permission.COMPILE, Permission.WORK}
 
 PERMISSIONS: Mapping[Role, frozenset[Permission]] = MappingProxyType(
     {
+        Role.COMPILER: _COMPILER,
         Role.READER: _READER,
         Role.SESSION: _SESSION,
         Role.WORKER: _WORKER,
@@ -86,7 +93,10 @@ class TooWeak(Unauthorized):
 
 @dataclass(frozen=True)
 class Caller:
-    """Whoever holds a token: its role, the session or person it was made for, its namespace."""
+    """Whoever holds a token: its role, whom it was made for, and its namespace.
+
+    That is a session's uid, a kernel, or a name for people to read.
+    """
 
     role: Role
     subject: str
@@ -111,10 +121,9 @@ class Caller:
     def own_namespace(self) -> str | None:
         """The one namespace whose sessions the caller reaches; None: every namespace's.
 
-        Workers and administrators serve the whole hub, whatever their token names.
+        Administrators serve the whole hub, whatever their token names.
         """
-        bound = self.role in {Role.READER, Role.SESSION}
-        return self.namespace if bound and self.namespace else None
+        return self.namespace if self.role is not Role.ADMIN and self.namespace else None
 
     def require_namespace(self, namespace: str) -> None:
         """Refuse a token of one namespace on another.
@@ -133,6 +142,15 @@ class Caller:
         """
         if self.own_session not in {None, uid}:
             raise TooWeak("session", "another than the token's", "the token's own")
+
+    def require_kernel(self, kernel: str) -> None:
+        """Refuse a compiler's token on another kernel.
+
+        Raises:
+            TooWeak: the caller compiles one kernel, and another one.
+        """
+        if self.role is Role.COMPILER and self.subject != kernel:
+            raise TooWeak("kernel", "another than the token's", "the token's own")
 
 
 class Tokens:
@@ -176,8 +194,8 @@ class Tokens:
 
         Args:
             role: what its holder may do.
-            subject: a session's uid, or a name for people to read.
-            namespace: the namespace that the session is in.
+            subject: a session's uid, a compiler's kernel, or a name for people to read.
+            namespace: the one whose sessions its holder reaches; none for all.
             issued_at: by default now.
             expires_at: by default `issued_at` and `lifetime`.
             lifetime: where `expires_at` is left out.

@@ -14,12 +14,18 @@ from datetime import datetime, timedelta
 from pydantic import SecretStr
 
 from esper.contracts.messages import TopicNames
-from esper.services.contracts import IssuedCredentials, OperatorCredentials, SessionCredentials
+from esper.services.contracts import (
+    IssuedCredentials,
+    KernelCredentials,
+    OperatorCredentials,
+    SessionCredentials,
+)
 from esper.services.urza.auth import Role, Tokens
 from esper.services.urza.redis_users import OPERATOR_USER, RedisUser, namespace_user, session_user
 
 TAMIYO = "tamiyo"
-COMPILE_JOBS = "compile-jobs"
+KERNEL_DAYS = 1
+"""How long a compile Job's token lasts at least: it has an hour of work at most."""
 _TOLARIA_PUBLISHES = (
     TopicNames.PACKETS,
     TopicNames.TRANSITIONS,
@@ -102,18 +108,19 @@ class Secrets:
         )
         return self._issued(namespace, token, until, self.namespace_user(namespace), None)
 
-    def of_operator(self, now: datetime, days: int) -> OperatorCredentials:
-        """What the operator is given; the token is the same for all of a UTC day."""
-        since, until = _day(now, days)
+    def of_operator(self) -> OperatorCredentials:
+        """What the operator is given."""
         user = self.operator_user()
         return OperatorCredentials(
-            worker_token=self._tokens.mint(
-                Role.WORKER, COMPILE_JOBS, issued_at=since, expires_at=until
-            ),
             redis_username=user.name if self._has_redis else None,
             redis_password=user.password if self._has_redis else None,
-            expires_at=until,
         )
+
+    def of_kernel(self, kernel: str, now: datetime) -> KernelCredentials:
+        """What the kernel's compile Job is given; the same for all of a UTC day."""
+        since, until = _day(now, KERNEL_DAYS)
+        token = self._tokens.mint(Role.COMPILER, kernel, issued_at=since, expires_at=until)
+        return KernelCredentials(kernel=kernel, hub_token=token, expires_at=until)
 
     def _issued(
         self, namespace: str, token: str, until: datetime, user: RedisUser, uid: str | None

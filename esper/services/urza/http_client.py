@@ -34,6 +34,7 @@ from esper.services.contracts import (
     BlueprintClaim,
     IssuedCredentials,
     KernelClaim,
+    KernelCredentials,
     OperatorCredentials,
     Page,
     SimpleBlueprintContract,
@@ -322,8 +323,14 @@ class HttpUrza(HttpKernelSource):
         )
 
     async def operator_credentials(self) -> OperatorCredentials:
-        """What opens the operator's streams of all namespaces, and its compile Jobs' token."""
+        """What opens the operator's streams of all namespaces."""
         return await self._asked(OperatorCredentials, "POST", "/internal/operator/credentials")
+
+    async def kernel_credentials(self, kernel: str) -> KernelCredentials:
+        """With what that kernel is compiled, and no other."""
+        return await self._asked(
+            KernelCredentials, "POST", f"/internal/requested-kernels/{_kernel(kernel)}/credentials"
+        )
 
     async def revoke_credentials(self, uid: str) -> None:
         """Revoke a session's credentials for good; NotFound where it has none."""

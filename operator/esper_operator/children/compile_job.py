@@ -34,7 +34,7 @@ def manifest(kernel: KernelView, attempt: int, options: Options) -> Json:
         },
         "volumeMounts": [pods.settings_mount(), *pods.temporary_mounts()],
     }
-    volumes = [pods.settings_volume(names.COMPILE), *pods.temporary_volumes()]
+    volumes = [pods.settings_volume(names.kernel_secret(kernel.name)), *pods.temporary_volumes()]
     pod = pods.pod_spec(container, volumes, options)
     pod["restartPolicy"] = "Never"
     pod["tolerations"] = pods.not_ready_tolerations()

@@ -69,6 +69,17 @@ def manifest(session: SessionView, attempt: int, replicas: int, options: Options
     )
 
 
+def refused(spec: TrainingSessionSpec) -> str | None:
+    """What of the pod template is the operator's, as a message; None if nothing."""
+    template = spec.workers.pod_template
+    given = {item["name"] for item in _storage_environment(spec.storage)}
+    for index, item in enumerate(template.env):
+        if item.name in given:
+            place = f"spec.workers.podTemplate.env[{index}].name"
+            return f"{place}: got {item.name}; allowed: others, spec.storage.secretName gives it"
+    return pods.refused_extra(template)
+
+
 def _failure_rules() -> list[Json]:
     """A disruption is no failure, nor is an interruption; bad input stays bad.
 

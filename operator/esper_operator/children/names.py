@@ -12,8 +12,6 @@ import hashlib
 
 TAMIYO = "esper-tamiyo"
 """The Deployment of a namespace's controller, and the Secret of all its controllers."""
-COMPILE = "esper-compile"
-"""The Secret with which the compile Jobs of a namespace ask the hub."""
 RENDEZVOUS_PORT = 29400
 
 
@@ -54,6 +52,11 @@ def seed(session: str, layer: str, slot: int) -> str:
 def compile_job(kernel: str) -> str:
     """The Job that compiles a kernel."""
     return f"compile-{kernel}"
+
+
+def kernel_secret(kernel: str) -> str:
+    """The Secret with which that Job asks the hub."""
+    return f"{kernel}.esper"
 
 
 def rendezvous(session: str, uid: str, attempt: int) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic.alias_generators import to_camel
+
 from esper.contracts.resources import PodTemplate
 from esper_operator.children.objects import Json
 from esper_operator.options import Options
@@ -24,17 +26,17 @@ NOT_READY_SECONDS = 60
 _USER = 65_532
 """Any but root; images need not know it."""
 _UNREACHABLE = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
-_OWN_VOLUMES = ("esper-settings", "esper-tmp", "esper-shm", "esper-run", "esper-claim")
 
 _KEPT_SECURITY = {"runAsUser", "runAsGroup", "fsGroup", "fsGroupChangePolicy", "supplementalGroups"}
 """What `extra.securityContext` may say: who the pod is, as long as that is not root."""
 _OWNED = {
     *("containers", "initContainers", "ephemeralContainers", "volumes", "restartPolicy"),
-    *("hostNetwork", "hostPID", "hostIPC", "hostname", "subdomain", "nodeName"),
-    *("serviceAccount", "automountServiceAccountToken", "enableServiceLinks"),
-    *("shareProcessNamespace", "setHostnameAsFQDN"),
+    *("hostNetwork", "hostPID", "hostIPC", "hostname", "subdomain", "nodeName", "os"),
+    *("serviceAccount", "serviceAccountName", "automountServiceAccountToken"),
+    *("enableServiceLinks", "shareProcessNamespace", "setHostnameAsFQDN", "hostnameOverride"),
 }
 """Fields of a pod's spec that are the operator's alone."""
+_FIELDS = {to_camel(name) for name in PodTemplate.model_fields}
 
 
 def container_security() -> Json:
@@ -138,26 +140,16 @@ def with_template(spec: Json, template: PodTemplate) -> Json:
     """`spec` with what a session's pod template adds; nothing of `spec` is weakened or renamed."""
     merged = dict(spec)
     container = dict(spec["containers"][0])
-    owned = {item["name"] for item in container.get("env", ())}
-    added = [item.to_wire() for item in template.env if item.name not in owned]
-    container["env"] = [*container.get("env", ()), *added]
-    container["envFrom"] = [*container.get("envFrom", ()), *template.env_from]
-    paths = {mount["mountPath"].rstrip("/") for mount in container["volumeMounts"]}
-    container["volumeMounts"] = [
-        *container["volumeMounts"],
-        *(
-            m
-            for m in template.volume_mounts
-            if str(m.get("mountPath", "")).rstrip("/") not in paths
-        ),
-    ]
-    if not container["envFrom"]:
-        del container["envFrom"]
+    added = {
+        "env": template.env,
+        "envFrom": template.env_from,
+        "volumeMounts": template.volume_mounts,
+    }
+    for name, items in added.items():
+        if items:
+            container[name] = [*container.get(name, ()), *(item.to_wire() for item in items)]
     merged["containers"] = [container]
-    merged["volumes"] = [
-        *spec["volumes"],
-        *(v for v in template.volumes if v.get("name") not in _OWN_VOLUMES),
-    ]
+    merged["volumes"] = [*spec["volumes"], *(volume.to_wire() for volume in template.volumes)]
     merged["tolerations"] = [
         *(t for t in not_ready_tolerations() if not _tolerated(t, template.tolerations)),
         *template.tolerations,
@@ -177,12 +169,16 @@ def with_template(spec: Json, template: PodTemplate) -> Json:
 
 
 def refused_extra(template: PodTemplate) -> str | None:
-    """What of `extra` would take over what is the operator's, as a message; None if nothing."""
+    """What of `extra` is the operator's, or has another place, as a message; None if nothing."""
     extra = template.extra or {}
     place = "spec.workers.podTemplate.extra"
     owned = sorted(_OWNED.intersection(extra))
     if owned:
         return f"{place}.{owned[0]}: got a value; allowed: none, the operator sets this field"
+    elsewhere = sorted(_FIELDS.intersection(extra))
+    if elsewhere:
+        field = f"spec.workers.podTemplate.{elsewhere[0]}"
+        return f"{place}.{elsewhere[0]}: got a value; allowed: none, {field} says it"
     security = extra.get("securityContext", {})
     if not isinstance(security, Mapping):
         return f"{place}.securityContext: got {type(security).__name__}; allowed: a mapping"
@@ -201,12 +197,8 @@ def _tolerated(toleration: Json, own: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _with_extra(spec: Json, extra: Mapping[str, Any]) -> Json:
-    """`extra` beside what is there: it adds to lists and to who the pod is."""
-    added = {k: v for k, v in extra.items() if k not in _OWNED and k not in spec}
-    merged = {**added, **spec}
-    for name in ("tolerations", "imagePullSecrets", "hostAliases"):
-        if isinstance(extra.get(name), list) and isinstance(spec.get(name), list):
-            merged[name] = [*spec[name], *extra[name]]
+    """`extra` beside what is there: it adds to who the pod is."""
+    merged = {**extra, **spec}
     security = extra.get("securityContext")
     if isinstance(security, Mapping):
         own = {k: v for k, v in security.items() if k in _KEPT_SECURITY}

@@ -16,7 +16,7 @@ from esper.contracts.resources import (
     TrainingSession,
 )
 from esper.contracts.resources.common import LabelledMeta, SessionMeta
-from esper.services.contracts import IssuedCredentials, OperatorCredentials
+from esper.services.contracts import IssuedCredentials, KernelCredentials
 from esper_operator.children import names
 from esper_operator.children.connections import (
     MANIFEST_FILE,
@@ -26,7 +26,16 @@ from esper_operator.children.connections import (
 from esper_operator.children.objects import Json, child, labels_of, owner_of
 from esper_operator.options import Options
 from esper_operator.times import text_of
-from esper_operator.views import RENEW_ANNOTATION, BlueprintView, SessionView, digest_of_object
+from esper_operator.views import (
+    KERNEL_LABEL,
+    POLICY_ANNOTATION,
+    RENEW_ANNOTATION,
+    BlueprintView,
+    KernelView,
+    MetaView,
+    SessionView,
+    digest_of_object,
+)
 
 RENEWED_SECONDS = 30 * 86_400.0
 """How long the token of a Secret that outlives sessions is used."""
@@ -64,13 +73,12 @@ def manifest(
     """The Secret of a session, with the blueprints of its namespace that it may grow.
 
     It says when its credentials are to be renewed: the hub gives the same user of the bus again,
-    and a token that lasts longer.
+    and a token that lasts longer; and which deletion policy the hub was told of with them.
 
     Raises:
         pydantic.ValidationError: the session's spec is none.
     """
     resources = (_resource(session), *offered(session, blueprints, options))
-    left = issued.expires_at.timestamp() - now
     return child(
         "v1",
         "Secret",
@@ -92,7 +100,10 @@ def manifest(
         labels=labels_of(session),
         owners=(owner_of("TrainingSession", session),),
         known_by=_known_by(session, options),
-        annotations={RENEW_ANNOTATION: text_of(now + max(USED_SHARE * left, LEAST_SECONDS))},
+        annotations={
+            RENEW_ANNOTATION: _renewed(issued.expires_at.timestamp(), now),
+            POLICY_ANNOTATION: session.spec().run_policy.deletion_policy,
+        },
     )
 
 
@@ -111,11 +122,31 @@ def controller_manifest(
 
 
 def compile_manifest(
-    namespace: str, issued: OperatorCredentials, options: Options, now: float
+    kernel: KernelView, issued: KernelCredentials, options: Options, now: float
 ) -> Json:
-    """The Secret with which compile Jobs of a namespace ask the hub; the bus is not theirs."""
-    files = settings_files(options, namespace=namespace, token=issued.worker_token, bus=False)
-    return _settings_secret(namespace, names.COMPILE, files, options, now)
+    """The Secret with which a kernel's compile Job asks the hub; the bus is not its.
+
+    It opens the work on that kernel, and goes with the kernel's object.
+    """
+    files = settings_files(options, namespace=kernel.namespace, token=issued.hub_token, bus=False)
+    return child(
+        "v1",
+        "Secret",
+        kernel.namespace,
+        names.kernel_secret(kernel.name),
+        _opaque(files),
+        labels={**labels_of(role="compile"), KERNEL_LABEL: kernel.name},
+        owners=(owner_of("CompiledKernel", kernel),),
+        known_by=_compiles_by(kernel, options),
+        annotations={RENEW_ANNOTATION: _renewed(issued.expires_at.timestamp(), now)},
+    )
+
+
+def compiles(found: MetaView | None, kernel: KernelView, options: Options, now: float) -> bool:
+    """Whether a kernel's Secret is there, of these settings, and its token lasts."""
+    if found is None or found.deleting or found.renew_after <= now:
+        return False
+    return found.digest == digest_of_object(_compiles_by(kernel, options))
 
 
 def settings_digest(name: str, options: Options, now: float) -> str:
@@ -172,6 +203,14 @@ def _resource(session: SessionView) -> TrainingSession:
 
 def _known_by(session: SessionView, options: Options) -> Json:
     return {"manifest": _resource(session).to_wire(), **connection_of(options)}
+
+
+def _compiles_by(kernel: KernelView, options: Options) -> Json:
+    return {"kernel": kernel.uid, **connection_of(options)}
+
+
+def _renewed(expires: float, now: float) -> str:
+    return text_of(now + max(USED_SHARE * (expires - now), LEAST_SECONDS))
 
 
 def _settings_secret(

@@ -49,13 +49,6 @@ def decide(observed: KernelObserved, options: Options) -> Plan:
     return _compiling(observed, options)
 
 
-def needs_secret(view: KernelView, options: Options) -> bool:
-    """Whether a Job may still come to compile it."""
-    ready = found(_before(view).conditions, Kind.READY)
-    never = ready is not None and ready.reason == Reason.KERNEL_MISMATCH
-    return not (view.deleting or never or _is_settled(view, options))
-
-
 def digest_of_blueprint(observed: KernelObserved, spec: CompiledKernelSpec) -> str | None:
     """The digest of the blueprint that the spec names: an object's, else the catalogue's."""
     if observed.blueprint is not None:
@@ -92,7 +85,8 @@ def _compiling(observed: KernelObserved, options: Options) -> Plan:
     """A Job compiles it; the hub says what came of it."""
     view, job = observed.kernel, observed.job
     order = _asking_again(observed)
-    refused = observed.refusals.get(f"Job/{names.compile_job(view.name)}")
+    wanted = (f"Job/{names.compile_job(view.name)}", f"Secret/{names.kernel_secret(view.name)}")
+    refused = next((key for key in wanted if key in observed.refusals), None)
     if job is not None and job.failed is not None:
         message = _why(observed) or f"Job {job.name}: {job.failed.reason}: {job.failed.message}"
         return _after_failure(observed, job, message, order, options)
@@ -102,15 +96,14 @@ def _compiling(observed: KernelObserved, options: Options) -> Plan:
         missing = observed.secret is None
         return Plan(plan.status, order=order, again_in=ASK_SECONDS, credentials=missing)
     if refused is not None:
-        text = f"Job {names.compile_job(view.name)}: {refused.reason}: {refused.message}"
+        said = observed.refusals[refused]
+        text = f"{refused}: {said.reason}: {said.message}"
         plan = _said(observed, "False", Reason.CHILD_REFUSED, text)
     else:
         plan = _said(observed, "Unknown", Reason.REQUESTED, "its Job is being made")
-    wanted = secret.settings_digest(names.COMPILE, options, observed.now)
-    there = observed.secret
-    if there is not None and there.deleting:
+    if observed.secret is not None and observed.secret.deleting:
         return Plan(plan.status, again_in=ASK_SECONDS)
-    if there is None or there.digest != wanted:
+    if not secret.compiles(observed.secret, view, options, observed.now):
         return Plan(plan.status, credentials=True)
     return Plan(
         plan.status,

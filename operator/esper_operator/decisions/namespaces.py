@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from esper_operator.children import names, secret, tamiyo
-from esper_operator.decisions import kernels
 from esper_operator.decisions.controller import if_changed, is_dedicated, removed
 from esper_operator.observed import NamespaceObserved
 from esper_operator.options import Options
@@ -12,17 +11,17 @@ from esper_operator.status import is_finished, is_ours, record_of
 from esper_operator.views import SessionView
 
 IDLE_SECONDS = 300.0
-"""How long a namespace's controller, and its Secrets, stay after its last session has ended."""
+"""How long a namespace's controller, and its Secret, stay after its last session has ended."""
 
 
 def decide(observed: NamespaceObserved, options: Options) -> Plan:
     """What is to be done about the controller that the sessions of a namespace share.
 
-    Its Secret is that of controllers of their own too. That of compile Jobs is made for a kernel.
+    Its Secret is that of controllers of their own too.
     """
     running = [view for view in observed.sessions if _runs(view)]
     if not running:
-        return _idle(observed, options)
+        return _idle(observed)
     wanted = secret.settings_digest(names.TAMIYO, options, observed.now)
     if observed.secret is not None and observed.secret.deleting:
         return Plan()  # until it has gone, which is heard
@@ -34,23 +33,15 @@ def decide(observed: NamespaceObserved, options: Options) -> Plan:
     return Plan(apply=if_changed(manifest, observed.tamiyo))
 
 
-def _idle(observed: NamespaceObserved, options: Options) -> Plan:
+def _idle(observed: NamespaceObserved) -> Plan:
     """The plan while no session runs: what opens hub and bus goes with who needed it."""
-    compiles = observed.compile_secret is not None and any(
-        kernels.needs_secret(view, options) for view in observed.kernels
-    )
-    mine = observed.tamiyo, observed.secret, None if compiles else observed.compile_secret
-    waiting = _idle_for(observed)
-    if waiting > 0 and any(mine):
+    waiting, view = _idle_for(observed), observed.secret
+    if waiting > 0 and (observed.tamiyo or view):
         return Plan(again_in=waiting)
-    secrets = [view for view in mine[1:] if view is not None and not view.deleting]
-    return Plan(
-        delete=(
-            *removed(observed.tamiyo),
-            *(Deletion("v1", "Secret", view.namespace, view.name, view.uid) for view in secrets),
-        ),
-        again_in=IDLE_SECONDS if compiles else None,
-    )
+    gone = removed(observed.tamiyo)
+    if view is not None and not view.deleting:
+        gone = (*gone, Deletion("v1", "Secret", view.namespace, view.name, view.uid))
+    return Plan(delete=gone)
 
 
 def _runs(view: SessionView) -> bool:

@@ -10,7 +10,7 @@ from esper.contracts.refusals import first_refusal
 from esper.contracts.resources import TrainingSession, TrainingSessionSpec, TrainingSessionStatus
 from esper.errors import one_line
 from esper_operator.children import job as jobs
-from esper_operator.children import names, pods, service
+from esper_operator.children import names, service
 from esper_operator.children.objects import digest_in
 from esper_operator.conditions import MAX_MESSAGE, Kind, Reason, condition, merged
 from esper_operator.decisions import (
@@ -33,6 +33,7 @@ from esper_operator.decisions.workers import (
     has_secret,
     is_going,
     permanent_refusal,
+    policy_is_news,
     readiness,
     refused,
 )
@@ -108,7 +109,7 @@ def _through(scene: Scene, policies: tuple[Policy, ...]) -> Step:
 
 
 def _refused_template(scene: Scene) -> Step:
-    message = pods.refused_extra(scene.spec.workers.pod_template)
+    message = jobs.refused(scene.spec)
     if message is None:
         return Step(scene)
     return Step(scene, End(False, Reason.INVALID_SPEC, message, scene.now))
@@ -194,6 +195,7 @@ def _suspended(step: Step) -> Plan:
         child_statuses=grown.statuses,
         notices=(*step.notices, *_story(scene, record)),
         again_in=soonest(step.again_in, grown.again_in, lost.again_in(scene)),
+        credentials=policy_is_news(scene),
     )
 
 
@@ -226,7 +228,8 @@ def _ended(step: Step, end: End) -> Plan:
 def _finished(scene: Scene) -> Plan:
     """What is left to do for a session that has ended: nothing is made anew but Seeds."""
     left = expiry.left(scene)
-    if left == 0.0:
+    news = policy_is_news(scene)
+    if left == 0.0 and not news:
         notice = Notice("Normal", Reason.EXPIRED, "runPolicy.ttlSecondsAfterFinished has passed")
         return Plan(delete=(expiry.deletion(scene),), notices=(notice,))
     step = progress.told(scene)
@@ -239,7 +242,8 @@ def _finished(scene: Scene) -> Plan:
         apply=grown.apply,
         child_statuses=grown.statuses,
         notices=_story(scene, record),
-        again_in=soonest(left, step.again_in, grown.again_in, lost.again_in(scene)),
+        again_in=soonest(left or None, step.again_in, grown.again_in, lost.again_in(scene)),
+        credentials=news,
     )
 
 

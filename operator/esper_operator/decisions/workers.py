@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from esper.errors import one_line
+from esper.errors import Conflict, one_line
 from esper_operator.children import names, secret
 from esper_operator.conditions import Kind, Reason, Truth, found
 from esper_operator.decisions import attempts, suspension
 from esper_operator.decisions.scene import Scene
-from esper_operator.views import JobView, PodView, Said
+from esper_operator.views import JobView, MetaView, PodView, Said
 
 IMAGE_REASONS = frozenset(
     {
@@ -26,6 +26,8 @@ CONTAINER_REASONS = frozenset(
 _PERMANENT = frozenset({"Invalid", "BadRequest"})
 _MESSAGE = 400
 """Characters of a refusal beside which there is more to say."""
+NOT_OURS = "AlreadyExists"
+"""The reason where a child's name is taken."""
 _UNTYPED = "failed to create typed patch object"
 """What the API server says of a field that no pod has."""
 
@@ -93,18 +95,39 @@ def permanent_refusal(scene: Scene) -> str | None:
 
 
 def has_secret(scene: Scene) -> bool:
-    """Whether the session's Secret is there, of this spec, and its credentials last."""
+    """Whether the session's Secret is there, of this spec, and its credentials last.
+
+    The hub also knows what is to become of what the session keeps.
+    """
     return credentials_last(scene) > 0
 
 
 def credentials_last(scene: Scene) -> float:
     """Seconds until the session's Secret has to be applied anew; 0: now."""
-    name = names.secret(scene.session.name)
+    meta = _secret(scene)
     wanted = secret.digest(scene.session, scene.options)
-    for meta in scene.observed.metas:
-        if meta.kind == "Secret" and meta.name == name and meta.digest == wanted:
-            return 0.0 if meta.deleting else max(0.0, meta.renew_after - scene.now)
-    return 0.0
+    if meta is None or meta.digest != wanted or policy_is_news(scene):
+        return 0.0
+    return max(0.0, meta.renew_after - scene.now)
+
+
+def policy_is_news(scene: Scene) -> bool:
+    """Whether the hub, which knows the session, has to be told of another deletion policy.
+
+    Also of a session that has ended or is suspended: what it keeps there goes by what the hub was
+    told last. One whose credentials were revoked can't be told of any more.
+    """
+    meta = _secret(scene)
+    if meta is None or meta.deletion_policy == scene.spec.run_policy.deletion_policy:
+        return False
+    refused = scene.observed.refusals.get(f"Secret/{meta.name}")
+    return refused is None or refused.reason != Conflict.__name__
+
+
+def _secret(scene: Scene) -> MetaView | None:
+    name = names.secret(scene.session.name)
+    found = (m for m in scene.observed.metas if m.kind == "Secret" and m.name == name)
+    return next((meta for meta in found if not meta.deleting), None)
 
 
 def is_going(scene: Scene, kind: str, name: str) -> bool:
@@ -161,7 +184,7 @@ def _of_pods(scene: Scene, job: JobView) -> Readiness:
 
 
 def _refused(key: str, said: Said) -> Readiness:
-    asked = key.startswith("Secret/")
+    asked = key.startswith("Secret/") and said.reason != NOT_OURS
     reason = Reason.CREDENTIALS_MISSING if asked else Reason.CHILD_REFUSED
     return Readiness("False", reason, _refused_text(key, said))
 

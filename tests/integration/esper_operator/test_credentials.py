@@ -1,6 +1,7 @@
 """Credentials of a session are renewed in time, while its workers go on."""
 
 import base64
+import sqlite3
 
 import pytest
 
@@ -44,3 +45,36 @@ def test_credentials_that_are_due_are_renewed_and_no_worker_is_started_anew(
     assert objects.condition("lasts")["reason"] == "Running"
     workers.succeed()
     objects.wait("lasts", "True")
+
+
+def removes(world, uid):
+    """Whether the hub removes what that session keeps, once it is gone."""
+    hub = sqlite3.connect(f"file:{world.hub.folder.resolve()}/hub.sqlite?mode=ro", uri=True)
+    try:
+        query = "SELECT removes FROM session_credentials WHERE uid = ?"
+        return bool(hub.execute(query, (uid,)).fetchone()[0])
+    finally:
+        hub.close()
+
+
+def test_the_hub_learns_of_another_deletion_policy_also_of_a_session_that_has_ended(
+    world, operator, objects
+):
+    spec = {"runPolicy": {"deletionPolicy": "Delete"}}
+    uid = objects.create(SESSIONS, world.session("keeps", spec=spec))["metadata"]["uid"]
+    workers = Workers(objects, "keeps")
+    before = workers.run()
+    assert removes(world, uid)
+
+    def patched(policy):
+        objects.merge(f"{SESSIONS}/keeps", {"spec": {"runPolicy": {"deletionPolicy": policy}}})
+        wait_for(lambda: removes(world, uid) is (policy == "Delete"), "the hub does not learn it")
+
+    patched("Retain")
+    assert [pod["metadata"]["uid"] for pod in workers.pods()] == [
+        pod["metadata"]["uid"] for pod in before
+    ]
+    patched("Delete")
+    workers.succeed()
+    objects.wait("keeps", "True")
+    patched("Retain")

@@ -58,7 +58,13 @@ def test_demand_01_a_child_that_is_deleted_is_made_again(running, objects, child
     assert len(Workers(objects, running).jobs()) == 1
 
 
-@pytest.mark.parametrize("path", [SEEDS, KERNELS, JOBS, f"{SECRETS}/esper-compile"])
+def made_for_a_kernel(path, item):
+    if path == SECRETS:
+        return item["metadata"]["name"].endswith(".esper")
+    return path != JOBS or role_of(item) == "compile"
+
+
+@pytest.mark.parametrize("path", [SEEDS, KERNELS, JOBS, SECRETS])
 def test_demand_01_what_a_session_grew_is_made_again(world, running, objects, path):
     """A Seed, a CompiledKernel, the Job that compiles it and its Secret."""
     session = objects.get(f"{SESSIONS}/{running}")
@@ -67,15 +73,13 @@ def test_demand_01_what_a_session_grew_is_made_again(world, running, objects, pa
     trainer.asks("low-rank", TARGET)
 
     def grown():
-        if path.startswith(SECRETS):
-            return objects.get(path)
-        found = [item for item in objects.items(path) if path != JOBS or role_of(item) == "compile"]
+        found = [item for item in objects.items(path) if made_for_a_kernel(path, item)]
         assert len(found) <= 1
         return found[0] if found else None
 
     wait_for(lambda: [j for j in objects.items(JOBS) if role_of(j) == "compile"], "no compile Job")
     before = wait_for(grown, f"{path} has none")["metadata"]
-    objects.delete(path if path.startswith(SECRETS) else f"{path}/{before['name']}")
+    objects.delete(f"{path}/{before['name']}")
     after = wait_for(
         lambda: (found := grown()) and uid_of(found) != before["uid"] and found["metadata"],
         f"{path} is not made again",

@@ -14,9 +14,9 @@ from esper_operator.status import record_of
 from esper_operator.views import Said
 from tests.unit.esper_operator.objects import (
     ISSUED,
+    KERNEL_ISSUED,
     NAMESPACE,
     NOW,
-    OPERATOR_ISSUED,
     OPTIONS,
     kernel,
     observed,
@@ -27,7 +27,7 @@ from tests.unit.esper_operator.objects import (
 pytestmark = pytest.mark.xdist_group("cluster")
 
 TEMPLATE = {
-    "env": [{"name": "MINE", "value": "1"}, {"name": "HOME", "value": "/root"}],
+    "env": [{"name": "MINE", "value": "1"}],
     "envFrom": [{"configMapRef": {"name": "c"}}],
     "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "d"}}],
     "volumeMounts": [{"name": "data", "mountPath": "/data"}],
@@ -61,7 +61,7 @@ OTHERS = {
     "service": service.manifest(session()),
     "secret": secret.manifest(session(), ISSUED, OPTIONS, NOW),
     "secret of controllers": secret.controller_manifest(NAMESPACE, ISSUED, OPTIONS, NOW),
-    "secret of compile jobs": secret.compile_manifest(NAMESPACE, OPERATOR_ISSUED, OPTIONS, NOW),
+    "secret of a compile job": secret.compile_manifest(KERNEL, KERNEL_ISSUED, OPTIONS, NOW),
     "tamiyo": tamiyo.shared(NAMESPACE, OPTIONS),
     "own tamiyo": tamiyo.dedicated(session(), OPTIONS),
     "compile job": compile_job.manifest(KERNEL, 1, OPTIONS),
@@ -114,7 +114,7 @@ def test_its_pods_are_restricted(esper_control_plane, team, name):
         ({"tolerations": [{"operator": "Maybe"}]}, "tolerations"),
         ({"volumes": [{"name": "UPPER", "emptyDir": {}}]}, "volumes"),
         ({"volumeMounts": [{"name": "nowhere", "mountPath": "/x"}]}, "nowhere"),
-        ({"envFrom": [{"configMapRef": 3}]}, "configMapRef"),
+        ({"envFrom": [{"configMapRef": {"nme": "c"}}]}, "nme"),
         ({"env": [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "spec.x"}}}]}, "spec.x"),
         ({"affinity": {"nodeAffinity": {"required": 1}}}, "required"),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 from esper.contracts.base import canonical_json
 from esper.contracts.operational import SessionSnapshot
 from esper.contracts.resources import TrainingSession, TrainingSessionStatus
-from esper.services.contracts import IssuedCredentials, OperatorCredentials
+from esper.services.contracts import IssuedCredentials, KernelCredentials
 from esper_operator.children import job as jobs
 from esper_operator.children import names, secret, service
 from esper_operator.children.objects import digest_in, labels_of
@@ -45,7 +45,9 @@ ISSUED = IssuedCredentials(
     redis_password="p@ss/word",
     expires_at=datetime_of(NOW + 86_400),
 )
-OPERATOR_ISSUED = OperatorCredentials(worker_token="worker-token", expires_at=datetime_of(NOW))
+KERNEL_ISSUED = KernelCredentials(
+    kernel="5f" * 20, hub_token="kernel-token", expires_at=datetime_of(NOW + 86_400)
+)
 
 
 def spec(**sections: dict[str, Any]) -> dict[str, Any]:
@@ -234,6 +236,7 @@ def made(view: SessionView) -> tuple[MetaView, ...]:
             names.secret(view.name),
             secret.digest(view, OPTIONS),
             renew_after=NOW + 60 * 86_400,
+            deletion_policy="Retain",
         ),
     )
 

@@ -17,7 +17,7 @@ from esper.contracts.resources import (
     CompiledKernel,
     CompiledKernelStatus,
 )
-from esper_operator.children import compile_job, names, secret
+from esper_operator.children import compile_job, secret
 from esper_operator.decisions import blueprints, kernels, requests
 from esper_operator.observed import BlueprintObserved, KernelObserved, RequestsObserved
 from esper_operator.options import Options
@@ -25,6 +25,7 @@ from esper_operator.plans import Plan
 from esper_operator.views import JobView, KernelView, MetaView, PodView, Said
 from tests.unit.esper.kernel_targets import linear_place
 from tests.unit.esper_operator.objects import (
+    KERNEL_ISSUED,
     NAMESPACE,
     NOW,
     OPTIONS,
@@ -181,12 +182,11 @@ TARGET: KernelTarget = linear_place(6, 5).target
 DIGEST = builtin("affine", {}).digest
 NAME = kernel_id(DIGEST, TARGET)
 SPEC = {"blueprint": "affine", "target": TARGET.to_wire()}
-THERE = MetaView(
-    "Secret",
-    NAMESPACE,
-    names.COMPILE,
-    "secret-1",
-    digest=secret.settings_digest(names.COMPILE, OPTIONS, NOW),
+THERE = MetaView.of(
+    {
+        **(made := secret.compile_manifest(kernel(NAME, SPEC), KERNEL_ISSUED, OPTIONS, NOW)),
+        "metadata": {**made["metadata"], "uid": "secret-1"},
+    }
 )
 
 
@@ -265,9 +265,9 @@ def test_its_job_is_made_once_the_hub_has_it(state: str) -> None:
     assert told(working, CompiledKernelStatus)[1][:2] == ("Unknown", "Compiling")
 
 
-def test_a_secret_of_last_month_is_made_anew() -> None:
+def test_a_secret_of_yesterday_is_made_anew() -> None:
     observed = KernelObserved(
-        kernel(NAME, SPEC), NOW + 31 * 86_400, secret=THERE, stored=asset("proposed")
+        kernel(NAME, SPEC), NOW + 86_400, secret=THERE, stored=asset("proposed")
     )
     assert kernels.decide(observed, OPTIONS).credentials
 

@@ -19,9 +19,9 @@ from esper_operator.times import datetime_of
 from esper_operator.views import DIGEST_ANNOTATION, MetaView, digest_of_object
 from tests.unit.esper_operator.objects import (
     ISSUED,
+    KERNEL_ISSUED,
     NAMESPACE,
     NOW,
-    OPERATOR_ISSUED,
     OPTIONS,
     UID,
     blueprint,
@@ -192,73 +192,6 @@ def test_gpus_and_an_image_of_the_sessions_own() -> None:
     assert "resources" not in plain
 
 
-def test_what_a_template_may_say() -> None:
-    pod = pod_of(
-        template(
-            env=[{"name": "MINE", "value": "1"}, {"name": "HOME", "value": "/root"}],
-            envFrom=[{"configMapRef": {"name": "c"}}],
-            volumes=[{"name": "data", "persistentVolumeClaim": {"claimName": "d"}}],
-            volumeMounts=[{"name": "data", "mountPath": "/data"}],
-            nodeSelector={"pool": "gpu"},
-            tolerations=[{"key": "gpu", "operator": "Exists"}],
-            affinity={"nodeAffinity": {}},
-            runtimeClassName="nvidia",
-            priorityClassName="high",
-            imagePullSecrets=[{"name": "pull"}],
-            terminationGracePeriodSeconds=300,
-            extra={"schedulerName": "mine", "topologySpreadConstraints": [{"maxSkew": 1}]},
-        )
-    )
-    (container,) = pod["containers"]
-    values = {item["name"]: item.get("value") for item in container["env"]}
-    assert values["MINE"] == "1"
-    assert values["HOME"] == "/tmp"
-    assert container["envFrom"] == [{"configMapRef": {"name": "c"}}]
-    assert {"name": "data", "mountPath": "/data"} in container["volumeMounts"]
-    assert pod["volumes"][-1]["name"] == "data"
-    assert pod["nodeSelector"] == {"pool": "gpu"}
-    assert {"key": "gpu", "operator": "Exists"} in pod["tolerations"]
-    assert pod["affinity"] == {"nodeAffinity": {}}
-    assert (pod["runtimeClassName"], pod["priorityClassName"]) == ("nvidia", "high")
-    assert pod["imagePullSecrets"] == [{"name": "pull"}]
-    assert pod["terminationGracePeriodSeconds"] == 300
-    assert pod["schedulerName"] == "mine"
-    assert pod["topologySpreadConstraints"] == [{"maxSkew": 1}]
-
-
-def test_a_session_may_bear_a_lost_node_for_longer() -> None:
-    own = {"key": "node.kubernetes.io/not-ready", "operator": "Exists", "tolerationSeconds": 900}
-    tolerations = pod_of(template(tolerations=[own]))["tolerations"]
-    found = [item for item in tolerations if item["key"] == own["key"]]
-    assert found == [own]
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"volumeMounts": [{"name": "x", "mountPath": "/etc/esper/"}]},
-        {"volumeMounts": [{"name": "x", "mountPath": "/tmp"}]},
-        {"volumes": [{"name": "esper-settings", "emptyDir": {}}]},
-        {"env": [{"name": "ESPER_TOLARIA__ATTEMPT", "value": "9"}]},
-        {"extra": {"automountServiceAccountToken": True}},
-        {"extra": {"securityContext": {"runAsNonRoot": False}}},
-        {"extra": {"containers": [{"name": "worker", "image": "evil"}]}},
-        {"extra": {"initContainers": [{"name": "first"}]}},
-        {"extra": {"hostNetwork": True, "hostPID": True}},
-        {"extra": {"restartPolicy": "Always"}},
-    ],
-)
-def test_a_template_takes_nothing_over_that_is_the_operators(fields: dict[str, Any]) -> None:
-    assert pod_of(template(**fields)) == pod_of(worker(workers={"podTemplate": {}}))
-
-
-def test_who_the_pod_is_may_be_said() -> None:
-    security = pod_of(template(extra={"securityContext": {"runAsUser": 1000, "fsGroup": 5}}))
-    assert security["securityContext"]["runAsUser"] == 1000
-    assert security["securityContext"]["fsGroup"] == 5
-    assert security["securityContext"]["runAsNonRoot"] is True
-
-
 @pytest.mark.parametrize(
     ("storage", "place"),
     [
@@ -396,13 +329,30 @@ def test_one_of_the_catalogues_name_takes_its_place_there() -> None:
 
 def test_settings_of_what_outlives_sessions_are_given_anew_each_month() -> None:
     shared = secret.controller_manifest(NAMESPACE, ISSUED, OPTIONS, NOW)
-    compiling = secret.compile_manifest(NAMESPACE, OPERATOR_ISSUED, OPTIONS, NOW)
-    for manifest, name in ((shared, names.TAMIYO), (compiling, names.COMPILE)):
-        assert manifest["metadata"]["name"] == name
-        assert digest_in(manifest) == secret.settings_digest(name, OPTIONS, NOW)
-        assert digest_in(manifest) != secret.settings_digest(name, OPTIONS, NOW + 31 * 86_400)
+    assert shared["metadata"]["name"] == names.TAMIYO
+    assert digest_in(shared) == secret.settings_digest(names.TAMIYO, OPTIONS, NOW)
+    assert digest_in(shared) != secret.settings_digest(names.TAMIYO, OPTIONS, NOW + 31 * 86_400)
     assert "redis" in yaml.safe_load(files(shared)["esper.yaml"])
-    assert "redis" not in yaml.safe_load(files(compiling)["esper.yaml"])
+
+
+def test_a_compile_job_has_a_secret_of_its_own_kernel_that_goes_with_it() -> None:
+    manifest = secret.compile_manifest(KERNEL, KERNEL_ISSUED, OPTIONS, NOW)
+    volumes = pod_of(ALL["compile"])["volumes"]
+    assert {"secretName": manifest["metadata"]["name"], "defaultMode": 0o440} in [
+        volume.get("secret") for volume in volumes
+    ]
+    (owner,) = manifest["metadata"]["ownerReferences"]
+    assert (owner["kind"], owner["uid"]) == ("CompiledKernel", KERNEL.uid)
+    assert files(manifest)["hub-token"] == "kernel-token"
+    assert "redis" not in yaml.safe_load(files(manifest)["esper.yaml"])
+    view = MetaView.of({**manifest, "kind": "Secret"})
+    assert view.kernel == KERNEL.name
+    assert secret.compiles(view, KERNEL, OPTIONS, NOW)
+    # Its token ends a day after it was given.
+    assert not secret.compiles(view, KERNEL, OPTIONS, NOW + 86_400)
+    other = kernel(KERNEL.name, {"blueprint": "affine"}, uid="made-anew")
+    assert not secret.compiles(view, other, OPTIONS, NOW)
+    assert not secret.compiles(None, KERNEL, OPTIONS, NOW)
 
 
 # -- the rest ---------------------------------------------------------------------------------

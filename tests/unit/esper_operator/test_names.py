@@ -12,7 +12,7 @@ PART = st.sampled_from(
     ["a", "esper", "tamiyo", "compile", "controller", "workers", "own", "1", "0", "abcd", "ijkl"]
 )
 SESSION = st.lists(PART, min_size=1, max_size=4).map("-".join)
-SHARED = {("Deployment", names.TAMIYO), ("Secret", names.TAMIYO), ("Secret", names.COMPILE)}
+SHARED = {("Deployment", names.TAMIYO), ("Secret", names.TAMIYO)}
 
 
 def children(session: str, uid: str, attempt: int, layer: str, slot: int) -> set[tuple[str, str]]:

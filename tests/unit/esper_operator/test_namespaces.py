@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ from tests.unit.esper_operator.objects import (
     deleted,
     deployment,
     job,
-    kernel,
     running,
     session,
     spec,
@@ -113,32 +111,6 @@ def test_it_stays_for_a_while_after_the_last_session(passed: int, gone: bool) ->
 
 
 def test_without_sessions_there_is_none() -> None:
-    gone = [f"Deployment/{names.TAMIYO}", f"Secret/{names.TAMIYO}", f"Secret/{names.COMPILE}"]
-    secret_of_jobs = MetaView("Secret", NAMESPACE, names.COMPILE, "secret-2")
-    assert deleted(planned(tamiyo=CURRENT, compile_secret=secret_of_jobs)) == gone
-    going = replace(secret_of_jobs, deleting=True)
-    assert planned(secret=None, compile_secret=going) == Plan()
+    gone = [f"Deployment/{names.TAMIYO}", f"Secret/{names.TAMIYO}"]
+    assert deleted(planned(tamiyo=CURRENT)) == gone
     assert planned(secret=None) == Plan()
-
-
-@pytest.mark.parametrize(
-    ("ready", "kept"),
-    [
-        ((), True),
-        (("Unknown", "Compiling"), True),
-        (("False", "CompilationFailed"), True),
-        (("True", "Compiled"), False),
-        (("False", "KernelMismatch"), False),
-    ],
-)
-def test_the_secret_of_compile_jobs_stays_while_a_kernel_needs_it(
-    ready: tuple[str, ...], kept: bool
-) -> None:
-    there = MetaView("Secret", NAMESPACE, names.COMPILE, "secret-2")
-    said = {**dict(zip(("status", "reason"), ready, strict=False)), "message": ""}
-    at = {"lastTransitionTime": "2026-01-01T00:00:00Z", "type": "Ready", "observedGeneration": 1}
-    status = {"conditions": [{**said, **at}]} if ready else {}
-    view = kernel("5f" * 20, {"blueprint": "affine"}, status=status)
-    plan = planned(secret=None, compile_secret=there, kernels=(view,))
-    assert deleted(plan) == ([] if kept else [f"Secret/{names.COMPILE}"])
-    assert plan.again_in == (namespaces.IDLE_SECONDS if kept else None)

@@ -12,6 +12,7 @@ from esper_operator.conditions import Kind, Reason
 from esper_operator.decisions import sessions
 from esper_operator.observed import Observed
 from esper_operator.plans import Plan
+from esper_operator.views import Said
 from tests.unit.esper_operator.objects import (
     COMPLETE,
     NOW,
@@ -217,6 +218,11 @@ def decided_raw(view: Any) -> Plan:
         ({"securityContext": {"runAsUser": 0}}, "runAsUser"),
         ({"securityContext": []}, "securityContext"),
         ({"automountServiceAccountToken": True}, "automountServiceAccountToken"),
+        ({"serviceAccountName": "admin"}, "serviceAccountName"),
+        ({"nodeSelector": {"pool": "gpu"}}, "nodeSelector"),
+        ({"terminationGracePeriodSeconds": 5}, "terminationGracePeriodSeconds"),
+        ({"serviceAccount": "admin"}, "serviceAccount"),
+        ({"volumes": [{"name": "host", "hostPath": {"path": "/"}}]}, "volumes"),
     ],
 )
 def test_a_template_that_would_weaken_the_pod_ends_the_session(
@@ -226,6 +232,21 @@ def test_a_template_that_would_weaken_the_pod_ends_the_session(
     assert summary(plan) == ("False", "InvalidSpec")
     assert field in condition_of(plan, Kind.SUCCEEDED)[2]
     assert plan.apply == ()
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (Said("AlreadyExists", "it exists and is not ours"), "ChildRefused"),
+        (Said("HubUnavailable", "no answer"), "CredentialsMissing"),
+    ],
+)
+def test_a_secret_of_somebody_elses_is_told_from_a_hub_that_gives_none(
+    said: Said, reason: str
+) -> None:
+    plan = decided(session(), metas=(), refusals={"Secret/digits-esper": said})
+    assert condition_of(plan, Kind.WORKERS_READY)[1] == reason
+    assert said.message in condition_of(plan, Kind.WORKERS_READY)[2]
 
 
 def test_a_status_that_cannot_be_read_begins_anew_and_catches_up_with_the_jobs() -> None:

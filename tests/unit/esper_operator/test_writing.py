@@ -100,8 +100,34 @@ def test_a_child_is_applied_by_the_operators_own_field_manager() -> None:
         [(method, path, query, sent, kind)] = scene.server.asked
         assert (method, path) == ("PATCH", "/apis/batch/v1/namespaces/team/jobs/first")
         assert query == {"fieldManager": "esper-operator", "force": "true"}
-        assert (sent, kind) == (JOB_MANIFEST, "application/apply-patch+yaml")
+        assert kind == "application/apply-patch+yaml"
+        # Which no object has: one that is there conflicts.
+        assert sent["metadata"].pop("resourceVersion") == "1"
+        assert sent == JOB_MANIFEST
         assert scene.count("done") == 1
+
+    run(body)
+
+
+def test_a_child_that_is_there_is_changed_if_it_is_the_one_that_was_seen() -> None:
+    async def body(scene: Scene) -> None:
+        await scene.writer.apply(JOB_MANIFEST, "j1")
+        sent = scene.server.asked[0][3]["metadata"]
+        assert sent == {"name": "first", "namespace": "team", "uid": "j1"}
+
+    run(body)
+
+
+def test_what_stands_under_a_name_is_looked_up_by_its_metadata_alone() -> None:
+    async def body(scene: Scene) -> None:
+        found = {"metadata": {"name": "first", "uid": "j1"}}
+        scene.server.answer = {"metadata": {"resourceVersion": "5"}, "items": [found]}
+        assert await scene.writer.there(JOB_MANIFEST) == found["metadata"]
+        [(method, path, query, _, _)] = scene.server.asked
+        assert (method, path) == ("GET", "/apis/batch/v1/namespaces/team/jobs")
+        assert query["fieldSelector"] == "metadata.name=first"
+        scene.server.answer = {"metadata": {"resourceVersion": "5"}, "items": []}
+        assert await scene.writer.there(JOB_MANIFEST) is None
 
     run(body)
 

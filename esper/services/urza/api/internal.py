@@ -19,6 +19,7 @@ from esper.services.contracts import (
     BlueprintFilter,
     IssuedCredentials,
     KernelClaim,
+    KernelCredentials,
     KernelFilter,
     LeaseToken,
     OperatorCredentials,
@@ -36,6 +37,7 @@ from esper.services.urza.api.routes import (
     JSON,
     allowed,
     answer,
+    caller_of,
     chunks,
     documented,
     router,
@@ -96,10 +98,11 @@ async def claim_kernel(request: Request, claim: ClaimRequest) -> Response:
 
 @internal.post(
     "/requested-kernels/{kernel}/claim",
-    **allowed(Permission.WORK, documented({200: KernelClaim, 204: None}, 404), takes=JSON),
+    **allowed(Permission.COMPILE, documented({200: KernelClaim, 204: None}, 404), takes=JSON),
 )
 async def claim_that_kernel(request: Request, kernel: KernelPath, claim: ClaimRequest) -> Response:
     """Lease that kernel; 204 where it is settled or another worker has it."""
+    caller_of(request).require_kernel(kernel)
     urza = urza_of(request)
     seconds = claim.lease_seconds or urza.config.lease_seconds
     found = await urza.hub.lease_kernel(kernel, claim.worker, seconds, token=claim.lease)
@@ -108,10 +111,11 @@ async def claim_that_kernel(request: Request, kernel: KernelPath, claim: ClaimRe
 
 @internal.post(
     "/requested-kernels/{kernel}/heartbeat",
-    **allowed(Permission.WORK, documented({200: LeaseExtension}, 404, 409), takes=JSON),
+    **allowed(Permission.COMPILE, documented({200: LeaseExtension}, 404, 409), takes=JSON),
 )
 async def heartbeat_kernel(request: Request, kernel: KernelPath, lease: LeaseRequest) -> Response:
     """Keep a lease; 409 where it is lost, and the work not worth going on with."""
+    caller_of(request).require_kernel(kernel)
     urza = urza_of(request)
     seconds = lease.lease_seconds or urza.config.lease_seconds
     until = await urza.hub.heartbeat_kernel(kernel, lease.lease, seconds)
@@ -121,10 +125,11 @@ async def heartbeat_kernel(request: Request, kernel: KernelPath, lease: LeaseReq
 @internal.post(
     "/requested-kernels/{kernel}/release",
     status_code=204,
-    **allowed(Permission.WORK, documented({204: None}), takes=JSON),
+    **allowed(Permission.COMPILE, documented({204: None}), takes=JSON),
 )
 async def release_kernel(request: Request, kernel: KernelPath, claim: ReleaseRequest) -> Response:
     """Give up a lease, so that anyone may compile the kernel; a lost one changes nothing."""
+    caller_of(request).require_kernel(kernel)
     await urza_of(request).hub.release_kernel(
         kernel, claim.worker, token=claim.lease, blamed=claim.blamed
     )
@@ -133,7 +138,7 @@ async def release_kernel(request: Request, kernel: KernelPath, claim: ReleaseReq
 
 @internal.put(
     "/requested-kernels/{kernel}/artifact",
-    **allowed(Permission.WORK, documented({200: UploadedArtifact}, 404, 409), takes=BINARY),
+    **allowed(Permission.COMPILE, documented({200: UploadedArtifact}, 404, 409), takes=BINARY),
 )
 async def upload_artifact(
     request: Request,
@@ -151,6 +156,7 @@ async def upload_artifact(
 
     It must be a safetensors file with the header that the compiler writes for this kernel.
     """
+    caller_of(request).require_kernel(kernel)
     urza = urza_of(request)
     limit = urza.config.max_artifact_bytes
     if num_bytes > limit:
@@ -167,10 +173,11 @@ async def upload_artifact(
 
 @internal.post(
     "/requested-kernels/{kernel}/result",
-    **allowed(Permission.WORK, documented({200: CompiledKernel}, 404, 409), takes=JSON),
+    **allowed(Permission.COMPILE, documented({200: CompiledKernel}, 404, 409), takes=JSON),
 )
 async def finish_kernel(request: Request, kernel: KernelPath, result: KernelResult) -> Response:
     """Hand in what became of a kernel; the first result under its lease is the one that counts."""
+    caller_of(request).require_kernel(kernel)
     hub = urza_of(request).hub
     if result.metadata is None:
         error = result.error or ""
@@ -360,10 +367,21 @@ async def swept_namespaces(request: Request) -> Response:
     **allowed(Permission.ADMINISTER, documented({200: OperatorCredentials})),
 )
 async def make_operator_credentials(request: Request) -> Response:
-    """What the operator hears sessions of all namespaces with, and its compile Jobs' token."""
+    """What the operator hears sessions of all namespaces with."""
     urza = urza_of(request)
-    issued = urza.secrets.of_operator(utc_now(), urza.config.credential_days)
     await urza.give_user(urza.secrets.operator_user())
+    return answer(urza.secrets.of_operator(), headers={"Cache-Control": "no-store"})
+
+
+@internal.post(
+    "/requested-kernels/{kernel}/credentials",
+    **allowed(Permission.ADMINISTER, documented({200: KernelCredentials}, 404)),
+)
+async def make_kernel_credentials(request: Request, kernel: KernelPath) -> Response:
+    """What one kernel is compiled with, for a Job that may compile no other."""
+    urza = urza_of(request)
+    found = await urza.hub.kernel(kernel)
+    issued = urza.secrets.of_kernel(found.kernel, utc_now())
     return answer(issued, headers={"Cache-Control": "no-store"})
 
 

@@ -1,6 +1,6 @@
 """`/api/v1/sessions/`: training sessions.
 
-A session's own token reaches its own alone, a token of a namespace those in it.
+A session's own token reaches its own alone, a token of a namespace those in it, a compiler's none.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ sessions = router(ROOT, "sessions")
 Uid = Annotated[SessionUid, Path(description="The session's uid.")]
 
 
-@sessions.get("/", **allowed(Permission.READ, documented({200: Page[TrainingSession]})))
+@sessions.get("/", **allowed(Permission.SEE_SESSIONS, documented({200: Page[TrainingSession]})))
 async def list_sessions(request: Request, query: Annotated[SessionQuery, Query()]) -> Response:
     """Sessions that pass the filter, the oldest first, of those that the token reaches."""
     caller, where = caller_of(request), filter_of(query, SessionFilter)
@@ -63,7 +63,9 @@ async def register_session(request: Request, session: TrainingSession) -> Respon
 
 @sessions.get(
     "/{uid}",
-    **allowed(Permission.READ, documented({200: TrainingSession, 304: None}, 404, etag=True)),
+    **allowed(
+        Permission.SEE_SESSIONS, documented({200: TrainingSession, 304: None}, 404, etag=True)
+    ),
 )
 async def read_session(request: Request, uid: Uid) -> Response:
     """One session and its seeds."""

@@ -47,6 +47,7 @@ def test_a_session_token_is_for_one_session(capsys):
     ("arguments", "field"),
     [
         (["--role", "session"], "--subject"),
+        (["--role", "compiler"], "--subject"),
         (["--role", "reader", "--days", "0"], "--days"),
         (["--role", "reader", "--days", "nan"], "--days"),
         (["--role", "reader", "--days", "1e9"], "--days"),

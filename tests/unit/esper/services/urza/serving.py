@@ -46,8 +46,8 @@ def expired(role: Role = Role.ADMIN) -> str:
     return token(role, expires_at=datetime.now(UTC) - timedelta(minutes=1))
 
 
-def bearer(role: Role = Role.ADMIN, subject: str = "tester") -> dict[str, str]:
-    return {"Authorization": f"Bearer {token(role, subject)}"}
+def bearer(role: Role = Role.ADMIN, subject: str = "tester", namespace: str = "") -> dict[str, str]:
+    return {"Authorization": f"Bearer {token(role, subject, namespace=namespace)}"}
 
 
 class Client(httpx.AsyncClient):

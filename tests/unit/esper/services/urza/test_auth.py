@@ -170,10 +170,11 @@ def test_without_a_key_there_are_no_tokens() -> None:
 
 
 MAY = {
-    Role.READER: "read",
-    Role.SESSION: "read, propose, keep sessions",
-    Role.WORKER: "read, propose, keep sessions, work",
-    Role.ADMIN: "read, propose, keep sessions, work, administer",
+    Role.COMPILER: "read, compile",
+    Role.READER: "read, see sessions",
+    Role.SESSION: "read, see sessions, propose, keep sessions",
+    Role.WORKER: "read, see sessions, propose, keep sessions, compile, work",
+    Role.ADMIN: "read, see sessions, propose, keep sessions, compile, work, administer",
 }
 
 
@@ -197,15 +198,22 @@ def test_a_session_reaches_its_own_rows_only() -> None:
         Caller(role, "mine").require_session("yours")
 
 
-def test_readers_and_sessions_reach_the_namespace_of_their_token_only() -> None:
-    for role in (Role.READER, Role.SESSION):
+def test_a_compiler_compiles_its_own_kernel_only() -> None:
+    Caller(Role.COMPILER, "mine").require_kernel("mine")
+    with pytest.raises(TooWeak, match="the token's own"):
+        Caller(Role.COMPILER, "mine").require_kernel("another")
+    for role in (Role.WORKER, Role.ADMIN):
+        Caller(role, "mine").require_kernel("another")
+
+
+def test_all_but_administrators_reach_the_namespace_of_their_token_only() -> None:
+    for role in (Role.READER, Role.SESSION, Role.WORKER):
         Caller(role, "me", "team-a").require_namespace("team-a")
         Caller(role, "me").require_namespace("team-b")
         with pytest.raises(TooWeak, match="the token's own") as caught:
             Caller(role, "me", "team-a").require_namespace("team-b")
         assert "team-b" not in str(caught.value)
-    for role in (Role.WORKER, Role.ADMIN):
-        Caller(role, "me", "team-a").require_namespace("team-b")
+    Caller(Role.ADMIN, "me", "team-a").require_namespace("team-b")
 
 
 def test_the_key_is_shown_nowhere() -> None:

@@ -13,7 +13,8 @@ from redis.exceptions import ConnectionError as RedisAway
 from esper.contracts.assets import MAX_SEEDS, Seed
 from esper.services.urza.api.lists import MAX_PAGE_SESSIONS
 from esper.services.urza.auth import Role
-from tests.unit.esper.services.urza.hubs import UNKNOWN
+from esper.services.urza.wire import LEASE_HEADER
+from tests.unit.esper.services.urza.hubs import DOCUMENT, UNKNOWN, requested
 from tests.unit.esper.services.urza.issuing import BLUEPRINT, made, redis_of, until
 from tests.unit.esper.services.urza.serving import bearer, serving, settings, trained
 
@@ -119,6 +120,84 @@ def test_a_namespaces_token_reads_its_own_sessions_alone(place):
             unknown = await client.get("/api/v1/sessions/uid-3", headers=token)
             assert foreign.status_code == unknown.status_code == 404
             assert foreign.text.replace("uid-2", "") == unknown.text.replace("uid-3", "")
+
+    asyncio.run(life())
+
+
+def test_a_compilers_token_opens_the_work_on_its_own_kernel_alone(place):
+    async def life() -> None:
+        async with serving(settings(place)) as client:
+            session = trained("uid-1", namespace="team-b").to_wire()
+            assert (await client.post("/api/v1/sessions/", json=session)).status_code == 201
+            assert (await client.post("/api/v1/blueprints/", json=BLUEPRINT)).status_code == 201
+            await client.hub.put_blueprint(DOCUMENT)
+            digest = DOCUMENT.digest
+            mine, another = [await requested(client.hub, inputs=inputs) for inputs in (4, 5)]
+            work = "/internal/requested-kernels"
+            issued = (await client.post(f"{work}/{mine}/credentials")).json()
+            assert issued["kernel"] == mine
+            token = {"Authorization": f"Bearer {issued['hubToken']}"}
+            lease = {"lease": "0" * 32}
+            release = {"worker": "forge", **lease}
+            named: tuple[tuple[str, str, Any], ...] = (
+                ("claim", "POST", {"worker": "forge"}),
+                ("heartbeat", "POST", lease),
+                ("release", "POST", release),
+                ("result", "POST", {**lease, "error": "no"}),
+            )
+            for place_, method, body in named:
+                path = f"{work}/{another}/{place_}"
+                answer = await client.request(method, path, json=body, headers=token)
+                assert answer.status_code == 403, path
+            binary = {**token, "Content-Type": "application/octet-stream", LEASE_HEADER: "0" * 32}
+            upload = f"{work}/{another}/artifact?digest={'0' * 64}&bytes=64"
+            answer = await client.put(upload, content=b"0" * 64, headers=binary)
+            assert answer.status_code == 403
+            for method, path, body in (
+                ("GET", "/api/v1/sessions/", None),
+                ("GET", "/api/v1/sessions/uid-1", None),
+                ("PUT", "/api/v1/sessions/uid-1", session),
+                ("POST", "/api/v1/sessions/", session),
+                ("GET", "/api/v1/sessions/uid-1/objects", None),
+                ("GET", "/api/v1/kernels/?session=uid-1", None),
+                ("POST", "/api/v1/blueprints/", BLUEPRINT),
+                ("GET", work, None),
+                ("POST", f"{work}/claim", {"worker": "forge"}),
+                ("POST", "/internal/unvalidated-blueprints/claim", {"worker": "forge"}),
+                ("POST", f"{work}/{mine}/credentials", None),
+            ):
+                answer = await client.request(method, path, json=body, headers=token)
+                assert answer.status_code == 403, path
+            for path in (f"/api/v1/kernels/{mine}", f"/api/v1/blueprints/{digest}"):
+                assert (await client.get(path, headers=token)).status_code == 200
+            claimed = await client.post(
+                f"{work}/{mine}/claim", json={"worker": "forge"}, headers=token
+            )
+            assert claimed.status_code == 200
+            lease = {"lease": claimed.json()["lease"]}
+            beat = await client.post(f"{work}/{mine}/heartbeat", json=lease, headers=token)
+            assert beat.status_code == 200
+
+    asyncio.run(life())
+
+
+def test_a_workers_token_of_a_namespace_keeps_its_sessions_alone(place):
+    async def life() -> None:
+        async with serving(settings(place)) as client:
+            token = bearer(Role.WORKER, namespace="team-a")
+            mine, yours = (
+                trained(uid, namespace=namespace).to_wire()
+                for uid, namespace in (("uid-1", "team-a"), ("uid-2", "team-b"))
+            )
+            for session in (mine, yours):
+                assert (await client.post("/api/v1/sessions/", json=session)).status_code == 201
+            path = "/api/v1/sessions"
+            kept = await client.put(f"{path}/uid-1", json=mine, headers=token)
+            assert kept.status_code == 200
+            refused = await client.put(f"{path}/uid-2", json=yours, headers=token)
+            assert refused.status_code == 403
+            listed = (await client.get(f"{path}/", headers=token)).json()
+            assert [session["uid"] for session in listed["items"]] == ["uid-1"]
 
     asyncio.run(life())
 

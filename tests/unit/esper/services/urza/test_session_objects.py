@@ -13,7 +13,7 @@ import pytest
 from pydantic import SecretStr
 
 from esper.configs import HubConfig
-from esper.errors import BadInput, StorageFull, StoreUnavailable, Unauthorized
+from esper.errors import BadInput, KernelNotFound, StorageFull, StoreUnavailable, Unauthorized
 from esper.services.contracts import IssuedCredentials
 from esper.services.urza.auth import Role
 from esper.services.urza.http_client import HttpUrza
@@ -228,7 +228,7 @@ def test_a_full_hub_says_so(place: Any) -> None:
 
 def test_what_the_operator_asks_the_hub(place: Any) -> None:
     """Typed, over HTTP: blueprints and kernels in outline, credentials, revocation."""
-    from tests.unit.esper.services.urza.hubs import DOCUMENT, OTHER, target
+    from tests.unit.esper.services.urza.hubs import DOCUMENT, OTHER, UNKNOWN, target
 
     async def life() -> None:
         async with (
@@ -249,11 +249,17 @@ def test_what_the_operator_asks_the_hub(place: Any) -> None:
             assert await hub.session_credentials("uid-1", "team") == issued
             operator = await hub.operator_credentials()
             assert operator.redis_username is None, "there is no Redis behind this hub"
-            work = HubConfig(url=url, token=SecretStr(operator.worker_token))
-            async with HttpUrza(work) as worker:
-                await worker.require_work()
+            compiling = await hub.kernel_credentials(asked.kernel)
+            assert await hub.kernel_credentials(asked.kernel) == compiling
+            with pytest.raises(KernelNotFound):
+                await hub.kernel_credentials(UNKNOWN)
+            own = HubConfig(url=url, token=SecretStr(compiling.hub_token))
+            async with HttpUrza(own) as compiler:
+                assert await compiler.lease_kernel(asked.kernel, "forge", 60.0) is not None
                 with pytest.raises(Unauthorized):
-                    await worker.operator_credentials()
+                    await compiler.require_work()
+                with pytest.raises(Unauthorized):
+                    await compiler.operator_credentials()
             await hub.revoke_credentials("uid-1")
             own = HubConfig(url=url, token=SecretStr(issued.hub_token))
             async with HttpUrza(own) as session:
