@@ -88,7 +88,7 @@ def test_a_trainer_says_what_is_frozen_and_ends_in_time_as_a_worker_does(
 ) -> None:
     manifest, run, port = write_session(tmp_path / "session"), tmp_path / "run", free_port()
     worker = stack.workers[0]
-    until(lambda: worker.ready() is None)
+    until(lambda: worker.ready() is None, look_seconds=0.1)
     started = server.start(
         *("serve", "tolaria", manifest, "--output-dir", run, "--config", stack.client_settings),
         *("--set", f"component.health_port={port}"),
@@ -100,7 +100,7 @@ def test_a_trainer_says_what_is_frozen_and_ends_in_time_as_a_worker_does(
     for part in (stack.redis, stack.urza):
         part.freeze()
     # By then the worker's requests are on their way, too.
-    until(lambda: asked(url)[1].count("\n") == 2)
+    until(lambda: asked(url)[1].count("\n") == 2, look_seconds=0.1)
     assert [line.split(":")[0] for line in asked(url)[1].splitlines()] == ["redis.url", "hub.url"]
     os.kill(worker.pid, signal.SIGTERM)
     started.signal(signal.SIGTERM)
@@ -156,7 +156,7 @@ def test_a_worker_is_not_ready_before_it_has_asked(stack: Stack, tmp_path: Path)
             problem = worker.ready() or ""
             assert "redis.url" in problem or "starting" in problem
             time.sleep(0.1)
-        until(lambda: "hub.url" in (worker.ready() or ""))
+        until(lambda: "hub.url" in (worker.ready() or ""), look_seconds=0.1)
 
 
 def kernel(stack: Stack, width: int) -> str:
@@ -241,7 +241,7 @@ def test_one_kernel_is_compiled_by_its_id_and_given_back_at_a_signal(
     asked_for = kernel(stack, 41)
     command = ("compile", "--kernel", asked_for, "--json", "--config", stack.client_settings)
     started = server.start(*command, folder=ROOT)
-    until(lambda: state(stack, asked_for) == "compiling")
+    until(lambda: state(stack, asked_for) == "compiling", look_seconds=0.02)
     started.signal(signal.SIGTERM)
     stopped = ended(started, ENDING_SECONDS)
     assert stopped.status == 130
