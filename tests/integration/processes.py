@@ -103,8 +103,8 @@ def environment():
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def until(condition, process_ended=lambda: False, seconds=600):
-    """Look every millisecond until `condition` holds.
+def until(condition, process_ended=lambda: False, seconds=600, look_seconds=0.001):
+    """Look every millisecond, or as often as is said, until `condition` holds.
 
     Raises:
         TimeoutError: it did not within `seconds`.
@@ -113,7 +113,7 @@ def until(condition, process_ended=lambda: False, seconds=600):
     while not condition():
         if time.monotonic() > deadline or process_ended():
             raise TimeoutError("what was waited for did not happen")
-        time.sleep(0.001)
+        time.sleep(look_seconds)
 
 
 def preload():

@@ -83,12 +83,10 @@ def test_a_session_that_succeeded_is_so_although_the_hub_was_away(
     assert outcome(stack, run) == "Succeeded"
 
 
-def test_a_trainer_says_what_is_frozen_and_ends_in_time_as_a_worker_does(
+def test_a_trainer_says_what_went_away_and_ends_in_time(
     server: Server, stack: Stack, tmp_path: Path
 ) -> None:
     manifest, run, port = write_session(tmp_path / "session"), tmp_path / "run", free_port()
-    worker = stack.workers[0]
-    until(lambda: worker.ready() is None)
     started = server.start(
         *("serve", "tolaria", manifest, "--output-dir", run, "--config", stack.client_settings),
         *("--set", f"component.health_port={port}"),
@@ -99,14 +97,22 @@ def test_a_trainer_says_what_is_frozen_and_ends_in_time_as_a_worker_does(
     assert asked(url) == (200, "ready\n")
     for part in (stack.redis, stack.urza):
         part.freeze()
-    # By then the worker's requests are on their way, too.
     until(lambda: asked(url)[1].count("\n") == 2)
     assert [line.split(":")[0] for line in asked(url)[1].splitlines()] == ["redis.url", "hub.url"]
-    os.kill(worker.pid, signal.SIGTERM)
     started.signal(signal.SIGTERM)
-    began = time.monotonic()
     found = ended(started, ENDING_SECONDS)
     assert found.status == 130, found.err
+
+
+def test_a_worker_ends_in_time_when_all_is_frozen(stack: Stack) -> None:
+    worker = stack.workers[0]
+    worker.start()
+    until(lambda: worker.ready() is None)
+    for part in (stack.redis, stack.urza):
+        part.freeze()
+    time.sleep(1)  # its requests are on their way by now
+    os.kill(worker.pid, signal.SIGTERM)
+    began = time.monotonic()
     while worker.running:
         assert time.monotonic() - began < ENDING_SECONDS
         time.sleep(0.05)
