@@ -14,12 +14,15 @@ from tools.cluster.control_plane import ControlPlane
 from tools.cluster.kubelet import ProcessKubelet
 
 CRDS = Path(__file__).parents[1] / "crds"
+UNTHROTTLED = ("--kube-api-qps=1000", "--kube-api-burst=1000")
+"""The controllers' own limit, 20 requests a second, would have namespaces queue for their end."""
 
 
 @pytest.fixture(scope="session")
 def control_plane(tmp_path_factory):
     """A control plane that all tests of the group share; what it is asked is audited."""
-    with ControlPlane(tmp_path_factory.mktemp("control-plane"), audit=True) as running:
+    folder = tmp_path_factory.mktemp("control-plane")
+    with ControlPlane(folder, audit=True, manager_arguments=UNTHROTTLED) as running:
         yield running
 
 
