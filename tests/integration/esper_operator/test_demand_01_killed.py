@@ -20,5 +20,7 @@ def test_demand_01_an_operator_killed_at_any_change_is_made_up_for(alone):
     with ThreadPoolExecutor(LIVES_AT_ONCE) as at_once:
         lives = list(at_once.map(lambda share: chaos.live(*share), shares))
     assert max(life.slowest_seconds for life in lives) < CONVERGE_SECONDS
+    for share, life in zip(shares, lives, strict=True):
+        assert len(life.killed_at) == sum(point <= life.changes for point in share)
     # Two statuses that become one make a life a change or two shorter.
     assert sum(len(life.killed_at) for life in lives) >= POINTS - 2
