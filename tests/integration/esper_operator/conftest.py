@@ -12,13 +12,6 @@ from tools.cluster.control_plane import wait_for
 from tools.operator_world import Objects, OperatorWorld
 
 
-@pytest.fixture(autouse=True)
-def nodes(request):
-    """Pods have a node in tests that ask for the kubelet, and in no other, whatever ran before."""
-    if "kubelet" not in request.fixturenames:
-        request.getfixturevalue("no_kubelet")
-
-
 def pytest_collection_modifyitems(items):
     """Of these tests those that share an operator come first, so that it is started once."""
     places = [
@@ -29,6 +22,13 @@ def pytest_collection_modifyitems(items):
     )
     for place, item in zip(places, ordered, strict=True):
         items[place] = item
+
+
+@pytest.fixture(autouse=True)
+def nodes(request):
+    """Pods have a node in tests that ask for the kubelet, and in no other, whatever ran before."""
+    if "kubelet" not in request.fixturenames:
+        request.getfixturevalue("no_kubelet")
 
 
 @pytest.fixture(scope="session")
