@@ -136,8 +136,8 @@ class Carrier:
         child = f"{kind.name}/{manifest['metadata']['name']}"
         now = self._clock()
         waits = memory.waits(child, manifest, now)
-        if kind in MENDED:
-            waits = max(waits, memory.paces(child, digest_in(manifest), now))
+        if not waits and kind in MENDED:
+            waits = memory.paces(child, digest_in(manifest), now)
         if waits > 0:
             outcome.soon(waits)
             return False
