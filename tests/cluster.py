@@ -2,7 +2,7 @@
 
 Tests that use them are of the group `cluster`, so that one worker has them:
 ``pytestmark = pytest.mark.xdist_group("cluster")``. A test that kills, freezes or restarts a part
-asks for a `private_…` one.
+asks for a `private_…` one, and leaves all that it has touched at work.
 """
 
 import uuid
@@ -14,12 +14,16 @@ from tools.cluster.control_plane import ControlPlane
 from tools.cluster.kubelet import ProcessKubelet
 
 CRDS = Path(__file__).parents[1] / "crds"
+NODE_GRACE_SECONDS = 5
+UNTHROTTLED = ("--kube-api-qps=1000", "--kube-api-burst=1000")
+"""The controllers' own limit, 20 requests a second, would have namespaces queue for their end."""
 
 
 @pytest.fixture(scope="session")
 def control_plane(tmp_path_factory):
     """A control plane that all tests of the group share; what it is asked is audited."""
-    with ControlPlane(tmp_path_factory.mktemp("control-plane"), audit=True) as running:
+    folder = tmp_path_factory.mktemp("control-plane")
+    with ControlPlane(folder, audit=True, manager_arguments=UNTHROTTLED) as running:
         yield running
 
 
@@ -48,9 +52,12 @@ def no_kubelet(shared_kubelet):
     shared_kubelet.stop()
 
 
-@pytest.fixture
-def private_control_plane(tmp_path):
-    with ControlPlane(tmp_path / "control-plane", audit=True) as running:
+@pytest.fixture(scope="module")
+def private_control_plane(tmp_path_factory):
+    """A control plane of those that break it; a node is missed there after a few seconds."""
+    with ControlPlane(
+        tmp_path_factory.mktemp("control-plane"), audit=True, node_grace_seconds=NODE_GRACE_SECONDS
+    ) as running:
         yield running
 
 

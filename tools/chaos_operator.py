@@ -6,7 +6,8 @@ A real control plane, hub and bus; between operator and API server an HTTP proxy
 kills the operator (SIGKILL) when the API server has done the N-th and before it can hear of it.
 Another operator starts, waits for the lease, and has to bring the session on. A session's life has
 everything in it: two workers made, run, a report with a seed, a kernel asked for, suspended,
-resumed, one of the workers lost, the end, and the end of its time to live.
+resumed, one of the workers lost, the end, and the end of its time to live. Each life has a
+namespace, a lease and an account of its own, so that several can go on at once.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from esper.contracts.blueprints import KernelTarget
 from esper_operator.decisions.attempts import EVIDENCE_SECONDS, FIRST_PAUSE
@@ -32,7 +36,7 @@ from tools.cluster.credentials import write_kubeconfig
 from tools.operator_bus import Trainer
 from tools.operator_process import OperatorProcess
 from tools.operator_workers import DEPLOYMENTS, JOBS, SECRETS, SERVICES, SESSIONS, Workers
-from tools.operator_world import GROUP, OWN_NAMESPACE, Objects, OperatorWorld
+from tools.operator_world import GROUP, Objects, OperatorWorld, allow
 from tools.servers.http_proxy import HttpProxy
 from tools.servers.process import ServerError
 
@@ -66,35 +70,35 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Life:
-    """How a session's life went: changes that the first operator made, and how it ended."""
+    """How a session's life went: changes that its operators made, and those they were killed at."""
 
     changes: int
-    killed_at: str | None
+    killed_at: tuple[str, ...]
     slowest_seconds: float
     """The longest time that something took, with an operator that had the lease."""
 
 
 class Chaos:
-    """Lives of sessions, one after another, each in a namespace of its own."""
+    """Lives of sessions, each in a namespace of its own: they can go on at once."""
 
-    def __init__(self, world: OperatorWorld, *, losing: bool = True) -> None:
-        """`world` runs, without an operator; `losing` says whether lives lose a worker."""
+    def __init__(self, world: OperatorWorld) -> None:
+        """`world` runs, without an operator."""
         self._world = world
-        self._losing = losing
 
-    def live(self, kill_at: int | None) -> Life:
-        """One life, in which the first operator is killed at its change of that number.
+    def live(self, *kill_at: int) -> Life:
+        """One life, in which the operator is killed at the changes of these numbers.
 
         Raises:
             ServerError: something was not as it is to be, in time.
         """
         plane = self._world.plane
         namespace = plane.create_namespace(f"chaos-{uuid.uuid4().hex[:8]}")
+        allow(plane, own=namespace, namespaces=namespace)
         objects = Objects(plane, namespace)
         counted = _in_namespace(namespace)
         try:
             with HttpProxy(plane.api.url, plane.api.context(), counts=counted) as proxy:
-                return _Life(self._world, objects, proxy, kill_at, self._losing).run()
+                return _Life(self._world, objects, proxy, kill_at).run()
         finally:
             objects.close()
             plane.delete_namespace(namespace)
@@ -106,18 +110,14 @@ class _Life:
         world: OperatorWorld,
         objects: Objects,
         proxy: HttpProxy,
-        kill_at: int | None,
-        losing: bool,
+        kill_at: Sequence[int],
     ) -> None:
-        self._losing = losing
         self._world = world
         self._objects = objects
         self._proxy = proxy
         self._kill_at = kill_at
-        self._killed: str | None = None
-        self._changes = 0
-        self._first = self._operator()
-        self._now = self._first
+        self._killed: list[str] = []
+        self._now = self._operator()
         self._slowest = 0.0
         self._over = threading.Event()
         proxy.seen = self._seen
@@ -125,36 +125,40 @@ class _Life:
     def run(self) -> Life:
         keeper = threading.Thread(target=self._keep, daemon=True)
         try:
-            self._first.start()
+            self._now.start()
             keeper.start()
             self._drive()
         finally:
             self._over.set()
             keeper.join()
             self._now.kill()
-        return Life(self._changes, self._killed, round(self._slowest, 2))
+        return Life(self._proxy.count, tuple(self._killed), round(self._slowest, 2))
 
     def _operator(self) -> OperatorProcess:
-        plane = self._world.plane
-        path = plane.folder / f"{self._objects.namespace}.kubeconfig"
-        token = plane.token("esper-operator", OWN_NAMESPACE)
+        plane, own = self._world.plane, self._objects.namespace
+        path = plane.folder / f"{own}.kubeconfig"
+        token = plane.token("esper-operator", own)
         write_kubeconfig(path, server=self._proxy.url, authority=plane.api.certificate, token=token)
-        return self._world.operator(kubeconfig=path, namespaces=self._objects.namespace, **LEASE)
+        settings = {"namespaces": own, "lease_namespace": own, **LEASE}
+        return self._world.operator(kubeconfig=path, **settings)
 
     def _seen(self, number: int, method: str, path: str) -> None:
-        if self._killed is None:
-            self._changes = number
-        if number == self._kill_at and self._killed is None:
-            self._killed = f"{method} {path.partition(self._objects.namespace)[2]}"
-            self._first.kill()
+        if number not in self._kill_at:
+            return
+        self._killed.append(f"{method} {path.partition(self._objects.namespace)[2]}")
+        with suppress(ServerError, psutil.Error):  # it may have ended by itself just now
+            victim = psutil.Process(self._now.pid)
+            victim.kill()
+            while victim.is_running() and victim.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.001)
 
     def _keep(self) -> None:
         """Start another operator when one has died."""
         while not self._over.wait(0.05):
             if not self._now.running:
-                another = self._operator()
-                another.start()
-                self._now = another
+                self._now.kill()  # which has ended, and is let go
+                self._now = self._operator()
+                self._now.start()
 
     def _drive(self) -> None:
         workers = Workers(self._objects, NAME)
@@ -170,8 +174,7 @@ class _Life:
         self._objects.merge(f"{SESSIONS}/{NAME}", {"spec": {"runPolicy": {"suspend": False}}})
         self._soon(lambda: len(self._pending(workers)) == 2, "is not resumed")
         first = workers.run()[0]
-        if self._losing:
-            self._lose(workers, first)
+        self._lose(workers, first)
         self._soon(lambda: self._is("WorkersReady", "True"), "has no ready workers again")
         workers.succeed()
         self._soon(lambda: self._is("Succeeded", "True"), "does not succeed")
@@ -231,8 +234,7 @@ class _Life:
             "kernels": len(self._objects.items(KERNELS)),
             "jobs of an attempt": max(Counter(_attempt(job) for job in workers.jobs()).values()),
         }
-        lost = int(self._losing)
-        allowed = {"attempt": ATTEMPTS - 1 + lost, "failures": lost}
+        allowed = {"attempt": ATTEMPTS, "failures": 1}
         allowed |= dict.fromkeys(("services", "secrets", "seeds", "kernels"), 1)
         allowed["jobs of an attempt"] = 1
         if found != allowed:
@@ -281,7 +283,7 @@ def _attempt(job: dict[str, Any]) -> str:
 
 def _in_namespace(namespace: str) -> Callable[[str, str], bool]:
     def counts(method: str, path: str) -> bool:
-        return f"/namespaces/{namespace}/" in path
+        return f"/namespaces/{namespace}/" in path and "/leases" not in path
 
     return counts
 
@@ -308,12 +310,13 @@ def main() -> int:
         OperatorWorld(Path(folder), plane) as world,
     ):
         chaos = Chaos(world)
-        whole = chaos.live(None)
+        whole = chaos.live()
         sys.stdout.write(f"a life without a death: {whole.changes} changes\n")
         for point in arguments.points or points_of(whole.changes, arguments.sample):
             try:
                 life = chaos.live(point)
-                said = f"{life.killed_at}: lived on, slowest {life.slowest_seconds} s"
+                at = ", ".join(life.killed_at) or "nowhere"
+                said = f"{at}: lived on, slowest {life.slowest_seconds} s"
             except ServerError as error:
                 wrong += 1
                 said = f"WRONG: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -102,7 +103,7 @@ class OperatorWorld:
         self.own = own
         self.hub = HubAndBus(folder / "hub")
         self._stack = ExitStack()
-        self._made = 0
+        self._numbers = itertools.count(1)
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -127,7 +128,6 @@ class OperatorWorld:
         self, *, through: TcpProxy | None = None, kubeconfig: Path | None = None, **settings: Any
     ) -> OperatorProcess:
         """An operator, not started; `settings` are of its section, the way may be a proxy's."""
-        self._made += 1
         config = kubeconfig or self.plane.kubeconfig("esper-operator", self.own, through=through)
         section = {
             "kubeconfig": str(config),
@@ -136,7 +136,7 @@ class OperatorWorld:
             **settings,
         }
         given: dict[str, Mapping[str, Any]] = {**self.hub.settings(), "operator": section}
-        return OperatorProcess(self.folder / f"operator-{self._made}", given)
+        return OperatorProcess(self.folder / f"operator-{next(self._numbers)}", given)
 
     def session(self, name: str, *, spec: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The manifest of a session of two workers."""
@@ -160,6 +160,11 @@ def install(plane: ControlPlane, *, own: str = OWN_NAMESPACE, namespaces: str = 
         if client.get(f"/api/v1/namespaces/{own}").status_code == httpx.codes.NOT_FOUND:
             plane.create_namespace(own)
     plane.install(SOURCES / "crds")
+    allow(plane, own=own, namespaces=namespaces)
+
+
+def allow(plane: ControlPlane, *, own: str, namespaces: str = "") -> None:
+    """What an operator in the namespace `own`, which is there, may do in those that it serves."""
     config = OperatorConfig(namespaces=namespaces, lease_namespace=own)
     roles = manifests(config, namespaced=bool(namespaces))
     plane.kubectl("apply", "-f", "-", given=yaml.safe_dump_all(roles))

@@ -27,6 +27,8 @@ from tools.servers.tcp_proxy import TcpProxy
 
 WAIT_SECONDS = 30.0
 KUBECTL_SECONDS = 120.0
+POLL_SECONDS, POLL_SHARE, LONGEST_POLL_SECONDS = 0.02, 0.05, 0.25
+"""Between two looks: at least, as a share of the time that was waited, and at most."""
 
 Document = Mapping[str, Any]
 
@@ -223,6 +225,8 @@ class ControlPlane:
         `user` is whole, such as ``system:serviceaccount:NAMESPACE:NAME``; None means everyone.
         """
         lines = self.api.audit_log.read_text().splitlines()
+        if user is not None:
+            lines = [line for line in lines if user in line]  # to be parsed, which takes its time
         # The last may be half written; what asks for no object names none.
         events = [{"objectRef": {}, **json.loads(line)} for line in lines if line.endswith("}")]
         return [e for e in events if user is None or e["user"].get("username") == user]
@@ -257,12 +261,15 @@ def _lists(client: httpx.Client, spec: Document) -> bool:
 def wait_for(holds: Callable[[], Any], otherwise: str, *, seconds: float = WAIT_SECONDS) -> Any:
     """The first true answer of `holds`, which is asked again and again.
 
+    What takes long is asked for less often: to ask takes the time of those who are to get there.
+
     Raises:
         ServerError: there was none in time; the message is `otherwise`.
     """
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
     while not (answer := holds()):
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > seconds:
             raise ServerError(f"{otherwise} after {seconds:g} s")
-        time.sleep(0.02)
+        time.sleep(min(max(POLL_SECONDS, POLL_SHARE * waited), LONGEST_POLL_SECONDS))
     return answer

@@ -4,10 +4,24 @@ One of each serves all tests of the group; who kills or cuts something has an op
 Pods have no node: a test that needs them to run says by `Workers` what a kubelet would.
 """
 
+from pathlib import Path
+
 import pytest
 
 from tools.cluster.control_plane import wait_for
 from tools.operator_world import Objects, OperatorWorld
+
+
+def pytest_collection_modifyitems(items):
+    """Of these tests those that share an operator come first, so that it is started once."""
+    places = [
+        place for place, item in enumerate(items) if item.path.is_relative_to(Path(__file__).parent)
+    ]
+    ordered = sorted(
+        (items[place] for place in places), key=lambda item: "operator" not in item.fixturenames
+    )
+    for place, item in zip(places, ordered, strict=True):
+        items[place] = item
 
 
 @pytest.fixture(autouse=True)

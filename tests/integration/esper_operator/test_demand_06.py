@@ -27,7 +27,8 @@ def test_demand_06_a_finished_session_goes_when_its_time_is_over_and_does_not_co
 
 
 def test_demand_06_a_namespace_goes_without_an_operator_and_its_rest_is_swept_later(alone, objects):
-    with alone.operator() as first:
+    # Half of what pods have to end is what a namespace waits before it looks at them again.
+    with alone.operator(stop_seconds=1) as first:
         wait_for(lambda: first.leads, "the operator does not lead")
         for name in ("waits", "runs", "ended"):
             objects.create(SESSIONS, alone.session(name))

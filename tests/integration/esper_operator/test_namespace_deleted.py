@@ -18,6 +18,8 @@ from tools.operator_workers import JOBS, SECRETS, SESSIONS, Workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cluster")]
 GONE_SECONDS = 60.0
+GRACE = {"stop_seconds": 1}
+"""For pods to end; half of it is what a namespace waits before it looks at them again."""
 STATES = ("waiting", "running", "ended", "dropped", "failed", "suspended", "queued")
 RESULT = "results/result.json"
 
@@ -65,7 +67,7 @@ class Outside:
 def test_a_namespace_goes_and_what_its_sessions_had_outside_is_swept(alone, objects, there):
     namespace = objects.namespace
     outside = Outside(alone, namespace)
-    with alone.operator() as operator:
+    with alone.operator(**GRACE) as operator:
         wait_for(lambda: operator.leads, "the operator does not lead")
         uids = {}
         for state in STATES:

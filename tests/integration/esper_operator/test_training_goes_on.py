@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.xdist_group("cluster"),
     pytest.mark.usefixtures("kubelet"),
 ]
-EPOCHS = 60
+EPOCHS = 24
 _SHOWN = re.compile(r"^epoch +(\d+)/", re.MULTILINE)
 
 
