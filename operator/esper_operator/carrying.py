@@ -145,8 +145,8 @@ class Carrier:
         known = manifest if known_by is None else known_by
         now = self._clock()
         waits = memory.waits(child, known, now)
-        if kind in MENDED:
-            waits = max(waits, memory.paces(child, digest_in(manifest), now))
+        if not waits and kind in MENDED:
+            waits = memory.paces(child, digest_in(manifest), now)
         if waits > 0:
             outcome.soon(waits)
             return False

@@ -91,10 +91,11 @@ class Store:
         uid, version = meta["uid"], _version(meta)
         name = (meta["namespace"], meta["name"])
         held = self._versions[kind.name].get(name)
-        if uid in self._deleted:
+        newest = held[1] if held and held[0] == uid else -1
+        if uid in self._deleted or (newest >= version and not applied):
             return ()
         changed = kind in MENDED and self._is_changed(kind, found, applied=applied)
-        if held and held[0] == uid and held[1] >= version and not (applied and held[1] == version):
+        if newest > version or (newest == version and kind not in MENDED):
             return ()
         view = _VIEWS[kind.name]({**found, "kind": kind.name})  # lists and metadata say another
         if changed and isinstance(view, MetaView | DeploymentView):

@@ -54,14 +54,14 @@ def decide(observed: BlueprintObserved, options: Options) -> Plan:
         return Plan(to_apply(view, status), submit=submission, again_in=REFUSED_SECONDS)
     if observed.stored is None:
         return _unasked(observed, submission)
-    told = to_apply(view, _as_stored(observed, observed.stored))
+    written = to_apply(view, _as_stored(observed, observed.stored))
     if observed.stored.state in _SETTLED or _compiled(observed):
-        return Plan(told)
+        return Plan(written)
     pause = _pause(observed)
     left = observed.asked_at + pause - observed.now
     if left > 0:
-        return Plan(told, again_in=left)
-    return Plan(told, submit=submission, again_in=pause)
+        return Plan(written, again_in=left)
+    return Plan(written, submit=submission, again_in=pause)
 
 
 def _pause(observed: BlueprintObserved) -> float:
