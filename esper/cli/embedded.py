@@ -177,6 +177,7 @@ def carry_out(
         parameters_base=sum(p.numel() for p in prepared.model.parameters()),
         epochs=prepared.config.training.epochs,
         threads=prepared.config.training.threads,
+        seeds_per_layer=prepared.config.growth.seeds_per_layer,
         processes=1 if ranks is None else ranks.size,
         attempt=config.tolaria.attempt,
     )

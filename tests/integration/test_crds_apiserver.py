@@ -277,6 +277,27 @@ CHANGES = [
     ("session", {"spec.training.seed": 1}, "training.seed is immutable"),
     ("session", {"spec.workers.replicas": 2}, "workers.replicas is immutable unless"),
     ("session", {"spec.runPolicy.queueName": "q"}, "runPolicy.queueName is immutable unless"),
+    ("session", {"spec.training.epochs": 20}, "training is immutable unless suspended"),
+    ("session", {"spec.training.optimizer": {"name": "sgd"}}, "training is immutable unless"),
+    ("session", {"spec.growth.layers.exclude": ["head"]}, "growth is immutable unless suspended"),
+    ("session", {"spec.storage.claimName": "disk"}, "storage is immutable unless suspended"),
+    ("session", {"spec.workers.image": "other"}, "workers.image is immutable unless suspended"),
+    ("session", {"spec.workers.imagePullPolicy": "Never"}, "workers.imagePullPolicy is immutable"),
+    (
+        "session",
+        {"spec.workers.resources": {"limits": {"memory": "1Gi"}}},
+        "workers.resources is immutable unless suspended",
+    ),
+    (
+        "session",
+        {"spec.workers.podTemplate": {"env": [{"name": "A", "value": "b"}]}},
+        "workers.podTemplate is immutable unless suspended",
+    ),
+    (
+        "session",
+        {"spec.workers.podTemplate": {"extra": {"hostAliases": [{"ip": "10.0.0.1"}]}}},
+        "workers.podTemplate is immutable unless suspended",
+    ),
     ("builtin", {"spec.arguments.units": 9}, "spec is immutable"),
     ("builtin", {"spec.description": "other"}, "spec is immutable"),
     ("graph", {"spec.graph.nodes.1.features": 3}, "spec is immutable"),
@@ -297,8 +318,16 @@ def test_what_is_fixed_stays(plane, namespace, base, changes, message):
 
 
 MENDS = [
-    ({}, {"spec.training.epochs": 20}),
     ({}, {"spec.runPolicy.suspend": True}),
+    ({}, {"spec.workers.minReplicas": 1}),
+    ({"spec.runPolicy.suspend": True}, {"spec.training.epochs": 20}),
+    ({"spec.runPolicy.suspend": True}, {"spec.growth.gates.passes": 3}),
+    ({"spec.runPolicy.suspend": True}, {"spec.storage.claimName": "disk"}),
+    ({"spec.runPolicy.suspend": True}, {"spec.workers.image": "other"}),
+    (
+        {"spec.runPolicy.suspend": True},
+        {"spec.workers.podTemplate": {"env": [{"name": "A", "value": "b"}]}},
+    ),
     ({}, {"spec.runPolicy.activeDeadlineSeconds": 60}),
     ({"spec.runPolicy.suspend": True}, {"spec.workers.replicas": 2}),
     ({"spec.runPolicy.suspend": True}, {"spec.runPolicy.queueName": "q"}),

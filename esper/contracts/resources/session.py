@@ -33,6 +33,17 @@ MAX_FAILURES = 5
 MAX_INTERRUPTED_PODS = 64
 
 
+def _kept_while_it_runs(field: str) -> tuple[str, str]:
+    """The rule that no attempt that runs is given another value of `field`, which is always there.
+
+    Its ranks read the manifest again whenever they are launched.
+    """
+    return (
+        f"self.{field} == oldSelf.{field} || oldSelf.runPolicy.suspend",
+        f"{field} is immutable unless suspended",
+    )
+
+
 class TrainingSessionSpec(ResourceModel):
     """What a person asks for; only `model` and `data` are required."""
 
@@ -66,6 +77,17 @@ class TrainingSessionSpec(ResourceModel):
                 "self.workers.replicas == oldSelf.workers.replicas || oldSelf.runPolicy.suspend || "
                 "has(self.workers.minReplicas)",
                 "workers.replicas is immutable unless suspended or elastic (minReplicas)",
+            ),
+            *map(_kept_while_it_runs, ("training", "growth", "storage")),
+            *(
+                _kept_while_it_runs(f"workers.{field}")
+                for field in ("processesPerWorker", "imagePullPolicy", "resources", "podTemplate")
+            ),
+            (
+                "has(self.workers.image) == has(oldSelf.workers.image) && "
+                "(!has(self.workers.image) || self.workers.image == oldSelf.workers.image) || "
+                "oldSelf.runPolicy.suspend",
+                "workers.image is immutable unless suspended",
             ),
         )
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -82,6 +82,7 @@ class SessionReport:
         parameters_base: int,
         epochs: int,
         threads: int,
+        seeds_per_layer: int = 1,
         processes: int = 1,
         attempt: int = 0,
         clock: Callable[[], datetime] = utc_now,
@@ -94,6 +95,7 @@ class SessionReport:
         self._clock = clock
         self._lock = threading.Lock()
         self._kinds = dict(layers)
+        self._slots = len(layers) * seeds_per_layer
         self._refused = tuple(
             RefusedLayer(name=name, reason=one_line(reason, MAX_REASON))
             for name, reason in list(refused.items())[:MAX_SUMMARIES]
@@ -211,6 +213,7 @@ class SessionReport:
                 time=self._time,
                 layers=self._summaries(),
                 refused_layers=self._refused,
+                seed_counts=self._counts(),
                 seeds=tuple(map(self._told, seeds[:MAX_SNAPSHOT_SEEDS])),
                 seeds_left_out=max(0, len(seeds) - MAX_SNAPSHOT_SEEDS),
                 **self._fields,
@@ -232,7 +235,6 @@ class SessionReport:
             fields = {name: value for name, value in wire.items() if name != "reason"}
             seen = SeedObservation.model_validate(fields)
             self._seed(seen.layer, seen.slot).observe(seen)
-        counts = {SeedState(state): number for state, number in row["seeds"].items()}
         names = ("trainLoss", "validationLoss", "validationMetric")
         # A line of the log has nothing where a number was not finite.
         values = {name: math.nan if row[name] is None else row[name] for name in names}
@@ -241,8 +243,13 @@ class SessionReport:
             "metrics": {name: decimal_text(value) for name, value in values.items()},
             "parameters": row["parameters"],
             "flops": row["flops"],
-            "seed_counts": SeedCounts.of(counts),
         }
+
+    def _counts(self) -> SeedCounts:
+        """Of the seeds as they are told of; slots that were never used are dormant."""
+        counts = Counter(seed.state for seed in self._seeds.values())
+        counts[SeedState.DORMANT] += max(0, self._slots - len(self._seeds))
+        return SeedCounts.of(counts)
 
     def _seed(self, layer: str, slot: int) -> _Seed:
         new = _Seed(layer, slot, SeedState.DORMANT, 0)

@@ -73,8 +73,8 @@ def _heard(scene: Scene) -> float:
 
 
 def _is_news(scene: Scene, snapshot: SessionSnapshot) -> bool:
-    """Whether the status does not show that report yet."""
-    return snapshot.sequence != scene.record.report_sequence
+    """Whether it is newer than the report that the status shows."""
+    return snapshot.sequence > scene.record.report_sequence
 
 
 def _is_past(scene: Scene, written: datetime) -> bool:

@@ -116,3 +116,28 @@ def test_demand_03_a_quota_that_leaves_no_room_for_the_job(world, operator, obje
     hurry(objects, "quota")
     assert objects.wait("quota", "False", seconds=60)["reason"] == "ChildRefused"
     assert objects.items(JOBS) == []
+
+
+def test_demand_03_a_node_that_refuses_the_pods_is_told_and_not_asked_without_a_pause(
+    world, operator, objects
+):
+    workers = started(world, objects, "refused")
+    for attempt in (1, 2, 3):
+        for pod in workers.appear():
+            assert pod["metadata"]["labels"]["esper.dev/attempt"] == str(attempt)
+            reason = {"reason": "UnexpectedAdmissionError", "message": "no such device"}
+            say(objects, pod, phase="Failed", **reason)
+        wait_for(
+            lambda count=attempt: (
+                objects.get(f"{SESSIONS}/refused")["status"].get("fruitlessAttempts") == count
+            ),
+            "the attempt does not count as one that came to nothing",
+        )
+    found = objects.condition("refused")
+    assert (found["status"], found["reason"]) == ("Unknown", "Interrupted")
+    assert "UnexpectedAdmissionError: no such device" in found["message"]
+    wait_for(
+        lambda: objects.condition("refused", "WorkersReady")["reason"] == "BackingOff",
+        "there is no pause",
+    )
+    assert [job["metadata"]["name"].endswith("-3") for job in workers.jobs()] == [True]

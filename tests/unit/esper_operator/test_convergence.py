@@ -189,6 +189,8 @@ def happen(world: World, event: str, number: int) -> None:
         world.disrupt(pod)
     elif event == "delete-pod" and pod is not None:
         pod["metadata"]["deletionTimestamp"] = "2027-01-15T08:00:00Z"
+    elif event == "lose-node" and pod is not None:
+        world.lose(pod)
     elif event == "interrupt" and pod is not None:
         world.end(pod, 75)
     elif event == "fail" and pod is not None:
@@ -225,6 +227,7 @@ EVENTS = (
         "kill-pod",
         "interrupt",
         "kill-node",
+        "lose-node",
         "delete-child",
         "hub",
         "suspend",

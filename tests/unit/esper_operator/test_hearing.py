@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 from esper.contracts.blueprints import KernelTarget, LayerGeometry
@@ -54,6 +55,23 @@ def test_the_newest_snapshot_of_each_session_is_kept() -> None:
     assert second is not None
     assert (first.epoch, second.epoch) == (3, 7)
     assert concerned == ["u1", "u1", "u2"]
+
+
+def test_when_a_snapshot_was_heard_is_by_this_processs_clock_and_the_newest_ones() -> None:
+    began = time.time()
+    reports, _ = taken(standing(time=100.0))
+    first = reports.heard("u1")
+    assert first is not None
+    assert began <= first <= time.time()
+    asyncio.run(reports.take(standing(time=99.0)))
+    asyncio.run(reports.take(standing(time=100.0)))
+    assert reports.heard("u1") == first  # neither is news
+    asyncio.run(reports.take(standing(time=101.0)))
+    second = reports.heard("u1")
+    assert second is not None
+    assert second > first
+    reports.keep_only(())
+    assert reports.heard("u1") is None
 
 
 def test_a_later_attempt_is_newer_whatever_its_sequence() -> None:

@@ -132,7 +132,10 @@ class World:
             self._check_status()
         for deletion in plan.delete:
             self._write()
-            self.delete(deletion.kind, deletion.name, deletion.uid)
+            if deletion.grace_seconds == 0:
+                self._give_up(deletion.name, deletion.uid)
+            else:
+                self.delete(deletion.kind, deletion.name, deletion.uid)
         if plan.credentials:
             self._give_credentials()
         for manifest in plan.apply:
@@ -220,6 +223,14 @@ class World:
         if kind == "Job":
             for pod in self.pods_of(there):
                 pod["metadata"]["deletionTimestamp"] = text_of(self.now)
+
+    def _give_up(self, name: str, uid: str) -> None:
+        """A pod is deleted without grace: it goes once its Job does not hold it any more."""
+        pod = self.pods.get(name)
+        assert pod is not None
+        assert uid == pod["metadata"]["uid"]
+        assert pod["metadata"].get("deletionGracePeriodSeconds") != 0, "it was given up before"
+        pod["metadata"]["deletionGracePeriodSeconds"] = 0
 
     def _check_status(self) -> None:
         assert self.session is not None
@@ -324,9 +335,13 @@ class World:
     def _run(self, pod: Object) -> None:
         """What a node does with a pod, by what the test wants of it."""
         status, meta = pod["status"], pod["metadata"]
+        owner = meta["ownerReferences"][0]["uid"]
+        owned = any(job["metadata"]["uid"] == owner for job in self.jobs())
+        if pod.get("lost"):
+            if not owned and meta.get("deletionGracePeriodSeconds") == 0:
+                del self.pods[meta["name"]]
+            return
         if status["phase"] in ("Succeeded", "Failed"):
-            owner = meta["ownerReferences"][0]["uid"]
-            owned = any(job["metadata"]["uid"] == owner for job in self.jobs())
             if "deletionTimestamp" in meta or not owned:
                 del self.pods[meta["name"]]
             return
@@ -392,6 +407,11 @@ class World:
         item = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}
         pod["status"]["conditions"].append(item)
         pod["metadata"]["deletionTimestamp"] = text_of(self.now)
+
+    def lose(self, pod: Object) -> None:
+        """A pod's node does not answer any more; it is evicted, and nobody ends it."""
+        pod["lost"] = True
+        self.disrupt(pod)
 
     def edit(self, change: Callable[[Object], None]) -> None:
         """A person edits the session's spec."""

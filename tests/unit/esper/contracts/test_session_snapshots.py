@@ -79,6 +79,8 @@ def test_every_field_of_a_status_that_training_determines_comes_from_it() -> Non
         "attempt",
         "attempt_time",
         "failed_attempts",
+        "fruitless_attempts",
+        "report_sequence",
         "replicas",
         "job",
         "disruptions",

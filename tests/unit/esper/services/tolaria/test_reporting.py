@@ -16,6 +16,7 @@ from esper.contracts.operational import (
     SeedTransition,
     SessionSnapshot,
 )
+from esper.contracts.resources import SeedCounts
 from esper.services.tolaria.checkpoints import Written
 from esper.services.tolaria.reporting import SessionReport, fitted
 from esper.services.tolaria.seeds import SeedRecord
@@ -69,7 +70,6 @@ def row(*records: SeedRecord, epoch: int = 3) -> dict[str, Any]:
         "validationMetric": 0.5,
         "parameters": 150,
         "flops": 10**12,
-        "seeds": {"grafting": 1},
         "layers": [{"layer": "head", "healthScore": 0.876}],
         "active": [one.observation().to_wire() | {"reason": "so"} for one in records],
     }
@@ -182,6 +182,21 @@ def test_a_session_that_goes_on_knows_its_seeds_and_their_history() -> None:
     assert (snapshot.epoch, snapshot.parameters) == (3, 150)
     assert snapshot.metrics["trainLoss"] == "NaN"
     assert snapshot.seed_counts.grafting == 1
+
+
+def test_counts_are_those_of_the_seeds_that_are_told_of() -> None:
+    report = report_of(seeds_per_layer=3)
+    assert report.snapshot().seed_counts == SeedCounts(dormant=6)
+    # No epoch's figures have come since.
+    report.transition(moved(S.DORMANT, S.GERMINATED))
+    report.transition(moved(S.DORMANT, S.GERMINATED, slot=2))
+    report.transition(moved(S.GERMINATED, S.TRAINING, slot=2))
+    snapshot = report.snapshot()
+    assert snapshot.seed_counts == SeedCounts(dormant=4, germinated=1, training=1, active=2)
+    report.transition(moved(S.TRAINING, S.CULLED, slot=2))
+    report.transition(moved(S.CULLED, S.DORMANT, slot=2))
+    report.epoch(row())
+    assert report.snapshot().seed_counts == SeedCounts(dormant=5, germinated=1, active=1)
 
 
 def size(snapshot: SessionSnapshot) -> int:

@@ -52,7 +52,6 @@ def row(epoch: int = 1, **rest: Any) -> dict[str, Any]:
         "validationMetric": 0.5,
         "parameters": 150,
         "flops": 10**15,
-        "seeds": {"training": 2, "fossilized": 1},
     } | rest
 
 
@@ -98,7 +97,9 @@ def test_an_epoch_is_written_at_boundaries_where_layers_are_measured(tmp_path: P
     status = status_file(tmp_path)
     status.epoch(row(1))
     assert os.listdir(tmp_path) == []
-    status.epoch(row(2, layers=[{"layer": "hidden.0", "healthScore": 0.876}]))
+    seed = {"layer": "head", "slot": 0, "state": "training", "reason": "a decision"}
+    layers = [{"layer": "hidden.0", "healthScore": 0.876}]
+    status.epoch(row(2, layers=layers, active=[seed]))
     found = read(tmp_path)
     assert found.epoch == 2
     assert found.metrics == {
@@ -107,7 +108,7 @@ def test_an_epoch_is_written_at_boundaries_where_layers_are_measured(tmp_path: P
         "validationMetric": "0.5",
     }
     assert (found.parameters, found.flops) == (150, 10**15)
-    assert (found.seeds.training, found.seeds.fossilized, found.seeds.active) == (2, 1, 2)
+    assert (found.seeds.training, found.seeds.dormant, found.seeds.active) == (1, 1, 1)
     assert [layer.health_percent for layer in found.layers] == [88, None]
     assert found.last_heartbeat_time is not None
 
