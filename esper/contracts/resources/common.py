@@ -133,7 +133,7 @@ Quantity = Annotated[
     str,
     BeforeValidator(_quantity),
     Field(max_length=32, pattern=QUANTITY_PATTERN),
-    WithJsonSchema({"x-kubernetes-int-or-string": True, "pattern": QUANTITY_PATTERN}),
+    WithJsonSchema({"x-kubernetes-int-or-string": True, "minimum": 0, "pattern": QUANTITY_PATTERN}),
 ]
 """A Kubernetes quantity: `2`, `500m`, `4Gi`."""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pydantic import ValidationError
 
 from esper.contracts.refusals import first_refusal
-from esper.contracts.resources import TrainingSession, TrainingSessionSpec, TrainingSessionStatus
+from esper.contracts.resources import TrainingSessionSpec, TrainingSessionStatus
 from esper.errors import one_line
 from esper_operator.children import job as jobs
 from esper_operator.children import service
@@ -248,7 +248,7 @@ def _unreadable(observed: Observed, record: TrainingSessionStatus, error: Valida
     if is_finished(record):
         return Plan()
     session = observed.session
-    refused = first_refusal(error, TrainingSession)
+    refused = first_refusal(error, TrainingSessionSpec)
     message = one_line(
         f"spec.{refused.field}: got {one_line(refused.came)}; allowed: {refused.allowed}",
         MAX_MESSAGE,
