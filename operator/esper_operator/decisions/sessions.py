@@ -279,7 +279,12 @@ def _unreadable(observed: Observed, record: TrainingSessionStatus, error: Valida
 
 
 def _status(scene: Scene, record: TrainingSessionStatus) -> Manifest | None:
-    written = changed(record, observed_generation=scene.session.generation)
+    labels = service.selector(scene.session)
+    written = changed(
+        record,
+        observed_generation=scene.session.generation,
+        selector=",".join(f"{name}={value}" for name, value in labels.items()),
+    )
     return to_apply(scene.session, written)
 
 
