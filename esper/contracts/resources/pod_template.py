@@ -11,7 +11,14 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from esper.contracts.resources.common import (
@@ -23,6 +30,10 @@ from esper.contracts.resources.common import (
 )
 
 Free = dict[str, JsonValue]
+Passed = Annotated[
+    Free, WithJsonSchema({"type": "object", "x-kubernetes-preserve-unknown-fields": True})
+]
+"""As free, but a rule can see whether it is there."""
 FreeItems = Annotated[tuple[Free, ...], Field(strict=False, max_length=64)]
 
 OWN_SECRETS = ("esper-tamiyo",)
@@ -231,11 +242,11 @@ class ProjectedSource(ResourceModel):
     model_config = _one_of("sources", _PROJECTED)
 
     secret: ProjectedSecret | None = None
-    config_map: Free | None = None
+    config_map: Passed | None = None
     """As corev1.ConfigMapProjection."""
-    downward_api: Annotated[Free | None, Field(alias="downwardAPI")] = None
+    downward_api: Annotated[Passed | None, Field(alias="downwardAPI")] = None
     """As corev1.DownwardAPIProjection."""
-    cluster_trust_bundle: Free | None = None
+    cluster_trust_bundle: Passed | None = None
     """As corev1.ClusterTrustBundleProjection."""
 
     @model_validator(mode="after")
@@ -266,16 +277,16 @@ class Volume(ResourceModel):
 
     name: VolumeName
     """Its name; the operator's begin with esper-."""
-    config_map: Free | None = None
+    config_map: Passed | None = None
     """As corev1.ConfigMapVolumeSource."""
     csi: CsiVolume | None = None
-    downward_api: Annotated[Free | None, Field(alias="downwardAPI")] = None
+    downward_api: Annotated[Passed | None, Field(alias="downwardAPI")] = None
     """As corev1.DownwardAPIVolumeSource."""
-    empty_dir: Free | None = None
+    empty_dir: Passed | None = None
     """As corev1.EmptyDirVolumeSource."""
-    ephemeral: Free | None = None
+    ephemeral: Passed | None = None
     """As corev1.EphemeralVolumeSource."""
-    persistent_volume_claim: Free | None = None
+    persistent_volume_claim: Passed | None = None
     """As corev1.PersistentVolumeClaimVolumeSource."""
     projected: ProjectedVolume | None = None
     secret: SecretVolume | None = None
