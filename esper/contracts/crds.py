@@ -145,7 +145,7 @@ def _structural(node: Schema, definitions: dict[str, Schema]) -> Schema:
             schema["properties"] = {
                 name: _structural(item, definitions) for name, item in node["properties"].items()
             }
-        else:
+        elif not PRESERVED.keys() & node.keys():
             schema["additionalProperties"] = _structural(entry_schema(node), definitions)
     return schema
 

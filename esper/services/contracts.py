@@ -251,6 +251,8 @@ class SweptNamespaces(Contract):
     """The namespaces in which a sweep may find something."""
 
     namespaces: tuple[Namespace, ...]
+    as_of: AwareTime
+    """The hub's own time: what it knows from before may be swept if it is gone by now."""
 
 
 class SweepResult(Contract):

@@ -14,6 +14,7 @@ from esper.services.contracts import (
     KernelMetadata,
     OperatorCredentials,
     SweepResult,
+    SweptNamespaces,
 )
 
 
@@ -38,8 +39,8 @@ class Hub(Protocol):
         """With what that kernel is compiled, and no other."""
         ...
 
-    async def namespaces(self) -> tuple[str, ...]:
-        """The namespaces in which a sweep may find something."""
+    async def namespaces(self) -> SweptNamespaces:
+        """The namespaces in which a sweep may find something, and the hub's time for it."""
         ...
 
     async def sweep(

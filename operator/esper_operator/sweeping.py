@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection
-from datetime import UTC, datetime
 
 from esper.errors import EsperError
 from esper_operator.api import ClusterApi
@@ -63,12 +62,11 @@ class Sweep:
     async def once(self) -> None:
         """Sweep every namespace that the hub or the API server knows.
 
-        The hub is asked first and the API server afterwards, and it is told when: a session made
-        in between is left alone.
+        The hub is asked first and the API server afterwards, and it is told when by its own clock:
+        a session made in between is left alone.
         """
-        known = set(await self._hub.namespaces())
-        gathered_at = datetime.now(UTC)
-        live: dict[str, list[str]] = {namespace: [] for namespace in known}
+        known = await self._hub.namespaces()
+        live: dict[str, list[str]] = {namespace: [] for namespace in known.namespaces}
         for served in self._served or (None,):
             async for chunk, _ in self._api.chunks(SESSION, served, {}, metadata_only=True):
                 for found in chunk:
@@ -77,7 +75,7 @@ class Sweep:
         for namespace, uids in live.items():
             if self._served and namespace not in self._served:
                 continue  # another operator's
-            swept = await self._hub.sweep(namespace, uids, gathered_at)
+            swept = await self._hub.sweep(namespace, uids, known.as_of)
             if swept.ended:
                 _log.info("swept", extra={"namespace": namespace, "sessions": len(swept.ended)})
         self._reports.keep_only({uid for uids in live.values() for uid in uids})

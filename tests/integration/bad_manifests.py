@@ -259,6 +259,8 @@ TEXTS = [
     _session("workers.image", ""),
     _session("workers.image", LONG),
     _session("workers.resources.limits.memory", "much"),
+    _session("workers.resources.requests", {"cpu": -1}, "spec.workers.resources.requests.cpu"),
+    _session("workers.podTemplate.sharedMemory", -1),
     _session("workers.podTemplate.sharedMemory", "-1Gi"),
     _session("workers.podTemplate.runtimeClassName", "Upper"),
     _session("workers.podTemplate.env.0", {"name": ""}, "spec.workers.podTemplate.env[0].name"),

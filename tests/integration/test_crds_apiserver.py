@@ -243,9 +243,10 @@ def test_a_session_is_scaled_where_it_may_be(plane, namespace):
     found = kept(plane, namespace, BASES["session"])
     assert found["spec"]["workers"]["replicas"] == 3
     assert found["metadata"]["generation"] == 2
-    set_status(plane, namespace, "ts", "session", {"workers": 3})
+    set_status(plane, namespace, "ts", "session", {"workers": 3, "selector": "a=b"})
     scaled = plane.kubectl("get", "--raw", f"{path_of(namespace)}/session/scale")
-    assert json.loads(scaled)["status"]["replicas"] == 3
+    # What an autoscaler finds the pods with.
+    assert json.loads(scaled)["status"] == {"replicas": 3, "selector": "a=b"}
     with pytest.raises(ServerError, match="replicas"):
         scale(0)
     applied(plane, namespace, changed(BASES["session"], {"metadata.name": "fixed"}))
@@ -298,6 +299,7 @@ CHANGES = [
         {"spec.workers.podTemplate": {"extra": {"hostAliases": [{"ip": "10.0.0.1"}]}}},
         "workers.podTemplate is immutable unless suspended",
     ),
+    ("session", {"spec.runPolicy.managedBy": "example.com/other"}, "managedBy is immutable"),
     ("builtin", {"spec.arguments.units": 9}, "spec is immutable"),
     ("builtin", {"spec.description": "other"}, "spec is immutable"),
     ("graph", {"spec.graph.nodes.1.features": 3}, "spec is immutable"),

@@ -42,6 +42,7 @@ class BlueprintSpec(ResourceModel):
     )
 
     description: Annotated[str, Field(max_length=1024)] = ""
+    """For people to read."""
     hosts: (
         Annotated[
             tuple[LayerKind, ...],
@@ -85,7 +86,9 @@ class BlueprintStatus(ResourceModel):
     """How far the blueprint is."""
 
     observed_generation: Count | None = None
+    """The generation of the spec that this is about."""
     conditions: Conditions = ()
+    """`Ready`: whether it can be compiled."""
     state: Annotated[BlueprintState, Field(strict=False)] = BlueprintState.PROPOSED
     parameters: Count | None = None
     """Of its smallest kernel."""
@@ -147,6 +150,7 @@ class CompiledKernelSpec(ResourceModel):
     model_config = ConfigDict(json_schema_extra=immutable("spec"))
 
     blueprint: ObjectName
+    """The Blueprint's name, or one of the catalogue's."""
     target: Annotated[KernelTarget, BeforeValidator(without_nulls)]
 
 
@@ -154,14 +158,19 @@ class CompiledKernelStatus(ResourceModel):
     """The artifact, and what was measured of it; latency advises people and decides nothing."""
 
     observed_generation: Count | None = None
+    """The generation of the spec that this is about."""
     conditions: Conditions = ()
+    """`Ready`: whether the artifact is in the store."""
     artifact: Annotated[str, Field(max_length=1024)] | None = None
     """Its key in the object store."""
     digest: Annotated[str, Field(max_length=64, pattern=DIGEST_PATTERN)] | None = None
     """SHA-256 of the artifact's bytes."""
     bytes: Count | None = None
+    """Its size."""
     parameters: Count | None = None
+    """Parameters of the kernel."""
     latency_microseconds: Count | None = None
+    """Of one forward, as measured where it was compiled."""
     failed_attempts: Count = 0
     """Jobs that have failed to compile it though it was not at fault."""
 

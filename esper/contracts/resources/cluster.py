@@ -27,7 +27,9 @@ class Resources(ResourceModel):
     """corev1.ResourceRequirements of one worker."""
 
     requests: Quantities = Field(default_factory=dict)
+    """What a node must have free for it."""
     limits: Quantities = Field(default_factory=dict)
+    """What it may use at most; nvidia.com/gpu is equal to processesPerWorker."""
 
 
 class WorkersSpec(ResourceModel):
@@ -48,12 +50,15 @@ class WorkersSpec(ResourceModel):
     )
 
     replicas: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Pods, each of which is one worker."""
     min_replicas: Annotated[int, Field(ge=1, le=4096)] | None = None
     """The fewest workers an elastic session goes on with; absent: not elastic."""
     processes_per_worker: Annotated[int, Field(ge=1, le=64)] = 1
+    """Ranks in each pod; with GPUs one for each."""
     image: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     """Image with Esper and the entry points; absent: the operator's default."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """When a node pulls the image."""
     resources: Resources = Field(default_factory=Resources)
     pod_template: PodTemplate = Field(default_factory=PodTemplate)
 
@@ -79,7 +84,19 @@ class WorkersSpec(ResourceModel):
 class RunPolicySpec(ResourceModel):
     """When a session runs, how long, how often it is tried again, and what stays of it."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "has(self.managedBy) == has(oldSelf.managedBy) && "
+                "(!has(self.managedBy) || self.managedBy == oldSelf.managedBy)",
+                "managedBy is immutable",
+            )
+        )
+    )
+
     suspend: bool = False
+    """Whether it pauses: no pod is left, and training goes on from the newest checkpoint
+    once it is unset."""
     managed_by: Annotated[str, Field(min_length=1, max_length=63)] | None = None
     """Another controller that runs this session; the operator then leaves it alone."""
     startup_deadline_seconds: Seconds = 900
@@ -95,7 +112,9 @@ class RunPolicySpec(ResourceModel):
     deletion_policy: Literal["Retain", "Delete"] = "Retain"
     """What happens to checkpoints and results when the session is deleted."""
     queue_name: ObjectName | None = None
+    """The LocalQueue of Kueue that decides when the workers run."""
     queue_priority_class: LabelValue | None = None
+    """The WorkloadPriorityClass of Kueue with which they wait."""
 
 
 class StorageSpec(ResourceModel):
@@ -109,6 +128,7 @@ class StorageSpec(ResourceModel):
     )
 
     uri: Annotated[str, Field(max_length=1024, pattern="^(s3|file)://.+")] | None = None
+    """A bucket (s3://bucket/folder), or a folder that all workers see (file:///folder)."""
     claim_name: Subdomain | None = None
     """A PersistentVolumeClaim of the session's namespace."""
     secret_name: SecretName | None = None

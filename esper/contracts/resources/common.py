@@ -133,7 +133,7 @@ Quantity = Annotated[
     str,
     BeforeValidator(_quantity),
     Field(max_length=32, pattern=QUANTITY_PATTERN),
-    WithJsonSchema({"x-kubernetes-int-or-string": True, "pattern": QUANTITY_PATTERN}),
+    WithJsonSchema({"x-kubernetes-int-or-string": True, "minimum": 0, "pattern": QUANTITY_PATTERN}),
 ]
 """A Kubernetes quantity: `2`, `500m`, `4Gi`."""
 
@@ -192,12 +192,17 @@ class Condition(ResourceModel):
     """metav1.Condition: one aspect of an object's state as last observed."""
 
     type: Annotated[str, Field(min_length=1, max_length=316)]
+    """Which aspect."""
     status: Literal["True", "False", "Unknown"]
+    """Whether it holds."""
     reason: Annotated[str, Field(min_length=1, max_length=128, pattern="^[A-Z][A-Za-z0-9]*$")]
     """A constant in CamelCase."""
     message: Annotated[str, Field(max_length=32768)] = ""
+    """For people to read: the words of whoever said it."""
     last_transition_time: Time
+    """When the status last changed."""
     observed_generation: Count | None = None
+    """The generation of the spec that it was set for."""
 
 
 Conditions = Annotated[
@@ -226,8 +231,11 @@ class LabelSelectorRequirement(ResourceModel):
     )
 
     key: LabelKey
+    """The label."""
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist"]
+    """What is asked of it."""
     values: Annotated[tuple[LabelValue, ...], Field(strict=False, max_length=64)] = ()
+    """Those that the label may have, or not have, with In and NotIn."""
 
     @model_validator(mode="after")
     def _values_fit_operator(self) -> LabelSelectorRequirement:
@@ -250,9 +258,11 @@ class LabelSelector(ResourceModel):
     """metav1.LabelSelector; an empty one selects everything."""
 
     match_labels: Labels = Field(default_factory=dict)
+    """Labels that must have these values."""
     match_expressions: Annotated[
         tuple[LabelSelectorRequirement, ...], Field(strict=False, max_length=32)
     ] = ()
+    """Other requirements; all must hold."""
 
     def matches(self, labels: Mapping[str, str]) -> bool:
         """Whether an object that carries `labels` is selected."""

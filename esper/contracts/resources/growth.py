@@ -38,6 +38,7 @@ class LayersSpec(ResourceModel):
             json_schema_extra={"x-kubernetes-list-type": "set"},
         ),
     ] = ("Linear", "Conv2d")
+    """Types of layers that may host seeds."""
     include: Globs = ()
     """Globs over layer names such as `features.*`; empty: every layer."""
     exclude: Globs = ()
@@ -126,6 +127,7 @@ class GrowthSpec(ResourceModel):
 
     layers: LayersSpec = Field(default_factory=LayersSpec)
     seeds_per_layer: Annotated[int, Field(ge=1, le=64)] = 1
+    """Slots of each layer that hosts seeds."""
     blueprints: LabelSelector = Field(default_factory=LabelSelector)
     """Which blueprints may germinate; empty: all."""
     budget: BudgetSpec = Field(default_factory=BudgetSpec)

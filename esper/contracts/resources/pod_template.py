@@ -11,7 +11,14 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from esper.contracts.resources.common import (
@@ -23,6 +30,10 @@ from esper.contracts.resources.common import (
 )
 
 Free = dict[str, JsonValue]
+Passed = Annotated[
+    Free, WithJsonSchema({"type": "object", "x-kubernetes-preserve-unknown-fields": True})
+]
+"""As free, but a rule can see whether it is there."""
 FreeItems = Annotated[tuple[Free, ...], Field(strict=False, max_length=64)]
 
 OWN_SECRETS = ("esper-tamiyo",)
@@ -136,16 +147,22 @@ class SecretKey(ResourceModel):
     """corev1.SecretKeySelector."""
 
     name: SecretName
+    """The Secret; none of the operator's."""
     key: Annotated[str, Field(min_length=1, max_length=253)]
+    """Which of its values."""
     optional: bool | None = None
+    """Whether it may be missing."""
 
 
 class VariableSource(ResourceModel):
     """corev1.EnvVarSource."""
 
     field_ref: Free | None = None
+    """A field of the pod, as corev1.ObjectFieldSelector."""
     resource_field_ref: Free | None = None
+    """A resource of the container, as corev1.ResourceFieldSelector."""
     config_map_key_ref: Free | None = None
+    """A key of a ConfigMap, as corev1.ConfigMapKeySelector."""
     secret_key_ref: SecretKey | None = None
 
 
@@ -153,7 +170,9 @@ class EnvironmentVariable(ResourceModel):
     """corev1.EnvVar."""
 
     name: VariableName
+    """Its name; none that the operator sets."""
     value: Annotated[str, Field(max_length=32768)] | None = None
+    """What it is."""
     value_from: VariableSource | None = None
 
 
@@ -161,14 +180,18 @@ class NamedSecret(ResourceModel):
     """corev1.SecretEnvSource, and other references to a Secret by name."""
 
     name: SecretName
+    """The Secret; none of the operator's."""
     optional: bool | None = None
+    """Whether it may be missing."""
 
 
 class EnvironmentSource(ResourceModel):
     """corev1.EnvFromSource."""
 
     prefix: Annotated[str, Field(max_length=253)] | None = None
+    """What the variables' names begin with."""
     config_map_ref: Free | None = None
+    """A ConfigMap whose keys become variables, as corev1.ConfigMapEnvSource."""
     secret_ref: NamedSecret | None = None
 
 
@@ -176,18 +199,26 @@ class SecretVolume(ResourceModel):
     """corev1.SecretVolumeSource."""
 
     secret_name: SecretName
+    """The Secret; none of the operator's."""
     items: FreeItems | None = None
+    """Keys and the files that they become, as corev1.KeyToPath; absent: all."""
     default_mode: Annotated[int, Field(ge=0, le=0o777)] | None = None
+    """The mode of its files, in decimal."""
     optional: bool | None = None
+    """Whether it may be missing."""
 
 
 class CsiVolume(ResourceModel):
     """corev1.CSIVolumeSource."""
 
     driver: Annotated[str, Field(min_length=1, max_length=63)]
+    """The CSI driver."""
     fs_type: Annotated[str, Field(max_length=63)] | None = None
+    """The file system."""
     read_only: bool | None = None
+    """Whether it is mounted read-only."""
     volume_attributes: Free | None = None
+    """What the driver is told."""
     node_publish_secret_ref: NamedSecret | None = None
 
 
@@ -195,8 +226,11 @@ class ProjectedSecret(ResourceModel):
     """corev1.SecretProjection."""
 
     name: SecretName
+    """The Secret; none of the operator's."""
     items: FreeItems | None = None
+    """Keys and the files that they become, as corev1.KeyToPath; absent: all."""
     optional: bool | None = None
+    """Whether it may be missing."""
 
 
 _PROJECTED = ("secret", "configMap", "downwardAPI", "clusterTrustBundle")
@@ -208,9 +242,12 @@ class ProjectedSource(ResourceModel):
     model_config = _one_of("sources", _PROJECTED)
 
     secret: ProjectedSecret | None = None
-    config_map: Free | None = None
-    downward_api: Annotated[Free | None, Field(alias="downwardAPI")] = None
-    cluster_trust_bundle: Free | None = None
+    config_map: Passed | None = None
+    """As corev1.ConfigMapProjection."""
+    downward_api: Annotated[Passed | None, Field(alias="downwardAPI")] = None
+    """As corev1.DownwardAPIProjection."""
+    cluster_trust_bundle: Passed | None = None
+    """As corev1.ClusterTrustBundleProjection."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ProjectedSource:
@@ -222,7 +259,9 @@ class ProjectedVolume(ResourceModel):
     """corev1.ProjectedVolumeSource."""
 
     sources: Annotated[tuple[ProjectedSource, ...], Field(strict=False, max_length=64)]
+    """What lies in it together."""
     default_mode: Annotated[int, Field(ge=0, le=0o777)] | None = None
+    """The mode of its files, in decimal."""
 
 
 _VOLUMES = (
@@ -237,12 +276,18 @@ class Volume(ResourceModel):
     model_config = _one_of("volumes", _VOLUMES)
 
     name: VolumeName
-    config_map: Free | None = None
+    """Its name; the operator's begin with esper-."""
+    config_map: Passed | None = None
+    """As corev1.ConfigMapVolumeSource."""
     csi: CsiVolume | None = None
-    downward_api: Annotated[Free | None, Field(alias="downwardAPI")] = None
-    empty_dir: Free | None = None
-    ephemeral: Free | None = None
-    persistent_volume_claim: Free | None = None
+    downward_api: Annotated[Passed | None, Field(alias="downwardAPI")] = None
+    """As corev1.DownwardAPIVolumeSource."""
+    empty_dir: Passed | None = None
+    """As corev1.EmptyDirVolumeSource."""
+    ephemeral: Passed | None = None
+    """As corev1.EphemeralVolumeSource."""
+    persistent_volume_claim: Passed | None = None
+    """As corev1.PersistentVolumeClaimVolumeSource."""
     projected: ProjectedVolume | None = None
     secret: SecretVolume | None = None
 
@@ -256,30 +301,49 @@ class VolumeMount(ResourceModel):
     """corev1.VolumeMount."""
 
     name: Annotated[str, Field(min_length=1, max_length=63)]
+    """The volume."""
     mount_path: MountPath
+    """Where it is seen; no place of the operator's."""
     sub_path: Annotated[str, Field(max_length=1024)] | None = None
+    """A path within the volume."""
     sub_path_expr: Annotated[str, Field(max_length=1024)] | None = None
+    """One that names variables."""
     read_only: bool | None = None
+    """Whether nothing can be written."""
     recursive_read_only: Annotated[str, Field(max_length=32)] | None = None
+    """Whether that holds for what is mounted below, too."""
     mount_propagation: Annotated[str, Field(max_length=32)] | None = None
+    """How mounts reach the container from its host."""
 
 
 class PodTemplate(ResourceModel):
     """The fields of a worker pod that a session may set; free-form ones are passed on."""
 
     env: Annotated[tuple[EnvironmentVariable, ...], Field(strict=False, max_length=128)] = ()
+    """Variables of the worker."""
     env_from: Annotated[tuple[EnvironmentSource, ...], Field(strict=False, max_length=64)] = ()
+    """Sources whose keys become variables."""
     volumes: Annotated[tuple[Volume, ...], Field(strict=False, max_length=64)] = ()
+    """Volumes of the pod."""
     volume_mounts: Annotated[tuple[VolumeMount, ...], Field(strict=False, max_length=64)] = ()
+    """Where the worker sees them."""
     node_selector: Labels = Field(default_factory=dict)
+    """Labels that a node must have."""
     tolerations: FreeItems = ()
+    """Taints that are borne, as corev1.Toleration."""
     affinity: Free | None = None
+    """Which nodes and neighbours are wanted, as corev1.Affinity."""
     runtime_class_name: Subdomain | None = None
+    """The RuntimeClass."""
     priority_class_name: Subdomain | None = None
+    """The PriorityClass."""
     image_pull_secrets: FreeItems = ()
+    """Secrets with which the image is pulled, as corev1.LocalObjectReference."""
     shared_memory: Quantity | None = None
     """Size of the memory-backed /dev/shm."""
     termination_grace_period_seconds: Annotated[int, Field(ge=0, le=86_400)] | None = None
+    """For a worker to write a checkpoint once it is asked to stop; absent: the operator's
+    default."""
     extra: Free | None = None
     """Other fields of the pod's spec; the API server checks them when the pod is made.
 

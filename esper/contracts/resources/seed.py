@@ -30,30 +30,42 @@ class SeedSpec(ResourceModel):
     model_config = ConfigDict(json_schema_extra=immutable("spec"))
 
     session: SessionName
+    """The session's name."""
     layer: Annotated[str, Field(min_length=1, max_length=512)]
+    """The layer, as the model calls it."""
     slot: Annotated[int, Field(ge=0, le=63)]
+    """Which of the layer's slots."""
 
 
 class SeedTransitionStatus(ResourceModel):
     """One step of the seed's life."""
 
     time: Time
+    """When."""
     epoch: Count
+    """Epochs completed by then."""
     previous: State
     current: State
     reason: Text = ""
+    """Why."""
 
 
 class SeedStatus(ResourceModel):
     """How the seed stands."""
 
     observed_generation: Count | None = None
+    """The generation of the spec that this is about."""
     conditions: Conditions = ()
+    """None so far."""
     state: State = SeedState.DORMANT
     blueprint: Annotated[str, Field(max_length=253)] | None = None
+    """What grows."""
     kernel: Annotated[str, Field(max_length=253)] | None = None
+    """The kernel that it was made from."""
     alpha_percent: Percent = 0
+    """Its share in the layer's output."""
     health_percent: Percent | None = None
+    """Health of its layer when it was last probed; 100 is best."""
     contribution: DecimalText | None = None
     """Gain in nats a sample, as last measured."""
     cycle: Count = 0

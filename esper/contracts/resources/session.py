@@ -131,11 +131,17 @@ class SeedCounts(ResourceModel):
     """Slots by the state of their seed."""
 
     dormant: Count = 0
+    """Slots that nothing grows in."""
     germinated: Count = 0
+    """Waiting for their trial."""
     training: Count = 0
+    """Learning in the shadow of their host."""
     grafting: Count = 0
+    """Being blended in."""
     fossilized: Count = 0
+    """Part of the model."""
     culled: Count = 0
+    """Given up; the slot rests."""
     active: Count = 0
     """Germinated, training and grafting together."""
 
@@ -151,26 +157,35 @@ class LayerSummary(ResourceModel):
     """One host layer as last observed."""
 
     name: Annotated[str, Field(min_length=1, max_length=512)]
+    """As the model calls it."""
     kind: Annotated[str, Field(max_length=64)]
+    """Its type."""
     seeds: Count = 0
     """Seeds of the layer that have left dormancy."""
     health_percent: Percent | None = None
+    """Health when it was last probed; 100 is best."""
 
 
 class RefusedLayer(ResourceModel):
     """A layer of a hostable type that hosts nothing, and why."""
 
     name: Annotated[str, Field(min_length=1, max_length=512)]
+    """As the model calls it."""
     reason: Text
+    """Why it hosts nothing."""
 
 
 class Failure(ResourceModel):
     """How one worker failed."""
 
     pod: Annotated[str, Field(max_length=253)]
+    """The worker's pod."""
     exit_code: Annotated[int, Field(ge=0, le=255)]
+    """That of its container."""
     reason: Text
+    """What the worker, or the node, said."""
     time: Time | None = None
+    """When it ended."""
 
 
 class CheckpointStatus(ResourceModel):
@@ -179,14 +194,18 @@ class CheckpointStatus(ResourceModel):
     name: Annotated[str, Field(min_length=1, max_length=1024)]
     """Where it lies, relative to the session's storage, such as `checkpoints/epoch-000012`."""
     epoch: Count
+    """Epochs completed in it."""
     time: Time | None = None
+    """When it was written."""
 
 
 class TrainingSessionStatus(ResourceModel):
     """What was observed. Decimals are strings, shares whole percents."""
 
     observed_generation: Count | None = None
+    """The generation of the spec that this is about."""
     conditions: Conditions = ()
+    """`Succeeded` sums up; `Suspended`, `WorkersReady`, `ControllerReady`, `Checkpointed`."""
     attempt: Count = 0
     """Every Job of the session is one; one that is suspended, resized or disrupted is followed by
     the next as one that failed is."""
@@ -212,20 +231,28 @@ class TrainingSessionStatus(ResourceModel):
     epoch: Count = 0
     """Epochs completed."""
     epochs: Count = 0
+    """Epochs to complete."""
     metrics: Annotated[dict[str, DecimalText], Field(max_length=32)] = Field(default_factory=dict)
     """The last epoch's: `trainLoss`, `validationLoss`, `validationMetric`; at the end `test`."""
     parameters_base: Count = 0
+    """Parameters of the model as it was given."""
     parameters: Count = 0
+    """Those of the model as it has grown."""
     flops: Count = 0
     """Spent so far, trials included; 2 per multiply-add, forward and backward."""
     seeds: SeedCounts = Field(default_factory=SeedCounts)
+    """Slots by the state of their seed."""
     layers: Annotated[tuple[LayerSummary, ...], Field(strict=False, max_length=MAX_SUMMARIES)] = ()
+    """The first 64 layers that host seeds."""
     refused_layers: Annotated[
         tuple[RefusedLayer, ...], Field(strict=False, max_length=MAX_SUMMARIES)
     ] = ()
+    """Layers of a hostable type that host nothing."""
     checkpoint: CheckpointStatus | None = None
     workers: Count = 0
     """Workers that are ready."""
+    selector: Annotated[str, Field(max_length=512)] | None = None
+    """Selects the workers' pods, for whoever scales the session."""
     threads: Count = 0
     """CPU threads that each process computes with."""
     last_heartbeat_time: Time | None = None
@@ -233,11 +260,13 @@ class TrainingSessionStatus(ResourceModel):
     report_sequence: Count = 0
     """The number of that report: what is told again is no sign of life."""
     start_time: Time | None = None
+    """When the first Job began."""
     active_since: Time | None = None
     """Since when it has been neither suspended nor in a queue; absent while it is."""
     active_seconds: Count = 0
     """How long it was active before that."""
     completion_time: Time | None = None
+    """When the session ended."""
 
 
 class TrainingSession(Resource):
@@ -259,6 +288,7 @@ class TrainingSession(Resource):
     scale: ClassVar[dict[str, str] | None] = {
         "specReplicasPath": ".spec.workers.replicas",
         "statusReplicasPath": ".status.workers",
+        "labelSelectorPath": ".status.selector",
     }
 
     kind: Literal["TrainingSession"]

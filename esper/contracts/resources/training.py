@@ -55,8 +55,11 @@ class OptimizerSpec(ResourceModel):
     )
 
     name: Literal["adamw", "adam", "sgd", "rmsprop"] = "adamw"
+    """Which of torch's optimisers."""
     learning_rate: Annotated[float, Field(gt=0, le=100)] = 0.001
+    """At its highest, after the warm-up."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Decoupled from the gradient with adamw, added to it otherwise."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """For sgd and rmsprop."""
     betas: Annotated[tuple[Beta, ...], Field(strict=False, min_length=2, max_length=2)] = (
@@ -80,7 +83,9 @@ class ScheduleSpec(ResourceModel):
     """The learning rate over the epochs: a linear warm-up, then the named course."""
 
     name: Literal["constant", "cosine", "linear", "step"] = "constant"
+    """The course after the warm-up."""
     warmup_epochs: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Epochs over which the learning rate rises."""
     final_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """For cosine and linear: the last learning rate over the first."""
     step_epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
@@ -93,7 +98,9 @@ class CheckpointSpec(ResourceModel):
     """When snapshots are written, how many stay, and which one to start from."""
 
     every_epochs: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """Epochs between two checkpoints."""
     keep: Annotated[int, Field(ge=1, le=1000)] = 2
+    """How many of the newest stay."""
     resume_from: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     """A checkpoint of another session: a folder or an object-store address."""
 
@@ -118,6 +125,7 @@ class TrainingSpec(ResourceModel):
     )
 
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
+    """Passes over the training data."""
     batch_size: Annotated[int, Field(ge=1, le=1_048_576)] = 64
     """Samples in a batch, over all processes together."""
     seed: Annotated[
@@ -128,6 +136,7 @@ class TrainingSpec(ResourceModel):
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """CPU threads a process computes with; part of what makes a run repeatable."""
     precision: Literal["float32", "bfloat16"] = "float32"
+    """What forward and backward compute in; parameters stay in float32."""
     objective: Annotated[str, Field(max_length=253, pattern=OBJECTIVE_PATTERN)] = "classification"
     """`classification`, `regression`, or an entry point for loss and metrics."""
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)

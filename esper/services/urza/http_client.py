@@ -336,9 +336,9 @@ class HttpUrza(HttpKernelSource):
         """Revoke a session's credentials for good; NotFound where it has none."""
         await self._sent("DELETE", f"/internal/sessions/{checked_uid(uid)}/credentials")
 
-    async def namespaces(self) -> tuple[str, ...]:
-        """The namespaces in which a sweep may find something."""
-        return (await self._asked(SweptNamespaces, "GET", "/internal/namespaces")).namespaces
+    async def namespaces(self) -> SweptNamespaces:
+        """The namespaces in which a sweep may find something, and the hub's time for it."""
+        return await self._asked(SweptNamespaces, "GET", "/internal/namespaces")
 
     async def sweep(
         self, namespace: str, live: Sequence[str], gathered_at: datetime

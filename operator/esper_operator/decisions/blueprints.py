@@ -11,7 +11,7 @@ from esper.contracts.assets import Blueprint as StoredBlueprint
 from esper.contracts.blueprints import BlueprintDocument
 from esper.contracts.enums import BlueprintState
 from esper.contracts.refusals import first_refusal
-from esper.contracts.resources import Blueprint, BlueprintStatus, Condition
+from esper.contracts.resources import Blueprint, BlueprintSpec, BlueprintStatus, Condition
 from esper.contracts.resources.common import LabelledMeta
 from esper.errors import BlueprintError, one_line
 from esper_operator.conditions import Kind, Reason, Truth, condition, merged
@@ -91,8 +91,8 @@ def document_of(view: BlueprintView) -> BlueprintDocument:
             spec=view.spec(),
         )
     except ValidationError as error:
-        refused = first_refusal(error, Blueprint)
-        raise BlueprintError(refused.field, refused.came, refused.allowed) from error
+        refused = first_refusal(error, BlueprintSpec)
+        raise BlueprintError(f"spec.{refused.field}", refused.came, refused.allowed) from error
     return resource.document()
 
 

@@ -9,7 +9,7 @@ from esper.contracts.blueprints import CATALOGUE, kernel_id
 from esper.contracts.enums import BlueprintState
 from esper.contracts.kernels import artifact_key
 from esper.contracts.refusals import first_refusal
-from esper.contracts.resources import CompiledKernel, CompiledKernelSpec, CompiledKernelStatus
+from esper.contracts.resources import CompiledKernelSpec, CompiledKernelStatus
 from esper.errors import BlueprintError, one_line
 from esper_operator.children import compile_job, names, secret
 from esper_operator.conditions import Kind, Reason, Truth, condition, found, merged
@@ -36,7 +36,7 @@ def decide(observed: KernelObserved, options: Options) -> Plan:
     try:
         spec = view.spec()
     except ValidationError as error:
-        refused = first_refusal(error, CompiledKernel)
+        refused = first_refusal(error, CompiledKernelSpec)
         message = f"spec.{refused.field}: got {refused.came}; allowed: {refused.allowed}"
         return _said(observed, "False", Reason.KERNEL_MISMATCH, message)
     stored = observed.stored

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pydantic import ValidationError
 
 from esper.contracts.refusals import first_refusal
-from esper.contracts.resources import TrainingSession, TrainingSessionSpec, TrainingSessionStatus
+from esper.contracts.resources import TrainingSessionSpec, TrainingSessionStatus
 from esper.errors import one_line
 from esper_operator.children import job as jobs
 from esper_operator.children import names, service
@@ -252,7 +252,7 @@ def _unreadable(observed: Observed, record: TrainingSessionStatus, error: Valida
     if is_finished(record):
         return Plan()
     session = observed.session
-    refused = first_refusal(error, TrainingSession)
+    refused = first_refusal(error, TrainingSessionSpec)
     message = one_line(
         f"spec.{refused.field}: got {one_line(refused.came)}; allowed: {refused.allowed}",
         MAX_MESSAGE,
@@ -283,7 +283,12 @@ def _unreadable(observed: Observed, record: TrainingSessionStatus, error: Valida
 
 
 def _status(scene: Scene, record: TrainingSessionStatus) -> Manifest | None:
-    written = changed(record, observed_generation=scene.session.generation)
+    labels = service.selector(scene.session)
+    written = changed(
+        record,
+        observed_generation=scene.session.generation,
+        selector=",".join(f"{name}={value}" for name, value in labels.items()),
+    )
     return to_apply(scene.session, written)
 
 

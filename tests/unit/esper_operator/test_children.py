@@ -25,8 +25,10 @@ from tests.unit.esper_operator.objects import (
     OPTIONS,
     UID,
     blueprint,
+    decided,
     kernel,
     session,
+    written,
 )
 
 
@@ -356,6 +358,16 @@ def test_a_compile_job_has_a_secret_of_its_own_kernel_that_goes_with_it() -> Non
 
 
 # -- the rest ---------------------------------------------------------------------------------
+
+
+def test_the_status_selects_the_workers_for_an_autoscaler() -> None:
+    selector = written(decided(session())).selector or ""
+    wanted = dict(pair.split("=") for pair in selector.split(","))
+    labels = worker()["spec"]["template"]["metadata"]["labels"]
+    assert wanted.items() <= labels.items()
+    assert wanted["esper.dev/session-uid"] == UID
+    others = ALL["own tamiyo"]["spec"]["template"]["metadata"]["labels"]
+    assert not wanted.items() <= others.items()
 
 
 def test_workers_find_each_other_before_they_are_ready() -> None:

@@ -193,13 +193,26 @@ def test_jobs_and_pods_of_a_session_that_had_the_name_before_are_not_its_own() -
     assert applied(plan) != [f"Job/{job(old).name}"]
 
 
-def test_a_spec_that_the_contract_refuses_ends_the_session_with_the_field() -> None:
+@pytest.mark.parametrize(
+    ("section", "content", "field"),
+    [
+        ("training", {"epochs": "many"}, "spec.training.epochs: got the text"),
+        (
+            "workers",
+            {"resources": {"requests": {"cpu": -1}}},
+            "spec.workers.resources.requests.cpu: got -1; allowed: a quantity",
+        ),
+    ],
+)
+def test_a_spec_that_the_contract_refuses_ends_the_session_with_the_field(
+    section: str, content: dict[str, Any], field: str
+) -> None:
     broken = spec()
-    broken["training"]["epochs"] = "many"
+    broken[section] |= content
     view = session(raw_spec=broken)
     plan = decided_raw(view)
     assert summary(plan) == ("False", "InvalidSpec")
-    assert "epochs" in condition_of(plan, Kind.SUCCEEDED)[2]
+    assert condition_of(plan, Kind.SUCCEEDED)[2].startswith(field)
     assert written(plan).observed_generation == 1
     again = session(raw_spec=broken, status=dict(plan.status or {}))
     assert decided_raw(again) == Plan()

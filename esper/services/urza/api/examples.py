@@ -113,7 +113,7 @@ _MADE: tuple[Contract, ...] = (
     SessionObjects(objects=(StoredObject(name="checkpoints/epoch-000012/state.json", size=1504),)),
     StoredObject(name="checkpoints/epoch-000012/state.json", size=1504),
     SweepRequest(namespace="team-a", live_uids=(_UID,), gathered_at=_NOON),
-    SweptNamespaces(namespaces=("team-a",)),
+    SweptNamespaces(namespaces=("team-a",), as_of=_NOON),
     SweepResult(ended=("9d1e",), revoked=("9d1e",)),
     Problem.of(KernelNotFound("kernel", _KERNEL, "a kernel that was requested")),
 )

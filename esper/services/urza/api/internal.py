@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, cast
 
 from fastapi import Header, Path, Query, Request, Response
@@ -45,7 +45,7 @@ from esper.services.urza.api.routes import (
 )
 from esper.services.urza.api.sessions import Uid
 from esper.services.urza.artifact_check import checked, read_manifest
-from esper.services.urza.auth import Permission
+from esper.services.urza.auth import LEEWAY_SECONDS, Permission
 from esper.services.urza.session_objects import remove_objects
 from esper.services.urza.store_sessions import revocation
 from esper.services.urza.wire import (
@@ -358,8 +358,13 @@ async def make_namespace_credentials(request: Request, namespace: NamespaceName)
     **allowed(Permission.ADMINISTER, documented({200: SweptNamespaces})),
 )
 async def swept_namespaces(request: Request) -> Response:
-    """The namespaces in which a sweep may find something."""
-    return answer(SweptNamespaces(namespaces=await urza_of(request).hub.swept_namespaces()))
+    """The namespaces in which a sweep may find something, and since when they are known.
+
+    That is a little ago: the hub's processes may have clocks that differ as much.
+    """
+    as_of = utc_now() - timedelta(seconds=LEEWAY_SECONDS)
+    found = await urza_of(request).hub.swept_namespaces()
+    return answer(SweptNamespaces(namespaces=found, as_of=as_of))
 
 
 @internal.post(

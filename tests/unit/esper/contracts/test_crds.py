@@ -115,9 +115,8 @@ def test_names_and_columns(kind: str, plural: str, short: str, columns: str) -> 
 def test_columns_and_scale_point_at_fields(kind: type[Resource]) -> None:
     version = crd(kind)["spec"]["versions"][0]
     paths = {c["jsonPath"]: c["type"] for c in version["additionalPrinterColumns"]}
-    paths |= dict.fromkeys(
-        (p for k, p in version["subresources"].get("scale", {}).items()), "integer"
-    )
+    for name, path in version["subresources"].get("scale", {}).items():
+        paths[path] = "string" if name == "labelSelectorPath" else "integer"
     for path, type_ in paths.items():
         if path.startswith((".metadata", ".status.conditions")):
             continue
@@ -144,10 +143,25 @@ def test_names_are_checked_where_they_stand(kind: type[Resource], longest: int) 
     assert metadata["properties"]["name"]["maxLength"] == longest
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_kubectl_explains_every_field(kind: type[Resource]) -> None:
+    # What every object has the API server describes; the IR is described in its guide.
+    elsewhere = re.compile(r"(apiVersion|kind|metadata(\.name)?)$|spec\.(graph|target)\.")
+    silent = [
+        path
+        for path, node in _nodes(structural_schema(kind))
+        if path.rsplit(".", 1)[-1] not in {"", "items", "additionalProperties"}
+        and not elsewhere.match(path)
+        and not node.get("description")
+    ]
+    assert silent == []
+
+
 def test_sessions_scale_by_workers() -> None:
     assert crd(TrainingSession)["spec"]["versions"][0]["subresources"]["scale"] == {
         "specReplicasPath": ".spec.workers.replicas",
         "statusReplicasPath": ".status.workers",
+        "labelSelectorPath": ".status.selector",
     }
 
 
@@ -188,8 +202,10 @@ def test_rules_read_fields_that_are_there(kind: type[Resource]) -> None:
                     if name in {"metadata", "name"} and not path:
                         break
                     below = below["properties"][name]
-                    hidden = below.get("x-kubernetes-preserve-unknown-fields")
-                    assert not hidden, f"{path}: a rule can't see {chain}"
+                    # Of what has no type a rule sees nothing, not even whether it is there.
+                    entries = below.get("additionalProperties", below)
+                    typed = {"type", "x-kubernetes-int-or-string"} & entries.keys()
+                    assert typed, f"{path}: a rule can't see {chain}"
 
 
 @pytest.mark.parametrize("kind", [TrainingSession, Blueprint])
@@ -268,6 +284,7 @@ def test_conditions_are_a_map_by_type() -> None:
 def test_numbers_keep_their_bounds() -> None:
     rate = _below(TrainingSession, "spec", "training", "optimizer", "learningRate")
     assert rate == {
+        "description": "At its highest, after the warm-up.",
         "type": "number",
         "maximum": 100,
         "default": 0.001,
