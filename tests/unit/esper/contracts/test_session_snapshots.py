@@ -87,6 +87,7 @@ def test_every_field_of_a_status_that_training_determines_comes_from_it() -> Non
         "interrupted_pods",
         "failures",
         "workers",
+        "selector",
         "start_time",
         "active_since",
         "active_seconds",
