@@ -67,7 +67,7 @@ def _stalled(scene: Scene) -> float | None:
     if since is None or heard is None:
         return None
     last = max(since.timestamp(), progress.last_heard(scene) or 0.0)
-    return _listened(heard, last + _longest(scene)) - scene.now
+    return _listened(heard, last, _longest(scene)) - scene.now
 
 
 def _longest(scene: Scene) -> float:
@@ -89,7 +89,7 @@ def _starting(scene: Scene, workers: Readiness) -> Step:
         heard = scene.observed.hearing_since
         if heard is None:
             return Step(scene)
-        due = _listened(heard, due)
+        due = _listened(heard, since, limit)
     left = due - scene.now
     if left > 0:
         return Step(scene, again_in=left)
@@ -103,8 +103,10 @@ def _progressing(scene: Scene, workers: Readiness) -> Step:
     if workers.ready and heard is None:
         return Step(scene)
     limit = scene.spec.run_policy.progress_deadline_seconds
-    due = max(_began(scene), progress.last_report(scene) or 0.0) + limit
-    left = (_listened(heard, due) if workers.ready and heard is not None else due) - scene.now
+    since = max(_began(scene), progress.last_report(scene) or 0.0)
+    listening = workers.ready and heard is not None
+    due = _listened(heard or 0.0, since, limit) if listening else since + limit
+    left = due - scene.now
     if left > 0:
         return Step(scene, again_in=left)
     message = (
@@ -114,9 +116,9 @@ def _progressing(scene: Scene, workers: Readiness) -> Step:
     return attempts.failed(scene, Reason.PROGRESS_DEADLINE_EXCEEDED, message)
 
 
-def _listened(heard: float, due: float) -> float:
+def _listened(heard: float, since: float, limit: float) -> float:
     """When a deadline may be said to be missed, where the bus has answered since `heard`."""
-    return max(due, heard + LISTENING_SECONDS)
+    return max(since + limit, heard + min(limit, LISTENING_SECONDS))
 
 
 def _began(scene: Scene) -> float:

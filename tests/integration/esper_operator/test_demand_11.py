@@ -84,6 +84,7 @@ def everything_happens(world, objects, lost_node):
         "the lost pod holds the session up",
         seconds=MARGIN_SECONDS + 20,
     )
+    workers.run()
     suspended(objects, True)
     wait_for(lambda: not workers.pods(), "the workers stay")
     suspended(objects, False)

@@ -107,6 +107,14 @@ def test_pods_that_the_api_server_refuses_show_with_its_words() -> None:
     assert "exceeded quota" in condition_of(late, Kind.SUCCEEDED)[2]
 
 
+def test_nobody_is_listened_for_longer_than_the_deadline_itself() -> None:
+    short = {"startupDeadlineSeconds": 10}
+    early = after(5000, [{"ready": True}], policy=short, hearing_since=NOW - 9)
+    assert early.again_in == pytest.approx(1)
+    late = after(5000, [{"ready": True}], policy=short, hearing_since=NOW - 10)
+    assert summary(late)[0] == "False"
+
+
 def test_without_the_bus_workers_that_are_ready_are_not_given_up() -> None:
     assert summary(after(5000, [{"ready": True}], hearing_since=None))[0] == "Unknown"
     heard = after(5000, [{"ready": True}], hearing_since=NOW - 59)
