@@ -14,7 +14,7 @@ from esper_operator.errors import ApiConflict, ApiNotFound, ApiRefused, NotOurs
 from esper_operator.kinds import BY_NAME, JOB, MANAGED_LABEL, MENDED, OWN, SECRET, Kind
 from esper_operator.memory import Memory
 from esper_operator.plans import Manifest, Notice, Plan
-from esper_operator.store import Store
+from esper_operator.store import Store, version_of
 from esper_operator.views import UID_LABEL, Said
 from esper_operator.work import Key
 from esper_operator.writing import Writer
@@ -85,13 +85,14 @@ class Carrier:
             "metadata": {"name": about.name, "namespace": about.namespace, "uid": about.uid},
             "status": plan.status,
         }
+        before = self._store.version(about.kind, about.namespace, about.name)
         try:
             answer = await self._writer.apply_status(manifest)
         except (ApiNotFound, ApiConflict) as error:
             _log.debug("the status has no object any more: %s", error)
             return False
         own = Key(about.kind.name, about.namespace, about.name)
-        outcome.wrote |= not self._store.has(about.kind, answer)
+        outcome.wrote |= before != version_of(answer)
         self._enqueue(key for key in self._store.put(about.kind, answer) if key != own)
         return True
 
@@ -141,7 +142,8 @@ class Carrier:
         it was not applied.
         """
         kind = BY_NAME[manifest["kind"]]
-        child = f"{kind.name}/{manifest['metadata']['name']}"
+        name = manifest["metadata"]["name"]
+        child = f"{kind.name}/{name}"
         known = manifest if known_by is None else known_by
         now = self._clock()
         waits = memory.waits(child, known, now)
@@ -150,6 +152,7 @@ class Carrier:
         if waits > 0:
             outcome.soon(waits)
             return False
+        before = self._store.version(kind, manifest["metadata"]["namespace"], name)
         try:
             answer = await self._applied(kind, manifest)
         except ApiConflict as error:
@@ -164,8 +167,8 @@ class Carrier:
             _log.info("refused: %s", error)
             outcome.wrote = True
             return False
-        # What the apply has not changed, the next one would not either.
-        outcome.wrote |= child in memory.refused or not self._store.has(kind, answer)
+        # What the apply has not changed since it was decided on, the next one would not either.
+        outcome.wrote |= child in memory.refused or before != version_of(answer)
         memory.accepted(child)
         # Its own event will be old news: whom it concerns besides has to learn of it here.
         self._enqueue(self._store.put(kind, answer, applied=True))

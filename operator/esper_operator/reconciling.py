@@ -75,9 +75,9 @@ async def work(queue: WorkQueue, reconcile: Reconcile, metrics: OperatorMetrics)
             queue.failed(turn.key)
         else:
             again = None if outcome.again_in == math.inf else max(0.0, outcome.again_in)
-            queue.done(turn.key, again)
             if outcome.gone:
                 queue.forget(turn.key)
+            queue.done(turn.key, again)
             if outcome.wrote:
                 queue.add(turn.key)
         metrics.reconciled(turn.key.kind, turn.waited, time.perf_counter() - began)

@@ -211,11 +211,9 @@ class Store:
             return dict(versions)
         return {name: held for name, held in versions.items() if name[0] == namespace}
 
-    def has(self, kind: Kind, found: Object) -> bool:
-        """Whether an object is held in this version, or in a later one."""
-        meta = found["metadata"]
-        held = self._versions[kind.name].get((meta["namespace"], meta["name"]))
-        return held is not None and held[0] == meta["uid"] and held[1] >= _version(meta)
+    def version(self, kind: Kind, namespace: str, name: str) -> tuple[str, int] | None:
+        """Uid and version of an object, as held now; None: there is none."""
+        return self._versions[kind.name].get((namespace, name))
 
     def deleted(self, uid: str) -> bool:
         """Whether an object of that uid was heard to be gone, not long ago."""
@@ -302,6 +300,11 @@ class Store:
 
 COMPILE = "compile"
 """The role of Jobs and pods that compile a kernel."""
+
+
+def version_of(found: Object) -> tuple[str, int]:
+    """Uid and version of an object."""
+    return found["metadata"]["uid"], _version(found["metadata"])
 
 
 def _version(meta: Object) -> int:

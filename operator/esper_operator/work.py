@@ -59,6 +59,7 @@ class WorkQueue:
         self._waiting: dict[Key, float] = {}
         self._busy: dict[Key, float] = {}
         self._dirty: dict[Key, float] = {}
+        self._afterwards: dict[Key, float] = {}
         self._known: set[Key] = set()
         self._failures: dict[Key, int] = {}
         self._due: dict[Key, float] = {}
@@ -87,8 +88,14 @@ class WorkQueue:
             self._arm()
 
     def add_within(self, key: Key, seconds: float) -> None:
-        """Look at `key` in so many seconds at the latest; what it is due for before stays."""
-        if self._due.get(key, math.inf) > self._now() + seconds:
+        """Look at `key` in so many seconds at the latest; what it is due for before stays.
+
+        Where it is being worked on, that counts from now on, whatever becomes of the work.
+        """
+        if key in self._busy:
+            due = self._now() + seconds
+            self._afterwards[key] = min(due, self._afterwards.get(key, due))
+        elif self._due.get(key, math.inf) > self._now() + seconds:
             self.add_in(key, seconds)
 
     def forget(self, key: Key) -> None:
@@ -136,11 +143,15 @@ class WorkQueue:
             self._due.pop(key, None)
         else:
             self.add_in(key, again_in)
+        due = self._afterwards.pop(key, None)
+        if due is not None:
+            self.add_within(key, max(0.0, due - self._now()))
 
     def failed(self, key: Key) -> None:
         """The work on `key` broke off."""
         self._failures[key] = self._failures.get(key, 0) + 1
         self._dirty.pop(key, None)
+        self._afterwards.pop(key, None)
         self._end(key)
         self.add_in(key, pause_after(self._failures[key], self._chance()))
 

@@ -200,3 +200,18 @@ def test_a_turn_says_how_long_the_key_has_waited_since_it_was_first_due() -> Non
         assert set(work.busy()) == {A}
 
     run(body())
+
+
+def test_what_comes_while_a_key_is_worked_on_is_not_lost_though_it_may_wait() -> None:
+    async def body() -> None:
+        work = queue()
+        work.add(A)
+        assert await taken(work) == A
+        work.add_within(A, 0.02)
+        work.done(A)
+        await nothing(work, 0.01)
+        assert await taken(work) == A
+        work.done(A)
+        await nothing(work)
+
+    run(body())
