@@ -36,7 +36,16 @@ from tools.cluster.control_plane import ControlPlane
 from tools.cluster.credentials import write_kubeconfig
 from tools.operator_bus import Trainer
 from tools.operator_process import OperatorProcess
-from tools.operator_workers import DEPLOYMENTS, JOBS, SECRETS, SERVICES, SESSIONS, Workers
+from tools.operator_workers import (
+    BLUEPRINTS,
+    DEPLOYMENTS,
+    JOBS,
+    SECRETS,
+    SERVICES,
+    SESSIONS,
+    Workers,
+    catalogued,
+)
 from tools.operator_world import GROUP, Objects, OperatorWorld, allow
 from tools.servers.http_proxy import HttpProxy
 from tools.servers.process import ServerError
@@ -189,6 +198,7 @@ class _Life:
         trainer.stands(epoch=1, checkpoint=CHECKPOINT, seeds=[SEED])
         self._soon(lambda: self._status().get("epoch") == 1, "does not show its report")
         self._soon(lambda: "status" in self._one(SEEDS), "has no seed with a status")
+        self._objects.create(BLUEPRINTS, catalogued("low-rank"))
         asked = 0.0
 
         def ordered() -> bool:

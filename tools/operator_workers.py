@@ -10,6 +10,7 @@ from tools.cluster.control_plane import wait_for
 from tools.operator_world import GROUP, Objects
 
 SESSIONS = f"{GROUP}/trainingsessions"
+BLUEPRINTS = f"{GROUP}/blueprints"
 JOBS = "/apis/batch/v1/jobs"
 PODS = "/api/v1/pods"
 SERVICES = "/api/v1/services"
@@ -19,6 +20,16 @@ DEPLOYMENTS = "/apis/apps/v1/deployments"
 
 def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def catalogued(name: str) -> dict[str, Any]:
+    """The manifest of a Blueprint of the catalogue, which the hub learns of by its object."""
+    return {
+        "apiVersion": "esper.dev/v1alpha1",
+        "kind": "Blueprint",
+        "metadata": {"name": name},
+        "spec": {"builtin": name},
+    }
 
 
 class Workers:

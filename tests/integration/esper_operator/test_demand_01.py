@@ -8,12 +8,14 @@ from tests.integration.esper_operator.test_reports import KERNELS, SEEDS, TARGET
 from tools.cluster.control_plane import wait_for
 from tools.operator_bus import Trainer
 from tools.operator_workers import (
+    BLUEPRINTS,
     DEPLOYMENTS,
     JOBS,
     SECRETS,
     SERVICES,
     SESSIONS,
     Workers,
+    catalogued,
 )
 
 pytestmark = pytest.mark.xdist_group("cluster")
@@ -70,6 +72,7 @@ def test_demand_01_what_a_session_grew_is_made_again(world, running, objects, pa
     session = objects.get(f"{SESSIONS}/{running}")
     trainer = Trainer(world.hub.redis.url, objects.namespace, session)
     trainer.stands(epoch=1, seeds=[a_seed()])
+    objects.create(BLUEPRINTS, catalogued("low-rank"))
     trainer.asks("low-rank", TARGET)
 
     def grown():

@@ -12,10 +12,17 @@ from esper.configs import OperatorConfig
 from esper.contracts.assets import MAX_SEEDS
 from esper_operator.decisions.lost import MARGIN_SECONDS
 from esper_operator.rbac import GRANTS, lease_grants, manifests, rendered
-from tests.integration.esper_operator.test_reports import BLUEPRINTS, KERNELS, SEEDS, TARGET, a_seed
+from tests.integration.esper_operator.test_reports import KERNELS, SEEDS, TARGET, a_seed
 from tools.cluster.control_plane import wait_for
 from tools.operator_bus import Trainer
-from tools.operator_workers import DEPLOYMENTS, SECRETS, SESSIONS, Workers
+from tools.operator_workers import (
+    BLUEPRINTS,
+    DEPLOYMENTS,
+    SECRETS,
+    SESSIONS,
+    Workers,
+    catalogued,
+)
 from tools.operator_world import Objects, OperatorWorld
 
 pytestmark = pytest.mark.xdist_group("cluster")
@@ -58,13 +65,7 @@ def everything_happens(world, objects, lost_node):
     trainer = Trainer(world.hub.redis.url, objects.namespace, trained)
     trainer.stands(epoch=1, seeds=[a_seed()])
     wait_for(lambda: (s := objects.items(SEEDS)) and "status" in s[0], "no seed has a status")
-    low_rank = {
-        "apiVersion": "esper.dev/v1alpha1",
-        "kind": "Blueprint",
-        "metadata": {"name": "low-rank"},
-        "spec": {"builtin": "low-rank"},
-    }
-    objects.create(BLUEPRINTS, low_rank)
+    objects.create(BLUEPRINTS, catalogued("low-rank"))
     kernel = trainer.asks("low-rank", TARGET)
     wait_for(
         lambda: (objects.get(f"{KERNELS}/{kernel}") or {}).get("status"), "the kernel has no status"

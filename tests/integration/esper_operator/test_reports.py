@@ -7,11 +7,11 @@ import pytest
 from esper.contracts.blueprints import KernelTarget
 from tools.cluster.control_plane import wait_for
 from tools.operator_bus import Trainer
-from tools.operator_workers import JOBS, SESSIONS, Workers
+from tools.operator_workers import BLUEPRINTS, JOBS, SESSIONS, Workers, catalogued
 from tools.operator_world import GROUP
 
 pytestmark = pytest.mark.xdist_group("cluster")
-SEEDS, BLUEPRINTS, KERNELS = f"{GROUP}/seeds", f"{GROUP}/blueprints", f"{GROUP}/compiledkernels"
+SEEDS, KERNELS = f"{GROUP}/seeds", f"{GROUP}/compiledkernels"
 TARGET = KernelTarget.model_validate(
     {
         "layer": {"kind": "Linear", "inputs": 8, "outputs": 4},
@@ -93,13 +93,7 @@ def test_the_newest_figures_show_though_no_report_follows(trainer, objects):
 
 
 def test_a_kernel_that_is_asked_for_becomes_an_object_and_a_job(trainer, objects):
-    bp = {
-        "apiVersion": "esper.dev/v1alpha1",
-        "kind": "Blueprint",
-        "metadata": {"name": "low-rank"},
-        "spec": {"builtin": "low-rank"},
-    }
-    objects.create(BLUEPRINTS, bp)
+    objects.create(BLUEPRINTS, catalogued("low-rank"))
     wait_for(
         lambda: objects.get(f"{BLUEPRINTS}/low-rank").get("status", {}).get("state"),
         "the blueprint has no state",
