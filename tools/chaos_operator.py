@@ -33,7 +33,7 @@ from esper.contracts.blueprints import KernelTarget
 from esper_operator.decisions.attempts import EVIDENCE_SECONDS, FIRST_PAUSE
 from tools.cluster.control_plane import ControlPlane
 from tools.cluster.credentials import write_kubeconfig
-from tools.operator_bus import Trainer
+from tools.operator_bus import LOW_RANK, Trainer
 from tools.operator_process import OperatorProcess
 from tools.operator_workers import DEPLOYMENTS, JOBS, SECRETS, SERVICES, SESSIONS, Workers
 from tools.operator_world import GROUP, Objects, OperatorWorld, allow
@@ -53,6 +53,7 @@ LEASE = {
 NAME = "life"
 EXIT_LOST = 137
 SEEDS, KERNELS = f"{GROUP}/seeds", f"{GROUP}/compiledkernels"
+BLUEPRINTS = f"{GROUP}/blueprints"
 SEED = {"layer": "blocks.0", "slot": 1, "state": "training", "blueprint": "low-rank"}
 CHECKPOINT = {"name": "checkpoints/first", "epoch": 1}
 TARGET = KernelTarget.model_validate(
@@ -187,6 +188,7 @@ class _Life:
         trainer.stands(epoch=1, checkpoint=CHECKPOINT, seeds=[SEED])
         self._soon(lambda: self._status().get("epoch") == 1, "does not show its report")
         self._soon(lambda: "status" in self._one(SEEDS), "has no seed with a status")
+        self._objects.create(BLUEPRINTS, LOW_RANK)
         asked = 0.0
 
         def ordered() -> bool:
@@ -203,8 +205,7 @@ class _Life:
         """Its time is over: it goes, and what its namespace shared with it."""
         self._objects.merge(f"{SESSIONS}/{NAME}", {"spec": {"runPolicy": {TTL: 0}}})
         self._soon(lambda: not self._objects.get(f"{SESSIONS}/{NAME}"), "stays")
-        secrets = (f"{SECRETS}/esper-tamiyo", f"{SECRETS}/esper-compile")
-        shared = (f"{DEPLOYMENTS}/esper-tamiyo", *secrets)
+        shared = (f"{DEPLOYMENTS}/esper-tamiyo", f"{SECRETS}/esper-tamiyo")
         self._soon(lambda: not any(map(self._objects.get, shared)), "leaves what opens the hub")
 
     def _one(self, path: str) -> dict[str, Any]:

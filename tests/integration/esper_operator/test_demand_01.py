@@ -4,9 +4,15 @@ import time
 
 import pytest
 
-from tests.integration.esper_operator.test_reports import KERNELS, SEEDS, TARGET, a_seed
+from tests.integration.esper_operator.test_reports import (
+    BLUEPRINTS,
+    KERNELS,
+    SEEDS,
+    TARGET,
+    a_seed,
+)
 from tools.cluster.control_plane import wait_for
-from tools.operator_bus import Trainer
+from tools.operator_bus import LOW_RANK, Trainer
 from tools.operator_workers import (
     DEPLOYMENTS,
     JOBS,
@@ -64,6 +70,11 @@ def test_demand_01_what_a_session_grew_is_made_again(world, running, objects, pa
     session = objects.get(f"{SESSIONS}/{running}")
     trainer = Trainer(world.hub.redis.url, objects.namespace, session)
     trainer.stands(epoch=1, seeds=[a_seed()])
+    objects.create(BLUEPRINTS, LOW_RANK)
+    wait_for(
+        lambda: objects.get(f"{BLUEPRINTS}/low-rank").get("status", {}).get("state"),
+        "the blueprint has no state",
+    )
     trainer.asks("low-rank", TARGET)
 
     def grown():
