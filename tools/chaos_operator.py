@@ -189,6 +189,7 @@ class _Life:
         self._soon(lambda: self._status().get("epoch") == 1, "does not show its report")
         self._soon(lambda: "status" in self._one(SEEDS), "has no seed with a status")
         self._objects.create(BLUEPRINTS, LOW_RANK)
+        self._soon(lambda: self._one(BLUEPRINTS).get("status"), "has a blueprint of no state")
         asked = 0.0
 
         def ordered() -> bool:
