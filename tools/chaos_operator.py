@@ -34,7 +34,7 @@ from esper.contracts.blueprints import KernelTarget
 from esper_operator.decisions.attempts import EVIDENCE_SECONDS, FIRST_PAUSE
 from tools.cluster.control_plane import ControlPlane
 from tools.cluster.credentials import write_kubeconfig
-from tools.operator_bus import LOW_RANK, Trainer
+from tools.operator_bus import Trainer
 from tools.operator_process import OperatorProcess
 from tools.operator_workers import (
     BLUEPRINTS,
@@ -64,7 +64,6 @@ LIVES_AT_ONCE = 3
 NAME = "life"
 EXIT_LOST = 137
 SEEDS, KERNELS = f"{GROUP}/seeds", f"{GROUP}/compiledkernels"
-BLUEPRINTS = f"{GROUP}/blueprints"
 SEED = {"layer": "blocks.0", "slot": 1, "state": "training", "blueprint": "low-rank"}
 CHECKPOINT = {"name": "checkpoints/first", "epoch": 1}
 TARGET = KernelTarget.model_validate(

@@ -13,14 +13,6 @@ from esper.contracts.messages import KernelRequested, OonaMessage, TopicNames
 from esper.contracts.operational import SessionSnapshot
 from esper.services.oona_client import OonaClient
 
-LOW_RANK = {
-    "apiVersion": "esper.dev/v1alpha1",
-    "kind": "Blueprint",
-    "metadata": {"name": "low-rank"},
-    "spec": {"builtin": "low-rank"},
-}
-"""A Blueprint that a kernel can be asked for."""
-
 
 class Trainer:
     """Tolaria of one session, as the bus knows it."""

@@ -4,15 +4,9 @@ import time
 
 import pytest
 
-from tests.integration.esper_operator.test_reports import (
-    BLUEPRINTS,
-    KERNELS,
-    SEEDS,
-    TARGET,
-    a_seed,
-)
+from tests.integration.esper_operator.test_reports import KERNELS, SEEDS, TARGET, a_seed
 from tools.cluster.control_plane import wait_for
-from tools.operator_bus import LOW_RANK, Trainer
+from tools.operator_bus import Trainer
 from tools.operator_workers import (
     BLUEPRINTS,
     DEPLOYMENTS,
