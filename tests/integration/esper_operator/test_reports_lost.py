@@ -23,7 +23,7 @@ def unheard(world, session):
     meta = session["metadata"]
     key = f"esper:{meta['namespace']}:{meta['uid']}:{TopicNames.STATUS}"
     with world.hub.redis.client() as redis:
-        name = group_of(OperatorConfig(lease_namespace=world.own)).encode()
+        name = group_of(OperatorConfig(lease_namespace=world.own))
         [group] = [g for g in redis.xinfo_groups(key) if g["name"] == name]
         newest = redis.xinfo_stream(key)["last-generated-id"]
         return group["pending"] + (group["last-delivered-id"] != newest)
