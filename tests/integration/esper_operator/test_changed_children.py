@@ -82,6 +82,6 @@ def applies_of_secrets(plane, namespace):
     return [
         event
         for event in plane.requests(ACCOUNT)
-        if (event["objectRef"].get("namespace"), event["objectRef"]["resource"], event["verb"])
-        == (namespace, "secrets", "patch")
+        if (about := event["objectRef"]).get("namespace") == namespace
+        and (about.get("resource"), event["verb"]) == ("secrets", "patch")
     ]
