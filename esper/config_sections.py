@@ -171,6 +171,15 @@ class UrzaConfig(Section):
             "in all processes of one hub",
         ),
     ] = None
+    admin_token: Annotated[
+        SecretStr | None,
+        AfterValidator(_header_safe),
+        Field(
+            min_length=32,
+            description="a bearer token of the role admin that does not expire, at least 32 "
+            "visible ASCII characters, or null: none but the signed ones",
+        ),
+    ] = None
     max_body_bytes: Whole = _whole(2**20, "bytes of one request", least=2**10, most=2**26)
     max_artifact_bytes: Whole = _whole(
         512 * 2**20, "bytes of one artifact", least=2**10, most=2**31 - 1

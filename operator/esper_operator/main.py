@@ -41,7 +41,10 @@ def parser() -> argparse.ArgumentParser:
         "--namespaced", action="store_true", help="rbac: a Role for each of operator.namespaces"
     )
     top.add_argument(
-        "--config", type=Path, metavar="FILE", help="settings file (default: esper.yaml if any)"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="settings file, or a folder of them (default: esper.yaml if any)",
     )
     top.add_argument(
         "--set", action="append", default=[], dest="assignments", metavar="NAME=VALUE",
