@@ -18,6 +18,7 @@ from esper_operator.kinds import (
     DEPLOYMENT,
     JOB,
     KERNEL,
+    NETWORK_POLICY,
     POD,
     SECRET,
     SEED,
@@ -57,6 +58,7 @@ _VIEWS: Mapping[str, Callable[[Object], View]] = MappingProxyType(
         DEPLOYMENT.name: DeploymentView.of,
         SERVICE.name: MetaView.of,
         SECRET.name: MetaView.of,
+        NETWORK_POLICY.name: MetaView.of,
         SEED.name: MetaView.of,
     }
 )
@@ -157,7 +159,7 @@ class Store:
         return self._views[DEPLOYMENT.name].get((namespace, name))  # type: ignore[return-value]
 
     def meta(self, kind: Kind, namespace: str, name: str) -> MetaView | None:
-        """The Service, Secret or Seed of that name."""
+        """The Service, Secret, NetworkPolicy or Seed of that name."""
         return self._views[kind.name].get((namespace, name))  # type: ignore[return-value]
 
     def sessions(self, namespace: str | None = None) -> Iterator[SessionView]:

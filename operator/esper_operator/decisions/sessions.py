@@ -11,7 +11,7 @@ from esper.contracts.refusals import first_refusal
 from esper.contracts.resources import TrainingSession, TrainingSessionSpec, TrainingSessionStatus
 from esper.errors import one_line
 from esper_operator.children import job as jobs
-from esper_operator.children import pods, service
+from esper_operator.children import network_policy, pods, service
 from esper_operator.children.objects import digest_in
 from esper_operator.conditions import MAX_MESSAGE, Kind, Reason, condition, merged
 from esper_operator.decisions import (
@@ -153,7 +153,7 @@ def _going_on(step: Step) -> Plan:
         status=_status(scene, standing.conditions(scene)),
         delete=(*gone, *unneeded, *grown.delete),
         apply=(
-            *_service(scene),
+            *_lasting(scene),
             *_controller(scene),
             *([_job(scene)] if making else []),
             *grown.apply,
@@ -284,15 +284,18 @@ def _job(scene: Scene) -> Manifest:
     return jobs.manifest(scene.session, record.attempt, record.replicas, scene.options)
 
 
-def _service(scene: Scene) -> tuple[Manifest, ...]:
-    manifest = service.manifest(scene.session)
-    wanted = digest_in(manifest)
-    name = manifest["metadata"]["name"]
-    there = any(
-        meta.kind == "Service" and meta.name == name and meta.digest == wanted and not meta.deleting
-        for meta in scene.observed.metas
+def _lasting(scene: Scene) -> tuple[Manifest, ...]:
+    """What is there before the Job is, and while the session lasts; none that is as it should be."""
+    egress = scene.options.worker_egress
+    policy = () if egress is None else (network_policy.manifest(scene.session, egress),)
+    there = {
+        (meta.kind, meta.name, meta.digest) for meta in scene.observed.metas if not meta.deleting
+    }
+    return tuple(
+        manifest
+        for manifest in (service.manifest(scene.session), *policy)
+        if (manifest["kind"], manifest["metadata"]["name"], digest_in(manifest)) not in there
     )
-    return () if there else (manifest,)
 
 
 def _controller(scene: Scene) -> tuple[Manifest, ...]:

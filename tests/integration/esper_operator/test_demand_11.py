@@ -60,13 +60,7 @@ def everything_happens(world, objects):
     trainer = Trainer(world.hub.redis.url, objects.namespace, trained)
     trainer.stands(epoch=1, seeds=[a_seed()])
     wait_for(lambda: (s := objects.items(SEEDS)) and "status" in s[0], "no seed has a status")
-    low_rank = {
-        "apiVersion": "esper.dev/v1alpha1",
-        "kind": "Blueprint",
-        "metadata": {"name": "low-rank"},
-        "spec": {"builtin": "low-rank"},
-    }
-    objects.create(BLUEPRINTS, low_rank)
+    wait_for(lambda: objects.get(f"{BLUEPRINTS}/low-rank"), "the catalogue is not made")
     kernel = trainer.asks("low-rank", TARGET)
     wait_for(
         lambda: (objects.get(f"{KERNELS}/{kernel}") or {}).get("status"), "the kernel has no status"
@@ -106,7 +100,8 @@ def test_demand_11_in_a_namespace_it_uses_all_that_it_may_do_and_asks_for_no_mor
     namespaced, objects
 ):
     account = f"system:serviceaccount:{namespaced.own}:esper-operator"
-    with namespaced.operator() as operator:
+    settings = {"catalogue": objects.namespace, "worker_egress": "[]"}
+    with namespaced.operator(**settings) as operator:
         wait_for(lambda: operator.leads, "the operator does not lead")
         everything_happens(namespaced, objects)
         assert operator.asked("/readyz") == (200, "ready\n")

@@ -103,6 +103,8 @@ DEFAULTS = {
     "operator.image_pull_policy": "IfNotPresent",
     "operator.image_pull_secrets": "",
     "operator.stop_seconds": 60,
+    "operator.worker_egress": None,
+    "operator.catalogue": "",
     "operator.kernels_per_session": 64,
     "operator.compile_seconds": 900,
     "component.kernel_cache_bytes": 512 * 2**20,
