@@ -55,8 +55,8 @@ MEASURED_TESTS := $(MEASURED:%=tests/unit/esper/%) tests/unit/esper_operator
 
 # Built before the tests run: within one, its time would be up.
 .PHONY: programs
-programs: setup ## Build the programs of a Kubernetes control plane (once on a machine, minutes)
-	@$(BIN)/python -m tools.cluster.programs >/dev/null
+programs: setup ## Build the programs of a Kubernetes control plane, and Helm (once, minutes)
+	@$(BIN)/python -m tools.cluster.programs control-plane helm >/dev/null
 
 .PHONY: test
 test: programs ## Run every test; unit coverage of contracts, decisions and gates must reach 90 %
@@ -77,6 +77,7 @@ verify: setup ## Check format, lint, types, layers, spelling, generated files an
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/codespell
 	@$(BIN)/esper crds --check crds
+	@$(BIN)/python -m tools.chart --check
 	@$(BIN)/python -m tools.api_reference --check
 	@$(BIN)/pytest -q tests/architecture/test_repository.py
 
@@ -88,6 +89,10 @@ format: setup ## Format the code and mend what ruff can mend
 .PHONY: crds
 crds: setup ## Write crds/ anew from esper.contracts.resources
 	@$(BIN)/esper crds --output-dir crds
+
+.PHONY: chart
+chart: setup ## Write anew what the chart has from the operator, and the table of its values
+	@$(BIN)/python -m tools.chart
 
 .PHONY: api
 api: setup ## Write docs/api.md anew from the hub's OpenAPI description
@@ -118,6 +123,10 @@ services: setup ## Start Redis, Postgres, S3 and every service as processes; Ctr
 .PHONY: cluster-api
 cluster-api: programs ## Start a control plane, the operator and a node of processes; Ctrl-C stops them
 	@$(BIN)/python -m tools.cluster_api $(ARGUMENTS)
+
+.PHONY: install
+install: setup ## Install the chart, with the images of `make images`, in the cluster of KUBECONFIG
+	@$(BIN)/python -m tools.install $(ARGUMENTS)
 
 .PHONY: examples-services
 examples-services: setup ## Run each example in one process and over the services: equal to the bit

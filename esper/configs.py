@@ -4,9 +4,9 @@ A setting has one name in all four places that can give it, the strongest first:
 
 1. the command line: ``--set database.pool_size=8`` (some also have an option of their own),
 2. the environment: ``ESPER_DATABASE__POOL_SIZE=8``,
-3. the file: ``esper.yaml`` in the working directory, or the one that ``--config`` names. Named a
-   folder, ``--config`` means its ``esper.yaml`` and, stronger, its files that are called as settings
-   are: ``database.url`` holds that setting alone, as Kubernetes mounts the keys of a Secret,
+3. the file: ``esper.yaml`` in the working directory, or the one that ``--config`` names. Of a
+   folder that is its ``esper.yaml`` and, stronger, each file that is called as a setting is:
+   ``database.url`` holds that one alone, as Kubernetes mounts the keys of a Secret,
 4. the defaults below.
 
 What a *session* does (model, data, training, growth) stands in its manifest, never here.

@@ -94,7 +94,9 @@ def main() -> int:
         if path.is_file() and path.read_text() == text:
             continue
         if check:
-            sys.stderr.write(f"{path.relative_to(ROOT)} is out of date; `{COMMAND}` writes it anew\n")
+            sys.stderr.write(
+                f"{path.relative_to(ROOT)} is out of date; `{COMMAND}` writes it anew\n"
+            )
             stale = 1
         else:
             path.write_text(text)

@@ -20,12 +20,21 @@ from esper.services.oona_client import OonaClient
 from esper.services.urza.http_client import HttpUrza
 from esper_operator import watching
 from esper_operator.api import ClusterApi, Object
-from esper_operator.children import blueprint
 from esper_operator.carrying import Carrier
+from esper_operator.children import blueprint
 from esper_operator.errors import ApiRefused, ApiUnavailable
 from esper_operator.health import STUCK_SECONDS, OperatorHealth
 from esper_operator.hearing import Reports
-from esper_operator.kinds import BLUEPRINT, BY_METADATA, EVENT, OWN, SESSION, WATCHED, Kind, selecting
+from esper_operator.kinds import (
+    BLUEPRINT,
+    BY_METADATA,
+    EVENT,
+    OWN,
+    SESSION,
+    WATCHED,
+    Kind,
+    selecting,
+)
 from esper_operator.lease import Election, lasting_clock
 from esper_operator.metadata_watch import MetadataWatch
 from esper_operator.metrics import OperatorMetrics
@@ -236,7 +245,9 @@ class Leader:
         while True:
             wait = settings.resync_seconds
             for manifest in (each for name in namespaces for each in blueprint.catalogue(name)):
-                if self._store.blueprint(manifest["metadata"]["namespace"], manifest["metadata"]["name"]):
+                if self._store.blueprint(
+                    manifest["metadata"]["namespace"], manifest["metadata"]["name"]
+                ):
                     continue
                 try:
                     self._enqueue(self._store.put(BLUEPRINT, await self._writer.apply(manifest)))

@@ -21,6 +21,7 @@ KUBERNETES = "1.36.3"
 ETCD = "3.6.8"
 COREDNS = "1.15.0"
 KIND = "0.33.0"
+HELM = "4.3.1"
 PAUSE = "1"
 """Our own, `modules/pause`."""
 ASSETS = "KUBEBUILDER_ASSETS"
@@ -73,11 +74,14 @@ SETS = {
         module=MODULES / "coredns",
         packages={"coredns": "github.com/coredns/coredns"},
     ),
-    "pause": ProgramSet(
-        folder=f"pause-{PAUSE}", module=MODULES / "pause", packages={"pause": "."}
-    ),
+    "pause": ProgramSet(folder=f"pause-{PAUSE}", module=MODULES / "pause", packages={"pause": "."}),
     "kind": ProgramSet(
         folder=f"kind-{KIND}", module=MODULES / "kind", packages={"kind": "sigs.k8s.io/kind"}
+    ),
+    "helm": ProgramSet(
+        folder=f"helm-{HELM}",
+        module=MODULES / "helm",
+        packages={"helm": "helm.sh/helm/v4/cmd/helm"},
     ),
 }
 _SET_OF = {name: each for each in SETS.values() for name in each.packages}

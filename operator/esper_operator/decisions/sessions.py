@@ -285,7 +285,7 @@ def _job(scene: Scene) -> Manifest:
 
 
 def _lasting(scene: Scene) -> tuple[Manifest, ...]:
-    """What is there before the Job is, and while the session lasts; none that is as it should be."""
+    """What is to be there before the Job is, and as long as the session: what of it is not."""
     egress = scene.options.worker_egress
     policy = () if egress is None else (network_policy.manifest(scene.session, egress),)
     there = {

@@ -115,7 +115,9 @@ def _claimed(cluster: Layout, *, making: bool) -> Iterator[None]:
     """Have the folder for oneself; with `making`, take one that is empty or not there."""
     if making and not cluster.mark.exists():
         if cluster.state.is_dir() and any(cluster.state.iterdir()):
-            raise ServerError(f"{cluster.state}: got a folder with other files; allowed: an own one")
+            raise ServerError(
+                f"{cluster.state}: got a folder with other files; allowed: an own one"
+            )
         cluster.state.mkdir(parents=True, exist_ok=True)
     if not cluster.state.is_dir():
         yield

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from tools.cluster.containers.configs import CNI_PLUGINS
 from tools.cluster.containers.machines import run

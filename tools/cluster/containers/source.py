@@ -308,10 +308,14 @@ class SourceCluster:
         for path, user, server in (
             (self.layout.admin, ADMIN, beside),
             (pki / f"{PROVISIONER}.kubeconfig", PROVISIONER, beside),
-            *((pki / f"{user.removeprefix('system:')}.kubeconfig", user, self.layout.server)
-              for user in _COMPONENTS),
-            *((pki / f"{node.name}.kubeconfig", node.account, self.layout.server)
-              for node in self.layout.nodes),
+            *(
+                (pki / f"{user.removeprefix('system:')}.kubeconfig", user, self.layout.server)
+                for user in _COMPONENTS
+            ),
+            *(
+                (pki / f"{node.name}.kubeconfig", node.account, self.layout.server)
+                for node in self.layout.nodes
+            ),
         ):
             write_kubeconfig(path, server=server, authority=pki / "ca.crt", token=known[user])
 
@@ -322,9 +326,7 @@ class SourceCluster:
         )
         context = ssl.create_default_context(cafile=str(self.layout.pki / "ca.crt"))
         try:
-            with urllib.request.urlopen(
-                request, timeout=PROBE_SECONDS, context=context
-            ) as answer:
+            with urllib.request.urlopen(request, timeout=PROBE_SECONDS, context=context) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False
