@@ -23,6 +23,8 @@ RELEASE = "esper"
 RUN_SECONDS = 900.0
 
 Values = Mapping[str, Any]
+# The one in C is ten times as fast, and not everywhere.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class HelmError(ServerError):
@@ -42,7 +44,7 @@ def render(
         HelmError: the values are refused, or a template is broken.
     """
     text = run("template", release, str(chart), "--namespace", namespace, *words, values=values)
-    return [document for document in yaml.safe_load_all(text) if document]
+    return [document for document in yaml.load_all(text, Loader=_LOADER) if document]
 
 
 def run(*words: str, values: Values | None = None, kubeconfig: Path | None = None) -> str:

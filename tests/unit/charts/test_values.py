@@ -16,8 +16,9 @@ from tools.helm import HelmError
 
 DEFAULTS: dict[str, Any] = yaml.safe_load((helm.CHART / "values.yaml").read_text())
 SCHEMA: dict[str, Any] = json.loads((helm.CHART / "values.schema.json").read_text())
-# Else it would be made anew by each rendering, and all of them would differ.
-BASE: dict[str, Any] = {"credentials": {"existingSecret": "own"}}
+# A Secret would be made anew by each rendering, and all of them would differ; the definitions are
+# long.
+BASE: dict[str, Any] = {"credentials": {"existingSecret": "own"}, "crds": {"install": False}}
 WITH: dict[str, dict[str, Any]] = {
     "urza.database": {"urza": {"database": POSTGRES}},
     "urza.storage": {"urza": {"storage": BUCKET}},
@@ -58,7 +59,7 @@ def changed(path: str) -> Any:
     if path in OTHER:
         return OTHER[path]
     if isinstance(default, bool):
-        return not default
+        return path == "crds.install" or not default
     if isinstance(default, int):
         return default + 1
     if path.endswith(("cpu", "memory", "size")):
