@@ -15,6 +15,6 @@ esac
 /installer/bin/uv pip install --quiet --python /opt/esper/bin/python --compile-bytecode \
     --no-deps --require-hashes -r /tmp/torch.txt
 if [ "$1" = cpu ]; then
-    /opt/esper/bin/python "$pins/trim_torch.py"
+    /opt/esper/bin/python "$pins/empty_cuda.py"
 fi
 rm -rf /tmp/torch.txt /tmp/uv /root/.cache

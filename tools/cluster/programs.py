@@ -73,9 +73,7 @@ SETS = {
         module=MODULES / "coredns",
         packages={"coredns": "github.com/coredns/coredns"},
     ),
-    "pause": ProgramSet(
-        folder=f"pause-{PAUSE}", module=MODULES / "pause", packages={"pause": "."}
-    ),
+    "pause": ProgramSet(folder=f"pause-{PAUSE}", module=MODULES / "pause", packages={"pause": "."}),
     "kind": ProgramSet(
         folder=f"kind-{KIND}", module=MODULES / "kind", packages={"kind": "sigs.k8s.io/kind"}
     ),

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools.images.store import DRIVER, options
+
 REGISTRY = "localhost"
 """Of images that were never pushed anywhere."""
 TAG = "dev"
@@ -20,16 +22,18 @@ _UNREAD = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/
 
 @dataclass(frozen=True)
 class Recipe:
-    """One image.
+    """One of Esper's images.
 
     Attributes:
         name: it is called `esper-<name>`.
         packages: those of Debian that its base has.
+        python: whether it installs packages of Python.
         accelerated: whether it is told what its PyTorch is to run on.
     """
 
     name: str
     packages: tuple[str, ...]
+    python: bool = True
     accelerated: bool = False
 
     @property
@@ -54,7 +58,7 @@ RECIPES = {
         # torch.compile calls the compiler, and what it compiles includes Python.h.
         Recipe("runtime", (*_PYTHON, "g++", "python3-dev"), accelerated=True),
         Recipe("control", _PYTHON),
-        Recipe("redis", ("redis-server",)),
+        Recipe("redis", ("redis-server",), python=False),
     )
 }
 
@@ -68,54 +72,47 @@ def arguments(
         recipe: the image.
         base: the image that it is built on; None for the Containerfile's own.
         accelerator: one of `ACCELERATORS`.
-        environment: where certificates are looked up that this machine's clients trust.
+        environment: names the certificates that this machine's installers trust.
     """
     found = {} if base is None else {"BASE": base}
     if recipe.accelerated:
         found["ACCELERATOR"] = accelerator
-    if recipe.name != "redis":
+    if recipe.python:
         found |= {name: environment[name] for name in _CERTIFICATE_NAMES if name in environment}
     return found
 
 
-def docker_build(recipe: Recipe, given: Mapping[str, str], tag: str) -> list[str]:
-    """Builds an image with Docker, from the repository."""
-    words = ["docker", "build", f"--file={recipe.file}", f"--tag={recipe.image(tag)}"]
-    return [*words, *_build_arguments(given), "."]
+def docker_build(file: str, image: str, context: Path, given: Mapping[str, str]) -> list[str]:
+    """Builds an image with Docker; `file` is below the context."""
+    words = ["docker", "build", f"--file={context / file}", f"--tag={image}"]
+    return [*words, *_build_arguments(given), str(context)]
 
 
 @dataclass(frozen=True)
 class Buildah:
-    """Command lines of buildah over a store of its own.
+    """Command lines of buildah.
 
     Attributes:
-        store: the folder of the store.
+        root: the folder of its store.
         uv_cache: uv's cache on this machine, which builds share.
     """
 
-    store: Path
+    root: Path
     uv_cache: Path
 
-    def build(self, recipe: Recipe, given: Mapping[str, str], tag: str) -> list[str]:
-        """Builds an image, from the repository."""
-        given = dict(given)
-        volumes = [f"{folder}:{folder}:ro" for folder in _CERTIFICATES if Path(folder).is_dir()]
-        if recipe.name != "redis":
-            given["UV_CACHE_DIR"] = _UV_CACHE
-            volumes.append(f"{self.uv_cache}:{_UV_CACHE}")
+    def build(self, file: str, image: str, context: Path, given: Mapping[str, str]) -> list[str]:
+        """Builds an image; `file` is below the context."""
+        folders = [folder for folder in _CERTIFICATES if Path(folder).is_dir()]
+        volumes = [*(f"{folder}:{folder}:ro" for folder in folders), f"{self.uv_cache}:{_UV_CACHE}"]
         return self._words(
             *("build", "--isolation=chroot", "--network=host", "--layers"),
             # What is already here is what is meant; there may be no registry to ask.
-            *("--pull-never", "--quiet"),
+            "--pull=false",
             *(f"--volume={volume}" for volume in volumes),
-            *(f"--file={recipe.file}", f"--tag={recipe.image(tag)}"),
-            *_build_arguments(given),
-            ".",
+            *(f"--file={context / file}", f"--tag={image}"),
+            *_build_arguments({**given, "UV_CACHE_DIR": _UV_CACHE}),
+            str(context),
         )
-
-    def exists(self, image: str) -> list[str]:
-        """Fails where there is no image of a name."""
-        return self._words("inspect", "--type=image", "--format={{.FromImageID}}", image)
 
     def new_container(self) -> list[str]:
         """Prints the name of a new, empty container."""
@@ -127,18 +124,17 @@ class Buildah:
 
     def commit(self, container: str, image: str) -> list[str]:
         """Makes an image of a container, which goes."""
-        return self._words(
-            "commit", "--quiet", "--rm", "--disable-compression", container, image
-        )
+        return self._words("commit", "--quiet", "--rm", "--disable-compression", container, image)
 
-    def push(self, image: str, layout: Path) -> list[str]:
-        """Writes an image into an OCI layout, but for what is there already."""
-        return self._words("push", "--quiet", "--disable-compression", image, f"oci:{layout}")
+    def remove(self, container: str) -> list[str]:
+        """Removes a container."""
+        return self._words("rm", container)
 
     def _words(self, *words: str) -> list[str]:
+        graph, running = options(self.root)
         return [
-            *("buildah", f"--root={self.store}", f"--runroot={self.store}-run"),
-            *("--storage-driver=overlay", *words),
+            *("buildah", f"--root={graph}", f"--runroot={running}"),
+            *(f"--storage-driver={DRIVER}", *words),
         ]
 
 

@@ -42,9 +42,7 @@ async def forward(listener: socket.socket, port: int) -> None:
         await server.serve_forever()
 
 
-async def _connected(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int
-) -> None:
+async def _connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int) -> None:
     try:
         there, back = await asyncio.open_connection(HOST, port)
     except OSError:  # nobody answers: the caller is told so in the same way

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from tools.cluster.containers.configs import CNI_PLUGINS
 from tools.cluster.containers.machines import run
@@ -25,7 +24,11 @@ NODE = {
     "nsenter": "util-linux",
 }
 """The package of each program of a node that is not built here."""
-IMAGES = {"buildah": "buildah", "mmdebstrap": "mmdebstrap"}
+IMAGES = {
+    "buildah": "buildah",
+    "containers-storage": "containers-storage",
+    "mmdebstrap": "mmdebstrap",
+}
 """Those of images."""
 
 

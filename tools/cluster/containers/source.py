@@ -12,13 +12,13 @@ import ssl
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tools.cluster.containers import commands
+from tools.cluster.containers.archives import Image
 from tools.cluster.containers.certificates import issue, make_authority
 from tools.cluster.containers.daemons import Daemon
 from tools.cluster.containers.kernel import remove_cgroup, restore_settings, save_settings
@@ -164,11 +164,22 @@ class SourceCluster:
         remove_cgroup(self.layout.cgroup_of(node.node))
         shutil.rmtree(node.node.folder)
 
-    def load(self, write: Callable[[ClusterNode, IO[bytes]], object]) -> None:
-        """Import an image into every node that runs; `write` writes the archive for a node."""
+    def load(self, name: str, image: Image) -> int:
+        """Import an image under a name into every node that runs.
+
+        Returns:
+            How many bytes of layers they did not have.
+        """
+        running = [node for node in self.nodes if node.running]
+        layers = [layer for node in running for layer in node.import_image(name, image)]
+        return sum(layer.size for layer in layers)
+
+    def load_archive(self, archive: Path) -> None:
+        """Import the images of an OCI archive into every node that runs."""
         for node in self.nodes:
             if node.running:
-                node.import_stream(lambda to, n=node: write(n, to))
+                with archive.open("rb") as content:
+                    node.import_archive(content)
 
     def kubectl(self, *words: str, given: str | None = None) -> str:
         """What kubectl prints; `given` is its standard input.
@@ -308,10 +319,14 @@ class SourceCluster:
         for path, user, server in (
             (self.layout.admin, ADMIN, beside),
             (pki / f"{PROVISIONER}.kubeconfig", PROVISIONER, beside),
-            *((pki / f"{user.removeprefix('system:')}.kubeconfig", user, self.layout.server)
-              for user in _COMPONENTS),
-            *((pki / f"{node.name}.kubeconfig", node.account, self.layout.server)
-              for node in self.layout.nodes),
+            *(
+                (pki / f"{user.removeprefix('system:')}.kubeconfig", user, self.layout.server)
+                for user in _COMPONENTS
+            ),
+            *(
+                (pki / f"{node.name}.kubeconfig", node.account, self.layout.server)
+                for node in self.layout.nodes
+            ),
         ):
             write_kubeconfig(path, server=server, authority=pki / "ca.crt", token=known[user])
 
@@ -322,9 +337,7 @@ class SourceCluster:
         )
         context = ssl.create_default_context(cafile=str(self.layout.pki / "ca.crt"))
         try:
-            with urllib.request.urlopen(
-                request, timeout=PROBE_SECONDS, context=context
-            ) as answer:
+            with urllib.request.urlopen(request, timeout=PROBE_SECONDS, context=context) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False
