@@ -66,8 +66,8 @@ class ImageStore:
             raise ServerError(f"{' '.join(words)}: exit code {reading.returncode}")
 
     def _listed(self, what: str) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = json.loads(run([*self._words, what, "--json"]))
-        return found
+        found: list[dict[str, Any]] | None = json.loads(run([*self._words, what, "--json"]))
+        return found or []
 
     def _bytes(self, *words: str) -> bytes:
         return subprocess.run([*self._words, *words], check=True, capture_output=True).stdout
