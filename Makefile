@@ -78,6 +78,7 @@ verify: setup ## Check format, lint, types, layers, spelling, generated files an
 	@$(BIN)/codespell
 	@$(BIN)/esper crds --check crds
 	@$(BIN)/python -m tools.chart --check
+	@$(BIN)/python -m tools.images.pins --check
 	@$(BIN)/python -m tools.api_reference --check
 	@$(BIN)/pytest -q tests/architecture/test_repository.py
 
@@ -104,6 +105,7 @@ lock: setup ## Write requirements.lock anew from pyproject.toml, with the newest
 		$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
 			--upgrade --all-extras pyproject.toml; } > requirements.lock.new
 	@mv requirements.lock.new requirements.lock
+	@$(BIN)/python -m tools.images.pins
 
 .PHONY: bench-%
 bench-growth: ## Measure growth against static and random arms into benchmarks/results/growth.json
@@ -123,6 +125,19 @@ services: setup ## Start Redis, Postgres, S3 and every service as processes; Ctr
 .PHONY: cluster-api
 cluster-api: programs ## Start a control plane, the operator and a node of processes; Ctrl-C stops them
 	@$(BIN)/python -m tools.cluster_api $(ARGUMENTS)
+
+.PHONY: cluster
+cluster: setup ## Start a real cluster: kind where Docker answers, else from source (root)
+	@$(BIN)/python -m tools.cluster.containers up $(ARGUMENTS)
+
+.PHONY: cluster-down
+cluster-down: setup ## End that cluster; nothing of it is left
+	@$(BIN)/python -m tools.cluster.containers down
+
+.PHONY: images
+images: setup ## Build the images and load them into that cluster; BASE=, ACCELERATOR=cpu|cuda, TAG=
+	@$(BIN)/python -m tools.images $(if $(BASE),--base=$(BASE)) \
+		$(if $(ACCELERATOR),--accelerator=$(ACCELERATOR)) $(if $(TAG),--tag=$(TAG)) $(ARGUMENTS)
 
 .PHONY: install
 install: setup ## Install the chart, with the images of `make images`, in the cluster of KUBECONFIG

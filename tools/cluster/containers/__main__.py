@@ -10,16 +10,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from tools.cluster.containers.kind import KindCluster, docker_answers
-from tools.cluster.containers.layout import BadState, Layout, layout
-from tools.cluster.containers.nodes import ClusterNode
+from tools.cluster.containers.layout import KIND, SOURCE, BadState, Layout, layout
 from tools.cluster.containers.source import SourceCluster
 from tools.cluster.programs import cluster_program
 from tools.servers.process import ServerError
-
-KIND, SOURCE = "kind", "source"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,20 +23,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parsed(argv)
     try:
         cluster = layout(arguments.state)
+        if arguments.command == "exec":  # it may last
+            return _exec(cluster, arguments)
         with _claimed(cluster, making=arguments.command == "up"):
-            return int(_COMMANDS[arguments.command](cluster, arguments))
+            return _CHANGES[arguments.command](cluster, arguments)
     except (ServerError, BadState) as error:
         _say(f"error: {error}")
         return 1
 
 
-def way_of(cluster: Layout) -> str | None:
-    """Which way a cluster was made; None where there is none."""
-    return cluster.mark.read_text().strip() or None if cluster.mark.exists() else None
-
-
 def _up(cluster: Layout, arguments: argparse.Namespace) -> int:
-    way = way_of(cluster) or arguments.way or (KIND if docker_answers() else SOURCE)
+    way = cluster.way or arguments.way or (KIND if docker_answers() else SOURCE)
     cluster.mark.write_text(way)
     if way == KIND:
         _say("Docker answers: a cluster of kind")
@@ -55,7 +48,7 @@ def _up(cluster: Layout, arguments: argparse.Namespace) -> int:
 
 
 def _down(cluster: Layout, arguments: argparse.Namespace) -> int:
-    way = way_of(cluster)
+    way = cluster.way
     if way == KIND:
         KindCluster(cluster, _say).down()
     elif way == SOURCE:
@@ -65,17 +58,10 @@ def _down(cluster: Layout, arguments: argparse.Namespace) -> int:
 
 
 def _load(cluster: Layout, arguments: argparse.Namespace) -> int:
-    archive: Path = arguments.archive
-
-    def write(node: ClusterNode, to: IO[bytes]) -> None:
-        with archive.open("rb") as read:
-            while chunk := read.read(1 << 20):
-                to.write(chunk)
-
-    if way_of(cluster) == KIND:
-        KindCluster(cluster, _say).load(archive)
+    if cluster.way == KIND:
+        KindCluster(cluster, _say).load(arguments.archive)
     else:
-        _source(cluster).load(write)
+        _source(cluster).load_archive(arguments.archive)
     return 0
 
 
@@ -102,12 +88,12 @@ def _node(cluster: Layout, arguments: argparse.Namespace) -> int:
 
 
 def _source(cluster: Layout) -> SourceCluster:
-    if way_of(cluster) != SOURCE:
+    if cluster.way != SOURCE:
         raise ServerError(f"{cluster.state}: got no cluster from source; allowed: make cluster")
     return SourceCluster(cluster, _say)
 
 
-_COMMANDS = {"up": _up, "down": _down, "load": _load, "exec": _exec, "node": _node}
+_CHANGES = {"up": _up, "down": _down, "load": _load, "node": _node}
 
 
 @contextmanager

@@ -7,7 +7,9 @@ import io
 import json
 import platform
 import tarfile
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,57 +20,89 @@ _NAME = "io.containerd.image.name"
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
-def program_archive(name: str, program: Path, target: IO[bytes]) -> None:
-    """Write an image of a name that holds one static program, and runs it."""
-    inside = f"/{program.name}"
-    layer = io.BytesIO()
-    with tarfile.open(fileobj=layer, mode="w") as tar:
-        entry = tarfile.TarInfo(inside.lstrip("/"))
-        content = program.read_bytes()
+@dataclass(frozen=True)
+class Layer:
+    """One layer of an image, a tar archive that is not compressed.
+
+    Attributes:
+        digest: what it is called.
+        size: of the archive, in bytes.
+        read: opens the archive.
+    """
+
+    digest: str
+    size: int
+    read: Callable[[], AbstractContextManager[IO[bytes]]]
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image: its configuration, as it is written, and its layers, the lowest first."""
+
+    config: bytes
+    layers: tuple[Layer, ...]
+
+
+def program_image(program: Path) -> Image:
+    """An image that holds one static program, and runs it."""
+    content = program.read_bytes()
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        entry = tarfile.TarInfo(program.name)
         entry.size, entry.mode = len(content), 0o755
         tar.addfile(entry, io.BytesIO(content))
+    layer = packed.getvalue()
     config = {
         "architecture": _ARCHITECTURES[platform.machine()],
         "os": "linux",
-        "config": {"Entrypoint": [inside]},
-        "rootfs": {"type": "layers", "diff_ids": [digest(layer.getvalue())]},
+        "config": {"Entrypoint": [f"/{program.name}"]},
+        "rootfs": {"type": "layers", "diff_ids": [digest(layer)]},
     }
-    blobs = [layer.getvalue(), _json(config)]
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": _MANIFEST,
-        "config": _descriptor(_CONFIG, blobs[1]),
-        "layers": [_descriptor(_LAYER, blobs[0])],
-    }
-    blobs.append(_json(manifest))
-    with tarfile.open(fileobj=target, mode="w|") as tar:
-        for blob in blobs:
-            _add(tar, f"blobs/{digest(blob).replace(':', '/')}", blob)
-        _finish(tar, name, _descriptor(_MANIFEST, blobs[-1]))
+    return Image(_json(config), (Layer(digest(layer), len(layer), lambda: io.BytesIO(layer)),))
 
 
-def thin_archive(name: str, image: Path, there: Container[str], target: IO[bytes]) -> list[str]:
-    """Write an image of a name from an OCI layout, but for the layers that are already there.
+def write_archive(
+    name: str, image: Image, target: IO[bytes], *, there: Container[str] = ()
+) -> list[Layer]:
+    """Write an image of a name, but for the layers that are already there.
 
     Args:
         name: what it is to be called.
-        image: the folder of the layout, with one image.
-        there: the digests that the store holds which reads the archive.
+        image: the image.
         target: where the archive goes, in one stream.
+        there: the digests that the store holds which reads the archive.
 
     Returns:
-        The digests of the layers that were written.
+        The layers that were written.
     """
-    (entry,) = json.loads((image / "index.json").read_text())["manifests"]
-    manifest: dict[str, Any] = json.loads(_blob(image, entry["digest"]).read_text())
-    layers = [layer["digest"] for layer in manifest["layers"]]
-    missing = [layer for layer in dict.fromkeys(layers) if layer not in there]
-    with tarfile.open(fileobj=target, mode="w|") as tar:
-        for wanted in (entry["digest"], manifest["config"]["digest"], *missing):
-            path = _blob(image, wanted)
-            tar.add(path, f"blobs/{wanted.replace(':', '/')}")
-        _finish(tar, name, {key: entry[key] for key in ("mediaType", "digest", "size")})
-    return missing
+    manifest = _json(
+        {
+            "schemaVersion": 2,
+            "mediaType": _MANIFEST,
+            "config": _descriptor(_CONFIG, image.config),
+            "layers": [
+                {"mediaType": _LAYER, "digest": layer.digest, "size": layer.size}
+                for layer in image.layers
+            ],
+        }
+    )
+    index = {
+        "schemaVersion": 2,
+        "manifests": [{**_descriptor(_MANIFEST, manifest), "annotations": {_NAME: name}}],
+    }
+    missing = {layer.digest: layer for layer in image.layers if layer.digest not in there}
+    with tarfile.open(fileobj=target, mode="w|", bufsize=1 << 20) as tar:
+        tar.copybufsize = 1 << 20
+        for layer in missing.values():
+            entry = tarfile.TarInfo(_path(layer.digest))
+            entry.size = layer.size
+            with layer.read() as content:
+                tar.addfile(entry, content)
+        for blob in (image.config, manifest):
+            _add(tar, _path(digest(blob)), blob)
+        _add(tar, "index.json", _json(index))
+        _add(tar, "oci-layout", _json({"imageLayoutVersion": "1.0.0"}))
+    return list(missing.values())
 
 
 def digest(content: bytes) -> str:
@@ -76,14 +110,8 @@ def digest(content: bytes) -> str:
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def _finish(tar: tarfile.TarFile, name: str, manifest: Mapping[str, Any]) -> None:
-    index = {"schemaVersion": 2, "manifests": [{**manifest, "annotations": {_NAME: name}}]}
-    _add(tar, "index.json", _json(index))
-    _add(tar, "oci-layout", _json({"imageLayoutVersion": "1.0.0"}))
-
-
-def _blob(image: Path, name: str) -> Path:
-    return image / "blobs" / name.replace(":", "/")
+def _path(name: str) -> str:
+    return f"blobs/{name.replace(':', '/')}"
 
 
 def _descriptor(kind: str, blob: bytes) -> dict[str, Any]:

@@ -48,16 +48,20 @@ async def _connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
     except OSError:  # nobody answers: the caller is told so in the same way
         writer.close()
         return
-    await asyncio.gather(_copied(reader, back), _copied(there, writer))
+    try:
+        await asyncio.gather(_copied(reader, back), _copied(there, writer))
+    finally:
+        back.close()
+        writer.close()
 
 
 async def _copied(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Copy until one end is closed, then close the other for writing."""
+    """Copy until one end has said all, then tell the other so; it may have more to say."""
     with contextlib.suppress(OSError):
         while chunk := await reader.read(_CHUNK):
             writer.write(chunk)
             await writer.drain()
-    writer.close()
+        writer.write_eof()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 STATE = "ESPER_CLUSTER_STATE"
 DEFAULT_STATE = Path("/var/tmp/esper-cluster")
+KIND, SOURCE = "kind", "source"
 NODES = 4
 """So many nodes have credentials; the first has the control plane too."""
 DOMAIN = "cluster.local"
@@ -105,8 +106,13 @@ class Layout:
 
     @property
     def mark(self) -> Path:
-        """Tells that the folder is a cluster's; locked by who changes the cluster."""
+        """Tells that the folder is a cluster's, and which way it was made."""
         return self.state / ".esper-cluster"
+
+    @property
+    def way(self) -> str | None:
+        """Which way it was made, `KIND` or `SOURCE`; None where there is none."""
+        return self.mark.read_text() or None if self.mark.exists() else None
 
     @property
     def volumes(self) -> Path:

@@ -112,14 +112,16 @@ class Machine:
 _NAMESPACES = ("--mount", "--net", "--pid", "--uts", "--ipc")
 
 
-def run(command: Sequence[str], *, given: str | None = None) -> str:
-    """What a command prints.
+def run(command: Sequence[str], *, given: str | None = None, folder: Path | None = None) -> str:
+    """What a command prints; `given` is its standard input, `folder` where it runs.
 
     Raises:
         ServerError: it failed, or there is no such program; the message tells what it said.
     """
     try:
-        done = subprocess.run(command, input=given or "", capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=folder, input=given or "", capture_output=True, text=True
+        )
     except FileNotFoundError as error:
         raise ServerError(f"{command[0]}: there is no such program") from error
     if done.returncode:

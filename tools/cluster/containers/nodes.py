@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import IO
 
 from tools.cluster.containers import commands, configs
-from tools.cluster.containers.archives import program_archive
+from tools.cluster.containers.archives import Image, Layer, program_image, write_archive
 from tools.cluster.containers.certificates import issue
 from tools.cluster.containers.kernel import make_cgroup
 from tools.cluster.containers.layout import DNS_IMAGE, PAUSE_IMAGE, Layout, Node
@@ -64,22 +65,41 @@ class ClusterNode:
         self.machine.start_daemon(KUBELET, words)
         self.machine.start_daemon(PROXY, commands.proxy(self.node, self._programs))
 
-    def import_stream(self, write: Callable[[IO[bytes]], object]) -> None:
-        """Import the archive that `write` writes.
+    def import_image(self, name: str, image: Image) -> list[Layer]:
+        """Import an image under a name; returns the layers that it did not have.
 
         Raises:
             ServerError: it was refused.
         """
+        there = self.contents()
+        with self._importing() as to:
+            return write_archive(name, image, to, there=there)
+
+    def import_archive(self, archive: IO[bytes]) -> None:
+        """Import the images of an OCI archive.
+
+        Raises:
+            ServerError: it was refused.
+        """
+        with self._importing() as to:
+            shutil.copyfileobj(archive, to, 1 << 20)
+
+    @contextmanager
+    def _importing(self) -> Iterator[IO[bytes]]:
+        """What is written here is imported."""
         with tempfile.TemporaryFile() as said:
             importing = subprocess.Popen(
                 commands.import_images(self.node), stdin=subprocess.PIPE, stdout=said, stderr=said
             )
             assert importing.stdin is not None
             try:
-                with importing.stdin:
-                    write(importing.stdin)
-            except BrokenPipeError:
-                pass  # it has said why
+                # One that refuses closes its end, and has said why.
+                with suppress(BrokenPipeError), importing.stdin:
+                    yield importing.stdin
+            except BaseException:
+                importing.kill()
+                importing.wait()
+                raise
             if importing.wait():
                 said.seek(0)
                 raise ServerError(f"{self.node.name}: {said.read().decode().strip()[-500:]}")
@@ -123,8 +143,7 @@ class ClusterNode:
         there = self.images()
         for image, program in ((PAUSE_IMAGE, "pause"), (DNS_IMAGE, "coredns")):
             if image not in there:
-                path: Path = self._programs(program)
-                self.import_stream(lambda to, i=image, p=path: program_archive(i, p, to))
+                self.import_image(image, program_image(self._programs(program)))
 
     def _certify(self) -> None:
         if not (self._cluster.pki / f"{self.node.name}.crt").exists():

@@ -24,7 +24,11 @@ NODE = {
     "nsenter": "util-linux",
 }
 """The package of each program of a node that is not built here."""
-IMAGES = {"buildah": "buildah", "mmdebstrap": "mmdebstrap"}
+IMAGES = {
+    "buildah": "buildah",
+    "containers-storage": "containers-storage",
+    "mmdebstrap": "mmdebstrap",
+}
 """Those of images."""
 
 

@@ -12,13 +12,13 @@ import ssl
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tools.cluster.containers import commands
+from tools.cluster.containers.archives import Image
 from tools.cluster.containers.certificates import issue, make_authority
 from tools.cluster.containers.daemons import Daemon
 from tools.cluster.containers.kernel import remove_cgroup, restore_settings, save_settings
@@ -164,11 +164,22 @@ class SourceCluster:
         remove_cgroup(self.layout.cgroup_of(node.node))
         shutil.rmtree(node.node.folder)
 
-    def load(self, write: Callable[[ClusterNode, IO[bytes]], object]) -> None:
-        """Import an image into every node that runs; `write` writes the archive for a node."""
+    def load(self, name: str, image: Image) -> int:
+        """Import an image under a name into every node that runs.
+
+        Returns:
+            How many bytes of layers they did not have.
+        """
+        running = [node for node in self.nodes if node.running]
+        layers = [layer for node in running for layer in node.import_image(name, image)]
+        return sum(layer.size for layer in layers)
+
+    def load_archive(self, archive: Path) -> None:
+        """Import the images of an OCI archive into every node that runs."""
         for node in self.nodes:
             if node.running:
-                node.import_stream(lambda to, n=node: write(n, to))
+                with archive.open("rb") as content:
+                    node.import_archive(content)
 
     def kubectl(self, *words: str, given: str | None = None) -> str:
         """What kubectl prints; `given` is its standard input.
