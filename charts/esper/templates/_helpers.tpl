@@ -27,6 +27,16 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{ include "esper.selector" . }}
 {{- end }}
 
+{{/* Labels of pods: without releases, so that another chart alone starts none anew. */}}
+{{- define "esper.podLabels" -}}
+{{- $root := index . 0 }}
+{{- with $root.Values.commonLabels }}
+{{- toYaml . }}
+{{ end -}}
+app.kubernetes.io/part-of: esper
+{{ include "esper.selector" . }}
+{{- end }}
+
 {{/* Labels that select a component's pods; they never change. */}}
 {{- define "esper.selector" -}}
 {{- $root := index . 0 -}}

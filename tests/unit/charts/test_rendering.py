@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,18 @@ def test_another_setting_starts_the_pod_anew_and_another_image_only_its_own() ->
     for name, values in changes.items():
         after = templates(values)
         assert {each for each in before if before[each] != after[each]} == {name}
+
+
+def test_another_chart_of_the_same_content_starts_no_pod_anew(tmp_path: Path) -> None:
+    newer = tmp_path / "esper"
+    shutil.copytree(helm.CHART, newer)
+    about = yaml.safe_load((newer / "Chart.yaml").read_text())
+    (newer / "Chart.yaml").write_text(yaml.safe_dump({**about, "version": "9.0.0"}))
+    values = {"credentials": {"existingSecret": "own"}}
+    before, after = helm.render(values), helm.render(values, chart=newer)
+    assert before != after
+    for one, other in zip(before, after, strict=True):
+        assert one.get("spec", {}).get("template") == other.get("spec", {}).get("template")
 
 
 def test_the_files_from_the_operator_and_the_guides_table_are_up_to_date() -> None:
