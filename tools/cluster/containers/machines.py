@@ -97,6 +97,14 @@ class Machine:
         """
         return run(self.inside(command), given=given)
 
+    def wire(self, command: Sequence[str]) -> None:
+        """Run a command in its network only: so it knows other machines' processes by their ids.
+
+        Raises:
+            ServerError: it failed; the message tells what it said.
+        """
+        run(["nsenter", f"--target={self.pid}", "--net", "--", *command])
+
     def daemon(self, name: str) -> Daemon:
         """A process on it by its name."""
         return Daemon(name, self.folder)
