@@ -113,10 +113,12 @@ class Machine:
         """Start a process on it, where it does not run."""
         daemon = self.daemon(name)
         if not daemon.running:
-            daemon.start(self.inside(command), inner=True)
+            daemon.start(self.inside(command), inner=True, environment=_ENVIRONMENT)
         return daemon
 
 
+_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
+"""A node knows nothing of who has made it, such as proxies of theirs."""
 _NAMESPACES = ("--mount", "--net", "--pid", "--uts", "--ipc")
 
 

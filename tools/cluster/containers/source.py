@@ -118,6 +118,7 @@ class SourceCluster:
         Raises:
             ServerError: something is left that can't be removed.
         """
+        require_root()
         for daemon in self._beside():
             daemon.kill()
         for node in reversed(self.layout.nodes):
