@@ -67,7 +67,7 @@ test: programs ## Run every test; unit coverage of contracts, decisions and gate
 	@$(BIN)/coverage report --include='esper/services/tamiyo/*' --fail-under=90
 	@$(BIN)/coverage report --include='esper/services/tolaria/gates.py' --fail-under=90
 	@$(BIN)/coverage report --include='operator/esper_operator/decisions/*' --fail-under=90
-	@$(PYTEST) $(MEASURED_TESTS:%=--ignore=%) tests
+	@$(PYTEST) $(MEASURED_TESTS:%=--ignore=%) --ignore=tests/e2e tests
 
 .PHONY: verify
 verify: setup ## Check format, lint, types, layers, spelling, generated files and what is committed

@@ -1,4 +1,4 @@
-"""What does the operator cost? Many sessions at once on a control plane without nodes, then idle.
+"""What does the operator cost? Many sessions at once without nodes, then idle, then some a second.
 
 python -m benchmarks.operator [--quick] [--sessions N] [--profile FILE]
 
@@ -26,6 +26,7 @@ from typing import Any
 import httpx
 import psutil
 
+from benchmarks import operator_creations
 from benchmarks.bars import write_results
 from tools.cluster.control_plane import ControlPlane, wait_for
 from tools.operator_process import OperatorProcess
@@ -56,12 +57,13 @@ def main() -> int:
     """Measure, print and write the results."""
     arguments = options().parse_args()
     count = arguments.sessions or (QUICK_SESSIONS if arguments.quick else SESSIONS)
+    few = operator_creations.QUICK_SESSIONS if arguments.quick else operator_creations.SESSIONS
     with (
         tempfile.TemporaryDirectory(prefix="esper-bench-operator-") as folder,
         ControlPlane(Path(folder) / "plane") as plane,
         OperatorWorld(Path(folder), plane) as world,
     ):
-        figures = measure(world, count, arguments.profile)
+        figures = measure(world, count, few, arguments.profile)
     bars = bars_of(figures)
     name = "operator-quick" if count < SESSIONS else "operator"
     path = write_results(name, figures, bars)
@@ -79,8 +81,8 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(world: OperatorWorld, count: int, profile: Path | None) -> dict[str, Any]:
-    """Load, then rest."""
+def measure(world: OperatorWorld, count: int, few: int, profile: Path | None) -> dict[str, Any]:
+    """Load, then rest, then `few` sessions one after another."""
     world.plane.create_namespace(NAMESPACE)
     with operator_of(world, profile) as operator:
         wait_for(lambda: operator.leads, "the operator does not lead")
@@ -89,7 +91,15 @@ def measure(world: OperatorWorld, count: int, profile: Path | None) -> dict[str,
             sys.stderr.write(json.dumps(load) + "\n")
             settle(world, operator, 2 * count)
             idle = measure_idle(operator, process)
-    return {"sessions": count, "workers": 2, "load": load, "idle": idle, "peer": PEER}
+        creations = operator_creations.measure_creations(world, few)
+    return {
+        "sessions": count,
+        "workers": 2,
+        "load": load,
+        "idle": idle,
+        "creations": creations,
+        "peer": PEER,
+    }
 
 
 @contextmanager
@@ -279,6 +289,7 @@ def part(samples: Samples, name: str) -> float:
 def bars_of(figures: dict[str, Any]) -> Bars:
     """Each figure that the issue names, against its bar."""
     load, idle = figures["load"], figures["idle"]
+    first = figures["creations"]["firstConditionSeconds"]
     most = {
         "7.3.made-seconds": (load["seconds"], 60.0),
         "7.3.reconcile-p99-seconds": (load["reconcileSeconds"]["p99"], 1.0),
@@ -286,6 +297,7 @@ def bars_of(figures: dict[str, Any]) -> Bars:
         "7.3.rss-megabytes": (idle["mostRssMegabytes"], 256.0),
         "7.3.idle-writes-per-second": (idle["writesPerSecond"], 0.1),
         "7.3.idle-cpu-share": (idle["cpuShare"], 0.02),
+        "7.2.first-condition-p99-seconds": (first["p99"], 2.0),
     }
     bars: Bars = {
         name: {"figure": figure, "bar": f"<= {bar:g}", "holds": figure <= bar}

@@ -154,6 +154,14 @@ class HubConfig(Section):
         AfterValidator(_header_safe),
         Field(description="the bearer token, visible ASCII characters, or null: none is sent"),
     ] = None
+    token_file: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="a file that holds the bearer token, read for each request and taken "
+            "before hub.token; or null",
+        ),
+    ] = None
     connect_timeout_seconds: Real = _seconds(5.0, "to wait for a connection", most=600)
     read_timeout_seconds: Real = _seconds(15.0, "to wait for more bytes", most=600)
     timeout_seconds: Real = _seconds(300.0, "for a whole request", most=3600)
@@ -426,6 +434,7 @@ class OperatorConfig(Section):
     ] = ""
     kernels_per_session: Whole = _whole(64, "kernels of one session", least=0, most=1000)
     compile_seconds: Whole = _whole(900, "seconds for a compile Job", least=1, most=86_400)
+    compile_attempts: Whole = _whole(5, "compile Jobs of one kernel", least=1, most=100)
 
 
 class ComponentConfig(Section):

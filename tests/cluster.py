@@ -24,15 +24,28 @@ def control_plane(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def kubelet(control_plane, tmp_path_factory):
-    """The one node of `control_plane`; its crash loops wait for a tenth of a kubelet's time.
+def shared_kubelet(control_plane, tmp_path_factory):
+    """The one node of `control_plane`, started by whoever needs it first.
 
-    Without it pods stay pending.
+    Its crash loops wait for a tenth of a kubelet's time.
     """
     folder = tmp_path_factory.mktemp("kubelet")
     own = tmp_path_factory.getbasetemp()
-    with ProcessKubelet(folder, control_plane, own=[own], backoff_seconds=1) as running:
-        yield running
+    node = ProcessKubelet(folder, control_plane, own=[own], backoff_seconds=1)
+    yield node
+    node.stop()
+
+
+@pytest.fixture
+def kubelet(shared_kubelet):
+    """The node, at work."""
+    return shared_kubelet.start()
+
+
+@pytest.fixture
+def no_kubelet(shared_kubelet):
+    """No node: pods stay pending, also after a test that had one."""
+    shared_kubelet.stop()
 
 
 @pytest.fixture

@@ -10,9 +10,11 @@ from tests.cluster import (  # noqa: F401
     esper_control_plane,
     kubelet,
     namespace,
+    no_kubelet,
     private_control_plane,
     private_kubelet,
     private_namespace,
+    shared_kubelet,
 )
 from tests.servers import (  # noqa: F401
     any_redis,

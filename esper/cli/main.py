@@ -11,14 +11,13 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from esper.cli import compile, crds, doctor, report, run, serve, token, validate, worker
 from esper.cli.termination import leave
 from esper.errors import EsperError, one_line
+from esper.utils.commands import OneLineParser, add_common, logged
 
 if TYPE_CHECKING:
     from esper.configs import EsperConfig
@@ -39,27 +38,19 @@ OPTIONS = {"hub.url": "hub", "redis.url": "bus"}
 """Settings that also have an option of their own, where a command has it."""
 
 FAILED = 1
-BAD_INPUT = 2
 INTERRUPTED = 130
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line, as all of Esper does."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"esper: error: {one_line(message, 500)} (see {self.prog} --help)\n")
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands, without importing what they need to work."""
-    top = _Parser(
+    top = OneLineParser(
         prog="esper",
         description="Train PyTorch models that grow while they train.",
         epilog="Exit codes: 0 done, 1 the work failed, 2 bad input, 130 interrupted.",
         allow_abbrev=False,
     )
     top.add_argument("--version", action="store_true", help="print the version and end")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=OneLineParser)
     for name, module in COMMANDS.items():
         command = commands.add_parser(
             name, help=module.HELP, description=module.HELP, allow_abbrev=False
@@ -67,26 +58,6 @@ def parser() -> argparse.ArgumentParser:
         module.add_arguments(command)
         add_common(command)
     return top
-
-
-def add_common(command: argparse.ArgumentParser) -> None:
-    """The options of every command; also those of a rank, which is told its supervisor's."""
-    group = command.add_argument_group("options of every command")
-    group.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="settings file, or a folder of them (default: esper.yaml if any)",
-    )
-    group.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="assignments",
-        metavar="NAME=VALUE",
-        help="one setting, e.g. component.log_level=info; see `esper doctor` for all",
-    )
-    group.add_argument("--debug", action="store_true", help="log everything; show traces of errors")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,38 +99,6 @@ def _run(arguments: argparse.Namespace) -> int:
         status: int = COMMANDS[arguments.command].execute(arguments, config)
         sys.stdout.flush()
         return status
-
-
-@contextmanager
-def logged(name: str, config: EsperConfig, *, debug: bool) -> Iterator[None]:
-    """The log of a process of that name, as the settings say.
-
-    Raises:
-        ConfigError: its file can't be written.
-    """
-    from esper.configs import parse_levels
-    from esper.utils.logging import AsyncEsperLogger
-
-    component = config.component
-    log = AsyncEsperLogger(
-        name,
-        level="debug" if debug else component.log_level,
-        levels=parse_levels(component.log_levels),
-        file=Path(component.log_file) if component.log_file else None,
-        queue_records=component.log_queue_records,
-    )
-    try:
-        log.start()
-    except OSError as error:
-        from esper.errors import ConfigError
-
-        raise ConfigError(
-            "component.log_file", component.log_file, f"a file that can be written ({error})"
-        ) from error
-    try:
-        yield
-    finally:
-        log.stop()
 
 
 def settings_of(arguments: argparse.Namespace) -> EsperConfig:

@@ -75,7 +75,8 @@ def told(outcomes: Outcomes, rank: int, work: Callable[[], object], *, debug: bo
 def _train(
     arguments: argparse.Namespace, stopping: Callable[[], bool], outcomes: Outcomes, rank: int
 ) -> None:
-    from esper.cli.main import logged, settings_of
+    from esper.cli.main import settings_of
+    from esper.utils.commands import logged
 
     config = settings_of(arguments)
     with logged("tolaria", config, debug=arguments.debug):
@@ -100,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     """The arguments that `worker.rank_program` and the supervisor give."""
     import argparse
 
-    from esper.cli.main import add_common
+    from esper.utils.commands import add_common
 
     found = argparse.ArgumentParser(prog="esper.cli.rank", description=__doc__)
     found.add_argument("file", type=Path)

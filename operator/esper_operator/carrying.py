@@ -93,10 +93,8 @@ class Carrier:
 
     async def rest(self, about: About | None, memory: Memory, plan: Plan, outcome: Outcome) -> None:
         """All but the status: what is to be gone, to be made, and to be told about the object."""
-        for notice in plan.notices:  # with the status whose news they are; the next plan has none
-            if about is not None and memory.tells(notice):
-                await self._told(about, notice)
-                outcome.wrote = True
+        if about is not None:
+            await self.notices(about, memory, plan, outcome)
         for deletion in plan.delete:
             kind = BY_NAME[deletion.kind]
             name = (deletion.namespace, deletion.name)
@@ -112,6 +110,15 @@ class Carrier:
             if outcome.over():
                 return
             await self._child_status(memory, manifest, outcome)
+
+    async def notices(self, about: About, memory: Memory, plan: Plan, outcome: Outcome) -> None:
+        """What is to be told, with the status whose news it is; the next plan has none of it."""
+        for notice in plan.notices:
+            if notice.background and self._writer.background_wait() > 0:
+                continue
+            if memory.tells(notice):
+                await self._told(about, notice)
+                outcome.wrote = True
 
     async def child(self, memory: Memory, manifest: Manifest, outcome: Outcome) -> None:
         """Apply a child; one that is refused is remembered as that, and tried again later."""

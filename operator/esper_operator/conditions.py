@@ -97,6 +97,8 @@ class Reason(StrEnum):
 
     # -- notices alone ------------------------------------------------------------------------
     EXPIRED = "Expired"
+    SEED_FOSSILIZED = "SeedFossilized"
+    SEED_CULLED = "SeedCulled"
     TOO_MANY_KERNELS = "TooManyKernels"
 
 

@@ -332,6 +332,7 @@ def options_of(config: EsperConfig) -> Options:
         redis_url=without_user(config.redis.url or ""),
         grace_seconds=settings.stop_seconds,
         compile_deadline_seconds=settings.compile_seconds,
+        compile_attempts=settings.compile_attempts,
         kernels_per_session=settings.kernels_per_session,
         worker_egress=settings.worker_egress,
         log_level=config.component.log_level,

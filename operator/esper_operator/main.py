@@ -7,27 +7,17 @@ import asyncio
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
 
-from esper.configs import EsperConfig, parse_assignments, parse_levels
-from esper.errors import ConfigError, EsperError, one_line
-from esper.utils.logging import AsyncEsperLogger
+from esper.configs import EsperConfig, parse_assignments
+from esper.errors import EsperError, one_line
+from esper.utils.commands import OneLineParser, add_common, logged
 
 FAILED = 1
-BAD_INPUT = 2
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as all of Esper does."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"esper-operator: error: {one_line(message, 500)}\n")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    top = _Parser(
+    top = OneLineParser(
         prog="esper-operator",
         description="Run Esper's training sessions on Kubernetes.",
         epilog="Exit codes: 0 stopped by a signal, 1 to be started anew, 2 bad input.",
@@ -40,17 +30,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--namespaced", action="store_true", help="rbac: a Role for each of operator.namespaces"
     )
-    top.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="settings file, or a folder of them (default: esper.yaml if any)",
-    )
-    top.add_argument(
-        "--set", action="append", default=[], dest="assignments", metavar="NAME=VALUE",
-        help="one setting, e.g. operator.namespaces=team-a",
-    )  # fmt: skip
-    top.add_argument("--debug", action="store_true", help="log everything; show traces of errors")
+    add_common(top)
     return top
 
 
@@ -77,19 +57,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(config: EsperConfig, *, debug: bool) -> int:
     from esper_operator.running import run
 
-    component = config.component
-    log = AsyncEsperLogger(
-        "operator",
-        level="debug" if debug else component.log_level,
-        levels=parse_levels(component.log_levels),
-        file=Path(component.log_file) if component.log_file else None,
-        queue_records=component.log_queue_records,
-    )
-    try:
-        log.start()
-    except OSError as error:
-        raise ConfigError(
-            "component.log_file", component.log_file, f"a file that can be written ({error})"
-        ) from error
-    with log:
+    with logged("operator", config, debug=debug):
         return asyncio.run(run(config))

@@ -30,6 +30,8 @@ class Options:
     compile_limits: tuple[tuple[str, str], ...] = (("memory", "5Gi"),)
     compile_deadline_seconds: int = 900
     """After which a compile Job is given up."""
+    compile_attempts: int = 5
+    """Jobs that may fail to compile one kernel."""
     compile_ttl_seconds: int = 600
     """How long a compile Job that is done stays for its log."""
     kernels_per_session: int = 64

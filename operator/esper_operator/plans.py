@@ -34,6 +34,8 @@ class Notice:
     type: Literal["Normal", "Warning"]
     reason: str
     message: str
+    background: bool = False
+    """Whether it is left out while as much is written in the background as may be."""
 
 
 @dataclass(frozen=True, slots=True)

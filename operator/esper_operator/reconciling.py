@@ -128,7 +128,9 @@ class Reconciler:
         first = session.status_text == NO_STATUS and plan.status is not None
         later = not first and tells_only(session, plan)
         there = later or await self._carrier.status(about, plan, outcome)
-        if there and not first:  # of a burst, each is acknowledged first
+        if there and first:
+            await self._carrier.notices(about, memory, plan, outcome)
+        elif there:  # of a burst, each is acknowledged first
             if plan.credentials:
                 child = names.secret(key.name)
                 await self._carrier.secret(memory, child, self._of_session(session), outcome)
@@ -183,7 +185,7 @@ class Reconciler:
                 session.uid, session.namespace, deletion_policy=policy
             )
             blueprints = self._store.blueprints(session.namespace)
-            return secret.manifest(session, issued, self._options, blueprints)
+            return secret.manifest(session, issued, self._options, self._clock(), blueprints)
 
         return ask
 

@@ -31,6 +31,7 @@ ROLE_LABEL = "esper.dev/role"
 ATTEMPT_LABEL = "esper.dev/attempt"
 KERNEL_LABEL = "esper.dev/kernel"
 DIGEST_ANNOTATION = "esper.dev/digest"
+RENEW_ANNOTATION = "esper.dev/renew-after"
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 CONTAINER = "worker"
 """The name of the container that works, in every pod that the operator has made."""
@@ -47,6 +48,14 @@ def _label(data: Object, name: str) -> str:
 
 def _annotation(data: Object, name: str) -> str:
     return str((_meta(data).get("annotations") or {}).get(name, ""))
+
+
+def _time(text: str) -> float:
+    """The time in an annotation, which anybody may have written; 0 where it is none."""
+    try:
+        return seconds_of(text) or 0.0
+    except ValueError:
+        return 0.0
 
 
 def _number(text: str) -> int:
@@ -87,6 +96,8 @@ class MetaView:
     digest: str = ""
     """Hash of the manifest that it was applied from."""
     deleting: bool = False
+    renew_after: float = 0.0
+    """When a Secret's credentials are to be renewed."""
 
     @classmethod
     def of(cls, data: Object) -> MetaView:
@@ -102,6 +113,7 @@ class MetaView:
             role=_label(data, ROLE_LABEL),
             digest=_annotation(data, DIGEST_ANNOTATION),
             deleting=meta.get("deletionTimestamp") is not None,
+            renew_after=_time(_annotation(data, RENEW_ANNOTATION)),
         )
 
 

@@ -203,6 +203,29 @@ def test_a_node_that_fails_takes_its_containers_with_it_and_says_so_when_it_is_b
     assert again["status"]["phase"] == "Running"
 
 
+def test_a_node_that_stops_starts_nothing_again(
+    private_control_plane, private_kubelet, private_namespace
+):
+    # What it ends would be started again by who looks after it: some of many in time to be missed.
+    plane, namespace = private_control_plane, private_namespace
+    names = [f"always-{number}" for number in range(6)]
+    apply(plane, namespace, *(pod(name, SLEEP, restartPolicy="Always") for name in names))
+    for name in names:
+        wait_for_phase(plane, namespace, name, "Running")
+    private_kubelet.stop()
+    folder = str(private_kubelet.folder / "pods")
+    left = [process.pid for process in psutil.process_iter() if folder in environment_of(process)]
+    assert left == []
+
+
+def environment_of(process):
+    """All that the environment of a process says, as text."""
+    try:
+        return " ".join(process.environ().values())
+    except psutil.Error:
+        return ""
+
+
 def test_everything_ends_with_its_owner_however_that_ends(tmp_path):
     code = f"""
 import json, time

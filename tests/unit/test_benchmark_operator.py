@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.operator import bars_of, means, spread
+from benchmarks.operator_creations import acknowledged, share_of
 
 NAME = "esper_operator_reconcile_seconds"
 KIND = {"kind": "TrainingSession"}
@@ -44,6 +45,7 @@ def figures(**load: Any) -> dict[str, Any]:
             **load,
         },
         "idle": {"writesPerSecond": 0.0, "cpuShare": 0.01, "mostRssMegabytes": 120.0},
+        "creations": {"firstConditionSeconds": {"p99": 2.0, "p100": 9.0}},
     }
 
 
@@ -58,6 +60,7 @@ def test_every_figure_that_is_asked_for_has_its_bar() -> None:
         "7.3.rss-megabytes",
         "7.3.idle-writes-per-second",
         "7.3.idle-cpu-share",
+        "7.2.first-condition-p99-seconds",
     }
 
 
@@ -65,3 +68,35 @@ def test_a_bar_that_is_missed_says_so() -> None:
     bars = bars_of(figures(sessionsPerSecond=16.6, seconds=60.1))
     missed = {name for name, bar in bars.items() if not bar["holds"]}
     assert missed == {"7.3.made-seconds", "7.3.sessions-per-second"}
+
+
+def test_a_first_condition_that_comes_late_misses_its_bar() -> None:
+    late = {**figures(), "creations": {"firstConditionSeconds": {"p99": 2.1}}}
+    assert not bars_of(late)["7.2.first-condition-p99-seconds"]["holds"]
+
+
+def heard(name: str, *conditions: tuple[str, str, int], generation: int = 1) -> dict[str, Any]:
+    said = [{"type": t, "status": s, "observedGeneration": g} for t, s, g in conditions]
+    return {
+        "metadata": {"name": name, "generation": generation},
+        "status": {"conditions": said} if said else {},
+    }
+
+
+def test_a_session_is_acknowledged_by_its_summary_of_what_it_is_now() -> None:
+    told = [
+        (1.0, heard("a")),
+        (2.0, heard("a", ("WorkersReady", "Unknown", 1))),
+        (3.0, heard("a", ("Succeeded", "Unknown", 1), generation=2)),
+        (4.0, heard("a", ("Succeeded", "False", 2), generation=2)),
+        (5.0, heard("a", ("Succeeded", "Unknown", 2), generation=2)),
+        (6.0, heard("b", ("WorkersReady", "False", 1), ("Succeeded", "Unknown", 1))),
+    ]
+    assert list(acknowledged(told)) == [("a", 5.0), ("b", 6.0)]
+
+
+def test_a_share_is_one_of_the_values_and_leaves_no_more_above_it() -> None:
+    values = [float(n) for n in range(1, 201)]
+    assert share_of(reversed(values), 0.99) == 198.0
+    assert share_of(values, 1.0) == 200.0
+    assert share_of([3.0], 0.5) == 3.0

@@ -162,6 +162,8 @@ class CompiledKernelStatus(ResourceModel):
     bytes: Count | None = None
     parameters: Count | None = None
     latency_microseconds: Count | None = None
+    failed_attempts: Count = 0
+    """Jobs that have failed to compile it though it was not at fault."""
 
 
 class CompiledKernel(Resource):

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 
 import httpx
 
@@ -88,7 +91,7 @@ class HubRequests:
         uniform: a random number between two bounds, for the jitter.
 
     Raises:
-        ConfigError: no address is set, or it is none.
+        ConfigError: no address is set, or it is none; or the token's file holds none.
     """
 
     def __init__(
@@ -117,10 +120,11 @@ class HubRequests:
         )
         self._requests = self._retries = self._failures = self._refused = self._received = 0
         headers = {"Accept-Encoding": "identity"}  # what is counted is what came over the wire
-        if config.token is not None:
+        if config.token_file is None and config.token is not None:
             headers["Authorization"] = f"Bearer {config.token.get_secret_value()}"
         self._client = httpx.AsyncClient(
             headers=headers,
+            auth=None if config.token_file is None else _TokenInFile(Path(config.token_file)),
             timeout=httpx.Timeout(
                 config.read_timeout_seconds, connect=config.connect_timeout_seconds
             ),
@@ -244,6 +248,30 @@ class HubRequests:
         if request.whole and len(data) < request.limit:
             raise httpx.ReadError(f"the body ended after {len(data)} of {request.limit} bytes")
         return bytes(data)
+
+
+class _TokenInFile(httpx.Auth):
+    """The token that a file holds at the moment: it is replaced there before it expires."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._token = self._read()
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        with suppress(ConfigError):  # while the file is being replaced, the last one still holds
+            self._token = self._read()
+        request.headers["Authorization"] = f"Bearer {self._token}"
+        yield request
+
+    def _read(self) -> str:
+        allowed = "a file that holds a token of visible ASCII characters"
+        try:
+            token = self._file.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError("hub.token_file", str(self._file), allowed) from error
+        if re.fullmatch(r"[\x21-\x7e]+", token) is None:
+            raise ConfigError("hub.token_file", str(self._file), allowed)
+        return token
 
 
 def _broken(status: int) -> bool:

@@ -6,7 +6,7 @@ from esper_operator.children import names, pods
 from esper_operator.children.connections import SETTINGS_FILE
 from esper_operator.children.objects import Json, child, labels_of, owner_of
 from esper_operator.options import Options
-from esper_operator.views import CONTAINER, KERNEL_LABEL, KernelView
+from esper_operator.views import ATTEMPT_LABEL, CONTAINER, KERNEL_LABEL, KernelView
 
 _BAD_INPUT = (2, 78)
 _INTERRUPTED = 130
@@ -15,9 +15,10 @@ and a signal. For what else ends it, as a service that is away, a later try may 
 RETRIES = 3
 
 
-def manifest(kernel: KernelView, options: Options) -> Json:
-    """The Job; what was killed, and what a service away has ended, is tried again."""
-    labels = {**labels_of(role="compile"), KERNEL_LABEL: kernel.name}
+def manifest(kernel: KernelView, attempt: int, options: Options) -> Json:
+    """The Job of an attempt; what was killed, and what a service away has ended, it tries again."""
+    numbered = {KERNEL_LABEL: kernel.name, ATTEMPT_LABEL: str(attempt)}
+    labels = {**labels_of(role="compile"), **numbered}
     container: Json = {
         "image": options.image,
         "command": ["esper", "compile"],

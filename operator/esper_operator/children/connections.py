@@ -10,9 +10,11 @@ from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from esper.utils.documents import write_document
+from esper_operator.children.pods import SETTINGS_FOLDER
 from esper_operator.options import Options
 
 SETTINGS_FILE = "esper.yaml"
+TOKEN_FILE = "hub-token"
 MANIFEST_FILE = "session.yaml"
 
 
@@ -26,7 +28,7 @@ def redis_url(url: str, username: str | None, password: str | None) -> str:
     return urlunsplit(parts._replace(netloc=f"{user}@{host}"))
 
 
-def settings_file(
+def settings_files(
     options: Options,
     *,
     namespace: str,
@@ -34,10 +36,14 @@ def settings_file(
     username: str | None = None,
     password: str | None = None,
     bus: bool = True,
-) -> str:
-    """The file; without `bus` for a pod that only talks to the hub."""
+) -> dict[str, str]:
+    """The files by name; without `bus` for a pod that only talks to the hub.
+
+    The token has a file of its own, which is read for each request: it may be renewed while the
+    pod runs.
+    """
     sections: dict[str, dict[str, Any]] = {
-        "hub": {"url": options.hub_url, "token": token},
+        "hub": {"url": options.hub_url, "token_file": f"{SETTINGS_FOLDER}/{TOKEN_FILE}"},
         "component": {"log_level": options.log_level},
     }
     if bus:
@@ -45,7 +51,7 @@ def settings_file(
             "url": redis_url(options.redis_url, username, password),
             "namespace": namespace,
         }
-    return write_document(sections)
+    return {SETTINGS_FILE: write_document(sections), TOKEN_FILE: token}
 
 
 def connection_of(options: Options) -> dict[str, str]:

@@ -75,6 +75,7 @@ def child(
     labels: Mapping[str, str],
     owners: tuple[Json, ...] = (),
     known_by: Mapping[str, Any] | None = None,
+    annotations: Mapping[str, str] | None = None,
 ) -> Json:
     """A whole manifest, marked with the hash of what it is rendered from.
 
@@ -85,7 +86,7 @@ def child(
         metadata["ownerReferences"] = list(owners)
     manifest: Json = {"apiVersion": api_version, "kind": kind, "metadata": metadata, **content}
     digest = digest_of_object(manifest if known_by is None else known_by)
-    metadata["annotations"] = {DIGEST_ANNOTATION: digest}
+    metadata["annotations"] = {DIGEST_ANNOTATION: digest, **(annotations or {})}
     return manifest
 
 

@@ -20,16 +20,20 @@ from esper.services.contracts import IssuedCredentials, OperatorCredentials
 from esper_operator.children import names
 from esper_operator.children.connections import (
     MANIFEST_FILE,
-    SETTINGS_FILE,
     connection_of,
-    settings_file,
+    settings_files,
 )
 from esper_operator.children.objects import Json, child, labels_of, owner_of
 from esper_operator.options import Options
-from esper_operator.views import BlueprintView, SessionView, digest_of_object
+from esper_operator.times import text_of
+from esper_operator.views import RENEW_ANNOTATION, BlueprintView, SessionView, digest_of_object
 
 RENEWED_SECONDS = 30 * 86_400.0
 """How long the token of a Secret that outlives sessions is used."""
+USED_SHARE = 2 / 3
+"""Of the time that a session's credentials have left, after which they are renewed."""
+LEAST_SECONDS = 3600.0
+"""Between two renewals, however soon what the hub gives ends."""
 
 _CATALOGUE = frozenset(entry.name for entry in CATALOGUE)
 
@@ -54,14 +58,19 @@ def manifest(
     session: SessionView,
     issued: IssuedCredentials,
     options: Options,
+    now: float,
     blueprints: Iterable[BlueprintView] = (),
 ) -> Json:
     """The Secret of a session, with the blueprints of its namespace that it may grow.
+
+    It says when its credentials are to be renewed: the hub gives the same user of the bus again,
+    and a token that lasts longer.
 
     Raises:
         pydantic.ValidationError: the session's spec is none.
     """
     resources = (_resource(session), *offered(session, blueprints, options))
+    left = issued.expires_at.timestamp() - now
     return child(
         "v1",
         "Secret",
@@ -69,7 +78,7 @@ def manifest(
         names.secret(session.name),
         _opaque(
             {
-                SETTINGS_FILE: settings_file(
+                **settings_files(
                     options,
                     namespace=session.namespace,
                     token=issued.hub_token,
@@ -83,6 +92,7 @@ def manifest(
         labels=labels_of(session),
         owners=(owner_of("TrainingSession", session),),
         known_by=_known_by(session, options),
+        annotations={RENEW_ANNOTATION: text_of(now + max(USED_SHARE * left, LEAST_SECONDS))},
     )
 
 
@@ -90,22 +100,22 @@ def controller_manifest(
     namespace: str, issued: IssuedCredentials, options: Options, now: float
 ) -> Json:
     """The Secret of a namespace's controllers."""
-    text = settings_file(
+    files = settings_files(
         options,
         namespace=namespace,
         token=issued.hub_token,
         username=issued.redis_username,
         password=issued.redis_password,
     )
-    return _settings_secret(namespace, names.TAMIYO, text, options, now)
+    return _settings_secret(namespace, names.TAMIYO, files, options, now)
 
 
 def compile_manifest(
     namespace: str, issued: OperatorCredentials, options: Options, now: float
 ) -> Json:
     """The Secret with which compile Jobs of a namespace ask the hub; the bus is not theirs."""
-    text = settings_file(options, namespace=namespace, token=issued.worker_token, bus=False)
-    return _settings_secret(namespace, names.COMPILE, text, options, now)
+    files = settings_files(options, namespace=namespace, token=issued.worker_token, bus=False)
+    return _settings_secret(namespace, names.COMPILE, files, options, now)
 
 
 def settings_digest(name: str, options: Options, now: float) -> str:
@@ -164,13 +174,15 @@ def _known_by(session: SessionView, options: Options) -> Json:
     return {"manifest": _resource(session).to_wire(), **connection_of(options)}
 
 
-def _settings_secret(namespace: str, name: str, text: str, options: Options, now: float) -> Json:
+def _settings_secret(
+    namespace: str, name: str, files: Mapping[str, str], options: Options, now: float
+) -> Json:
     return child(
         "v1",
         "Secret",
         namespace,
         name,
-        _opaque({SETTINGS_FILE: text}),
+        _opaque(files),
         labels=labels_of(),
         known_by=_settings_known_by(name, options, now),
     )

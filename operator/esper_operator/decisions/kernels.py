@@ -18,7 +18,7 @@ from esper_operator.observed import KernelObserved
 from esper_operator.options import Options
 from esper_operator.plans import KernelOrder, Plan
 from esper_operator.status import to_apply
-from esper_operator.views import KernelView
+from esper_operator.views import JobView, KernelView
 
 ASK_SECONDS = 5.0
 """Between two questions whether it is compiled."""
@@ -31,7 +31,7 @@ _MESSAGE = 1024
 def decide(observed: KernelObserved, options: Options) -> Plan:
     """What is to be done about a CompiledKernel now."""
     view = observed.kernel
-    if view.deleting or _is_settled(view):
+    if view.deleting or _is_settled(view, options):
         return Plan()
     try:
         spec = view.spec()
@@ -88,8 +88,7 @@ def _compiling(observed: KernelObserved, options: Options) -> Plan:
     refused = observed.refusals.get(f"Job/{names.compile_job(view.name)}")
     if job is not None and job.failed is not None:
         message = _why(observed) or f"Job {job.name}: {job.failed.reason}: {job.failed.message}"
-        plan = _said(observed, "False", Reason.COMPILATION_FAILED, message)
-        return Plan(plan.status, order=order, again_in=AGAIN_SECONDS)
+        return _after_failure(observed, job, message, order, options)
     if job is not None:
         plan = _said(observed, "Unknown", Reason.COMPILING, f"Job {job.name}")
         return Plan(plan.status, order=order, again_in=ASK_SECONDS)
@@ -104,9 +103,31 @@ def _compiling(observed: KernelObserved, options: Options) -> Plan:
         return Plan(plan.status, credentials=True)
     return Plan(
         plan.status,
-        apply=(compile_job.manifest(view, options),),
+        apply=(compile_job.manifest(view, _before(view).failed_attempts + 1, options),),
         again_in=None if refused is None else AGAIN_SECONDS,
     )
+
+
+def _after_failure(
+    observed: KernelObserved,
+    job: JobView,
+    message: str,
+    order: KernelOrder | None,
+    options: Options,
+) -> Plan:
+    """Another attempt once the Job's TTL has taken it away, or the end after the last.
+
+    The attempt's number is the Job's own, so that it counts once, whoever decides again.
+    """
+    failed = max(_before(observed.kernel).failed_attempts, job.attempt, 1)
+    counted: dict[str, object] = {"failed_attempts": failed}
+    if failed >= options.compile_attempts:
+        text = (
+            f"{message} (attempt {failed}; operator.compile_attempts: {options.compile_attempts})"
+        )
+        return _said(observed, "False", Reason.BACKOFF_LIMIT_EXCEEDED, text, counted)
+    plan = _said(observed, "False", Reason.COMPILATION_FAILED, message, counted)
+    return Plan(plan.status, order=order, again_in=AGAIN_SECONDS)
 
 
 def _asking_again(observed: KernelObserved) -> KernelOrder | None:
@@ -169,10 +190,16 @@ def _said(
     return Plan(to_apply(view, status))
 
 
-def _is_settled(view: KernelView) -> bool:
+def _is_settled(view: KernelView, options: Options) -> bool:
     """Whether nothing more will come of it; a spec never changes."""
-    ready = found(_before(view).conditions, Kind.READY)
-    return ready is not None and ready.status == "True"
+    before = _before(view)
+    ready = found(before.conditions, Kind.READY)
+    if ready is None:
+        return False
+    given_up = ready.reason == Reason.BACKOFF_LIMIT_EXCEEDED
+    return ready.status == "True" or (
+        given_up and before.failed_attempts >= options.compile_attempts
+    )
 
 
 def _before(view: KernelView) -> CompiledKernelStatus:

@@ -16,12 +16,16 @@ from esper_operator.views import JobView, PodView, SessionView
 
 @dataclass(frozen=True)
 class Scene:
-    """What is observed, read with the spec; `record` is the status as decided so far."""
+    """What is observed, read with the spec.
+
+    `record` is the status as decided so far, `before` as it was.
+    """
 
     observed: Observed
     spec: TrainingSessionSpec
     record: TrainingSessionStatus
     options: Options
+    before: TrainingSessionStatus
 
     def recorded(self, **fields: object) -> Scene:
         """The scene with other values in the status."""

@@ -23,11 +23,17 @@ from esper_operator.decisions import (
     seeds,
     sizing,
     standing,
+    story,
     suspension,
 )
 from esper_operator.decisions.ends import End, Step, soonest
 from esper_operator.decisions.scene import Scene
-from esper_operator.decisions.workers import has_secret, permanent_refusal, readiness
+from esper_operator.decisions.workers import (
+    credentials_last,
+    has_secret,
+    permanent_refusal,
+    readiness,
+)
 from esper_operator.observed import Observed
 from esper_operator.options import Options
 from esper_operator.plans import Deletion, Manifest, Notice, Plan
@@ -57,7 +63,7 @@ def decide(observed: Observed, options: Options) -> Plan:
         spec = session.spec()
     except ValidationError as error:
         return _unreadable(observed, record, error)
-    scene = Scene(observed, spec, record, options)
+    scene = Scene(observed, spec, record, options, before=record)
     if is_finished(record):
         return _finished(scene)
     step = _through(scene, _policies(spec))
@@ -145,12 +151,13 @@ def _going_on(step: Step) -> Plan:
         return _suspended(step)
     grown = seeds.planned(scene.observed)
     making = _makes_job(scene)
+    record = standing.conditions(scene)
     # What has failed stays for its log until the next attempt begins.
     past = (job for job in scene.jobs if job.attempt < scene.record.attempt)
     gone = _deleted(job for job in past if making or not job.ended)
     unneeded = () if controller.is_dedicated(scene.spec) else _own_controller_removed(scene)
     return Plan(
-        status=_status(scene, standing.conditions(scene)),
+        status=_status(scene, record),
         delete=(*gone, *unneeded, *grown.delete),
         apply=(
             *_lasting(scene),
@@ -159,11 +166,12 @@ def _going_on(step: Step) -> Plan:
             *grown.apply,
         ),
         child_statuses=grown.statuses,
-        notices=step.notices,
+        notices=(*step.notices, *_story(scene, record)),
         again_in=soonest(
             step.again_in,
             grown.again_in,
             _paused(scene),
+            credentials_last(scene) or None,
             REFUSED_SECONDS if scene.observed.refusals else None,
         ),
         credentials=not has_secret(scene),
@@ -174,12 +182,13 @@ def _suspended(step: Step) -> Plan:
     """The plan of a session that is to have no pod; its Service and its Secret may stay."""
     scene = step.scene
     grown = seeds.planned(scene.observed)
+    record = standing.conditions(scene)
     return Plan(
-        status=_status(scene, standing.conditions(scene)),
+        status=_status(scene, record),
         delete=(*_deleted(scene.jobs), *_own_controller_removed(scene), *grown.delete),
         apply=grown.apply,
         child_statuses=grown.statuses,
-        notices=step.notices,
+        notices=(*step.notices, *_story(scene, record)),
         again_in=soonest(step.again_in, grown.again_in),
     )
 
@@ -199,12 +208,13 @@ def _ended(step: Step, end: End) -> Plan:
     notice = Notice(
         "Normal" if end.succeeded else "Warning", end.reason, one_line(end.message, MAX_MESSAGE)
     )
+    record = standing.final_conditions(scene, end)
     return Plan(
-        status=_status(scene, standing.final_conditions(scene, end)),
+        status=_status(scene, record),
         delete=(*_cleared(scene), *grown.delete),
         apply=grown.apply,
         child_statuses=grown.statuses,
-        notices=(*step.notices, notice),
+        notices=(*step.notices, *_story(scene, record), notice),
         again_in=soonest(expiry.left(scene), grown.again_in),
     )
 
@@ -218,11 +228,13 @@ def _finished(scene: Scene) -> Plan:
     step = progress.told(scene)
     scene = step.scene.recorded(workers=0)
     grown = seeds.planned(scene.observed)
+    record = standing.lasting_conditions(scene)
     return Plan(
-        status=_status(scene, standing.lasting_conditions(scene)),
+        status=_status(scene, record),
         delete=(*_cleared(scene), *grown.delete),
         apply=grown.apply,
         child_statuses=grown.statuses,
+        notices=_story(scene, record),
         again_in=soonest(left, step.again_in, grown.again_in),
     )
 
@@ -265,6 +277,10 @@ def _unreadable(observed: Observed, record: TrainingSessionStatus, error: Valida
 def _status(scene: Scene, record: TrainingSessionStatus) -> Manifest | None:
     written = changed(record, observed_generation=scene.session.generation)
     return to_apply(scene.session, written)
+
+
+def _story(scene: Scene, record: TrainingSessionStatus) -> tuple[Notice, ...]:
+    return story.told(scene.before, record, scene.observed.snapshot)
 
 
 def _makes_job(scene: Scene) -> bool:

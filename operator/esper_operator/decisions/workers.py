@@ -79,13 +79,18 @@ def permanent_refusal(scene: Scene) -> str | None:
 
 
 def has_secret(scene: Scene) -> bool:
-    """Whether the session's Secret is there, and of this spec."""
+    """Whether the session's Secret is there, of this spec, and its credentials last."""
+    return credentials_last(scene) > 0
+
+
+def credentials_last(scene: Scene) -> float:
+    """Seconds until the session's Secret has to be applied anew; 0: now."""
     name = names.secret(scene.session.name)
     wanted = secret.digest(scene.session, scene.options)
-    return any(
-        meta.kind == "Secret" and meta.name == name and meta.digest == wanted and not meta.deleting
-        for meta in scene.observed.metas
-    )
+    for meta in scene.observed.metas:
+        if meta.kind == "Secret" and meta.name == name and meta.digest == wanted:
+            return 0.0 if meta.deleting else max(0.0, meta.renew_after - scene.now)
+    return 0.0
 
 
 def num_ready(scene: Scene) -> int:

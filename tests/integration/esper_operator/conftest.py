@@ -10,6 +10,13 @@ from tools.cluster.control_plane import wait_for
 from tools.operator_world import Objects, OperatorWorld
 
 
+@pytest.fixture(autouse=True)
+def nodes(request):
+    """Pods have a node in tests that ask for the kubelet, and in no other, whatever ran before."""
+    if "kubelet" not in request.fixturenames:
+        request.getfixturevalue("no_kubelet")
+
+
 @pytest.fixture(scope="session")
 def world(control_plane, tmp_path_factory):
     with OperatorWorld(tmp_path_factory.mktemp("world"), control_plane) as made:

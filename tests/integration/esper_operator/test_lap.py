@@ -22,7 +22,8 @@ def test_a_session_is_made_runs_and_succeeds(world, operator, objects):
     workers = Workers(objects, "first")
     workers.run()
     assert objects.get(f"{SERVICES}/first-workers")["spec"]["clusterIP"] == "None"
-    assert set(objects.get(f"{SECRETS}/first-esper")["data"]) == {"esper.yaml", "session.yaml"}
+    files = {"esper.yaml", "hub-token", "session.yaml"}
+    assert set(objects.get(f"{SECRETS}/first-esper")["data"]) == files
     wait_for(lambda: objects.get(f"{DEPLOYMENTS}/esper-tamiyo"), "there is no controller")
     [job] = workers.jobs()
     assert job["spec"]["completionMode"] == "Indexed"

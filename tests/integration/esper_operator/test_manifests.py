@@ -59,12 +59,12 @@ SEED = SeedSnapshot(layer="features.0", slot=1, state="training")
 KERNEL = kernel("5f" * 20, {"blueprint": "affine"})
 OTHERS = {
     "service": service.manifest(session()),
-    "secret": secret.manifest(session(), ISSUED, OPTIONS),
+    "secret": secret.manifest(session(), ISSUED, OPTIONS, NOW),
     "secret of controllers": secret.controller_manifest(NAMESPACE, ISSUED, OPTIONS, NOW),
     "secret of compile jobs": secret.compile_manifest(NAMESPACE, OPERATOR_ISSUED, OPTIONS, NOW),
     "tamiyo": tamiyo.shared(NAMESPACE, OPTIONS),
     "own tamiyo": tamiyo.dedicated(session(), OPTIONS),
-    "compile job": compile_job.manifest(KERNEL, OPTIONS),
+    "compile job": compile_job.manifest(KERNEL, 1, OPTIONS),
     "seed": seed.manifest(session(), SEED),
 }
 PODS = {**JOBS, **{name: OTHERS[name] for name in ("tamiyo", "own tamiyo", "compile job")}}
@@ -134,7 +134,8 @@ def test_what_no_pod_can_be_is_refused_for_good(esper_control_plane, team, templ
     assert field in str(error)
     said = {f"Job/{name}": Said(error.reason, error.said)}
     at_work = session(status=running(view, job=None), workers={"podTemplate": template})
-    scene = Scene(observed(at_work, refusals=said), at_work.spec(), record_of(at_work), OPTIONS)
+    record = record_of(at_work)
+    scene = Scene(observed(at_work, refusals=said), at_work.spec(), record, OPTIONS, before=record)
     message = permanent_refusal(scene)
     assert message is not None, (error.status, error.reason)
     assert field in message

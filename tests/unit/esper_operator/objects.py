@@ -223,7 +223,13 @@ def made(view: SessionView) -> tuple[MetaView, ...]:
     manifest = service.manifest(view)
     return (
         meta("Service", view, manifest["metadata"]["name"], digest_in(manifest)),
-        meta("Secret", view, names.secret(view.name), secret.digest(view, OPTIONS)),
+        meta(
+            "Secret",
+            view,
+            names.secret(view.name),
+            secret.digest(view, OPTIONS),
+            renew_after=NOW + 60 * 86_400,
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -185,8 +186,8 @@ def asset(state: str, **fields: Any) -> StoredKernel:
     )
 
 
-def compile_job_view(view: KernelView, **conditions: str) -> JobView:
-    manifest = compile_job.manifest(view, OPTIONS)
+def compile_job_view(view: KernelView, attempt: int = 1, **conditions: str) -> JobView:
+    manifest = compile_job.manifest(view, attempt, OPTIONS)
     status = {
         "conditions": [
             {"type": kind, "status": "True", "reason": reason, "lastTransitionTime": None}
@@ -301,6 +302,46 @@ def test_a_job_that_failed_says_what_its_pod_said() -> None:
     assert plan.again_in == 600
     # Once its TTL has taken it away, another one is made.
     assert applied(decided(view, stored=asset("proposed"))) == [f"Job/compile-{NAME}"]
+
+
+def test_failures_of_jobs_count_once_each_and_end_with_the_last() -> None:
+    status: Any = None
+    for number in range(1, OPTIONS.compile_attempts + 1):
+        (made,) = decided(kernel(NAME, SPEC, status=status), stored=asset("proposed")).apply
+        assert made["metadata"]["labels"]["esper.dev/attempt"] == str(number)
+        job = compile_job_view(kernel(NAME, SPEC), number, Failed="DeadlineExceeded")
+        for _ in range(3):  # as often as it is looked at, also by another process
+            plan = decided(kernel(NAME, SPEC, status=status), stored=asset("proposed"), job=job)
+            status = plan.status or status
+            assert status["failedAttempts"] == number
+        last = number == OPTIONS.compile_attempts
+        assert plan.again_in == (None if last else 600)
+    (ready,) = status["conditions"]
+    assert (ready["status"], ready["reason"]) == ("False", "BackoffLimitExceeded")
+    assert "DeadlineExceeded" in ready["message"]
+    assert "operator.compile_attempts: 5" in ready["message"]
+
+
+def test_a_kernel_that_was_given_up_is_left_alone_until_it_may_be_tried_more_often() -> None:
+    job = compile_job_view(kernel(NAME, SPEC), OPTIONS.compile_attempts, Failed="DeadlineExceeded")
+    status = decided(stored=asset("proposed"), job=job).status
+    view = kernel(NAME, SPEC, status=status)
+    # The Job's TTL has passed; another operator has not asked the hub yet.
+    assert decided(view, stored=asset("proposed")) == Plan()
+    assert decided(view, stored=None) == Plan()
+    more = replace(OPTIONS, compile_attempts=OPTIONS.compile_attempts + 1)
+    observed = KernelObserved(view, NOW, secret=THERE, stored=asset("proposed"))
+    (again,) = kernels.decide(observed, more).apply
+    assert again["metadata"]["labels"]["esper.dev/attempt"] == str(more.compile_attempts)
+
+
+def test_a_job_that_was_deleted_is_made_again_and_counts_as_no_failure() -> None:
+    working = compile_job_view(kernel(NAME, SPEC))
+    status = decided(stored=asset("proposed"), job=working).status
+    assert status is not None
+    assert "failedAttempts" not in status or status["failedAttempts"] == 0
+    (made,) = decided(kernel(NAME, SPEC, status=status), stored=asset("proposed")).apply
+    assert made["metadata"]["labels"]["esper.dev/attempt"] == "1"
 
 
 def test_a_job_that_is_refused_shows() -> None:

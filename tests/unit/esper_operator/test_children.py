@@ -26,6 +26,7 @@ from esper_operator.children import (
 from esper_operator.children.connections import redis_url
 from esper_operator.children.objects import digest_in
 from esper_operator.options import Options
+from esper_operator.times import datetime_of
 from esper_operator.views import DIGEST_ANNOTATION, MetaView, digest_of_object
 from tests.unit.esper_operator.objects import (
     ISSUED,
@@ -59,7 +60,7 @@ ALL = {
     "worker": worker(),
     "tamiyo": tamiyo.shared(NAMESPACE, OPTIONS),
     "own tamiyo": tamiyo.dedicated(session(), OPTIONS),
-    "compile": compile_job.manifest(KERNEL, OPTIONS),
+    "compile": compile_job.manifest(KERNEL, 1, OPTIONS),
 }
 
 
@@ -352,13 +353,13 @@ def files(manifest: dict[str, Any]) -> dict[str, str]:
 def test_a_sessions_secret_is_a_settings_file_and_its_manifest(tmp_path: Any) -> None:
     policy = {"suspend": True, "backoffLimit": 9}
     view = session(runPolicy=policy, workers={"podTemplate": {"env": [{"name": "A"}]}})
-    found = files(secret.manifest(view, ISSUED, OPTIONS))
+    found = files(secret.manifest(view, ISSUED, OPTIONS, NOW))
     path = tmp_path / "esper.yaml"
     path.write_text(found["esper.yaml"])
     config = EsperConfig.load(file=path, environment={})
     assert config.hub.url == "http://urza:8000"
-    assert config.hub.token is not None
-    assert config.hub.token.get_secret_value() == "hub-token"
+    assert config.hub.token_file == "/etc/esper/hub-token"
+    assert found["hub-token"] == "hub-token"
     assert config.redis.url == "redis://user:p%40ss%2Fword@redis:6379/0"
     assert config.redis.namespace == NAMESPACE
     parsed = parse_manifest(found["session.yaml"], "session.yaml").session
@@ -370,12 +371,23 @@ def test_a_sessions_secret_is_a_settings_file_and_its_manifest(tmp_path: Any) ->
     assert parsed.spec.workers.pod_template.env == ()
 
 
+def test_a_secret_says_when_its_credentials_are_to_be_renewed() -> None:
+    def renewed(left: float) -> float | None:
+        issued = ISSUED.model_copy(update={"expires_at": datetime_of(NOW + left)})
+        manifest = secret.manifest(session(), issued, OPTIONS, NOW)
+        return MetaView.of({**manifest, "kind": "Secret"}).renew_after - NOW
+
+    assert renewed(90 * 86_400) == 60 * 86_400
+    # What the hub gives ends at once, or has ended: that is no reason to ask without a pause.
+    assert renewed(60) == renewed(-60) == 3600
+
+
 def test_a_secret_is_known_by_what_is_no_secret() -> None:
     view = session()
-    manifest = secret.manifest(view, ISSUED, OPTIONS)
+    manifest = secret.manifest(view, ISSUED, OPTIONS, NOW)
     assert digest_in(manifest) == secret.digest(view, OPTIONS)
     other = ISSUED.model_copy(update={"hub_token": "another"})
-    assert digest_in(secret.manifest(view, other, OPTIONS)) == digest_in(manifest)
+    assert digest_in(secret.manifest(view, other, OPTIONS, NOW)) == digest_in(manifest)
     assert secret.digest(session(runPolicy={"suspend": True}), OPTIONS) == digest_in(manifest)
     assert secret.digest(session(workers={"replicas": 2}), OPTIONS) != digest_in(manifest)
     moved = Options(image="i", hub_url="http://other", redis_url="r")
@@ -405,7 +417,7 @@ def test_blueprints_of_the_namespace_come_with_the_manifest() -> None:
     all_of_them = (mine, others, leaving, broken)
 
     def told(view: Any) -> list[str]:
-        text = files(secret.manifest(view, ISSUED, OPTIONS, all_of_them))["session.yaml"]
+        text = files(secret.manifest(view, ISSUED, OPTIONS, NOW, all_of_them))["session.yaml"]
         return [item.metadata.name for item in parse_manifest(text, "x").blueprints]
 
     assert told(session()) == ["mine", "others"]
@@ -489,7 +501,7 @@ def test_labels_and_pull_secrets_of_the_installation_reach_every_pod() -> None:
         job.manifest(view, 1, 1, options),
         tamiyo.shared(NAMESPACE, options),
         tamiyo.dedicated(view, options),
-        compile_job.manifest(KERNEL, options),
+        compile_job.manifest(KERNEL, 1, options),
     )
     for manifest in made:
         labels = manifest["spec"]["template"]["metadata"]["labels"]
@@ -500,6 +512,6 @@ def test_labels_and_pull_secrets_of_the_installation_reach_every_pod() -> None:
 
 def test_numbers_in_a_sessions_manifest_stay_what_they_are() -> None:
     view = session(training={"optimizer": {"name": "sgd", "learningRate": 1e-5}})
-    found = files(secret.manifest(view, ISSUED, OPTIONS))["session.yaml"]
+    found = files(secret.manifest(view, ISSUED, OPTIONS, NOW))["session.yaml"]
     parsed = parse_manifest(found, "session.yaml").session
     assert parsed.spec.training.optimizer.learning_rate == 1e-5

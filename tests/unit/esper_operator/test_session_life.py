@@ -65,6 +65,22 @@ def test_the_service_and_the_credentials_come_before_the_job() -> None:
     assert not second.credentials
 
 
+def test_credentials_are_renewed_in_time_and_no_worker_is_disturbed() -> None:
+    view = session()
+    status = written(decided(session(status=running(view)), jobs=(job(view),), pods=(pod(view),)))
+    service_meta, secret_meta = made(view)
+
+    def visited(left: float) -> Plan:
+        kept = replace(secret_meta, renew_after=NOW + left)
+        going = {"jobs": (job(view),), "pods": (pod(view),), "metas": (service_meta, kept)}
+        return decided(session(status=status), **going)
+
+    assert not visited(1).credentials
+    assert visited(1).again_in == 1
+    for due in (0, -86_400):
+        assert visited(due) == replace(visited(1), credentials=True, again_in=visited(due).again_in)
+
+
 def test_the_attempt_is_in_the_status_before_its_job_is_made() -> None:
     plan = decided(session())
     assert written(plan).attempt == 1

@@ -9,6 +9,7 @@ import pytest
 
 from esper_operator.times import text_of
 from esper_operator.views import (
+    RENEW_ANNOTATION,
     BlueprintView,
     DeploymentView,
     JobView,
@@ -179,3 +180,13 @@ def test_views_are_small() -> None:
         }
     )
     assert sys.getsizeof(whole) + len(whole.spec_text) < 4000
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [(text_of(NOW), NOW), ("", 0.0), ("soon", 0.0), ("2027-99-01T00:00:00Z", 0.0)],
+)
+def test_a_renewal_that_is_no_time_is_due(text: str, seconds: float) -> None:
+    annotations = {RENEW_ANNOTATION: text}
+    metadata = {"name": "s", "namespace": NAMESPACE, "uid": "u", "annotations": annotations}
+    assert MetaView.of({"kind": "Secret", "metadata": metadata}).renew_after == seconds

@@ -175,7 +175,7 @@ class World:
         self._write()
         assert self.session is not None
         self.refusals.pop(f"Secret/{name}", None)
-        self._apply(secret.manifest(SessionView.of(self.session), ISSUED, OPTIONS))
+        self._apply(secret.manifest(SessionView.of(self.session), ISSUED, OPTIONS, self.now))
 
     def _apply(self, manifest: Object) -> None:
         if self.session is None:

@@ -68,7 +68,8 @@ def _load(cluster: Layout, arguments: argparse.Namespace) -> int:
 def _exec(cluster: Layout, arguments: argparse.Namespace) -> int:
     """Run a command on a node, as one who is logged in there."""
     node = _source(cluster).node(arguments.node)
-    return subprocess.run(node.machine.inside(arguments.words)).returncode
+    words = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
+    return subprocess.run(node.machine.inside(words or ["bash"])).returncode
 
 
 def _node(cluster: Layout, arguments: argparse.Namespace) -> int:

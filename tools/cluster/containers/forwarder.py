@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import ctypes
 import os
 import socket
@@ -57,11 +56,13 @@ async def _connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
 
 async def _copied(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Copy until one end has said all, then tell the other so; it may have more to say."""
-    with contextlib.suppress(OSError):
+    try:
         while chunk := await reader.read(_CHUNK):
             writer.write(chunk)
             await writer.drain()
         writer.write_eof()
+    except OSError:
+        writer.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

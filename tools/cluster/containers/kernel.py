@@ -22,12 +22,13 @@ _REMOVE_SECONDS = 10.0
 
 
 def hierarchies(root: Path = CGROUPS) -> list[Path]:
-    """The trees of control groups: one in version 2, one for each controller in version 1."""
+    """The trees of control groups: one in version 2, one for each controller in version 1.
+
+    Version 1 can have one of version 2 beside it, without controllers; kubelets write there too.
+    """
     if (root / "cgroup.controllers").exists():
         return [root]
-    found = [path for path in root.iterdir() if path.is_dir() and not path.is_symlink()]
-    # A tree of version 2 beside those of version 1 has no controllers.
-    return sorted(path for path in found if (path / "tasks").exists())
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink())
 
 
 def make_cgroup(name: str, root: Path = CGROUPS) -> None:

@@ -12,7 +12,6 @@ from tools.cluster.containers.machines import run
 from tools.cluster.programs import cluster_program
 from tools.servers.process import ServerError
 
-NAME = "esper"
 _DOCKER_SECONDS = 20.0
 _READY = "3m"
 
@@ -33,16 +32,21 @@ def docker_answers() -> bool:
 
 
 class KindCluster:
-    """The cluster `esper` of kind; its kubeconfig lies in the cluster's folder."""
+    """A cluster of kind's, called after its folder, where its kubeconfig lies."""
 
     def __init__(self, cluster: Layout, say: Callable[[str], None] = lambda _: None) -> None:
         self.layout = cluster
         self._say = say
 
     @property
+    def name(self) -> str:
+        """What kind calls it."""
+        return self.layout.cgroup.removeprefix("/")
+
+    @property
     def running(self) -> bool:
         """Whether kind knows it."""
-        return NAME in self._kind("get", "clusters").split()
+        return self.name in self._kind("get", "clusters").split()
 
     def up(self) -> bool:
         """Make it; False where it was there.
@@ -53,23 +57,23 @@ class KindCluster:
         made = not self.running
         if made:
             self._say("kind create cluster")
-            self._kind("create", "cluster", f"--name={NAME}", f"--wait={_READY}", self._config)
+            self._kind("create", "cluster", f"--name={self.name}", f"--wait={_READY}", self._config)
         else:
-            self._kind("export", "kubeconfig", f"--name={NAME}", self._config)
+            self._kind("export", "kubeconfig", f"--name={self.name}", self._config)
         return made
 
     def down(self) -> None:
         """Delete it, and its folder."""
-        self._kind("delete", "cluster", f"--name={NAME}", self._config)
+        self._kind("delete", "cluster", f"--name={self.name}", self._config)
         shutil.rmtree(self.layout.state)
 
     def load(self, archive: Path) -> None:
         """Import an archive of images."""
-        self._kind("load", "image-archive", f"--name={NAME}", str(archive))
+        self._kind("load", "image-archive", f"--name={self.name}", str(archive))
 
     def load_image(self, image: str) -> None:
         """Import an image that Docker has."""
-        self._kind("load", "docker-image", f"--name={NAME}", image)
+        self._kind("load", "docker-image", f"--name={self.name}", image)
 
     @property
     def _config(self) -> str:

@@ -97,6 +97,14 @@ class Machine:
         """
         return run(self.inside(command), given=given)
 
+    def wire(self, command: Sequence[str]) -> None:
+        """Run a command in its network only: so it knows other machines' processes by their ids.
+
+        Raises:
+            ServerError: it failed; the message tells what it said.
+        """
+        run(["nsenter", f"--target={self.pid}", "--net", "--", *command])
+
     def daemon(self, name: str) -> Daemon:
         """A process on it by its name."""
         return Daemon(name, self.folder)
@@ -105,10 +113,12 @@ class Machine:
         """Start a process on it, where it does not run."""
         daemon = self.daemon(name)
         if not daemon.running:
-            daemon.start(self.inside(command), inner=True)
+            daemon.start(self.inside(command), inner=True, environment=_ENVIRONMENT)
         return daemon
 
 
+_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
+"""A node knows nothing of who has made it, such as proxies of theirs."""
 _NAMESPACES = ("--mount", "--net", "--pid", "--uts", "--ipc")
 
 

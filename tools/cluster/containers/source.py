@@ -118,6 +118,7 @@ class SourceCluster:
         Raises:
             ServerError: something is left that can't be removed.
         """
+        require_root()
         for daemon in self._beside():
             daemon.kill()
         for node in reversed(self.layout.nodes):
@@ -139,9 +140,7 @@ class SourceCluster:
             raise ServerError(f"node: got {name}; allowed: {further}, of a cluster that runs")
         node.prepare()
         self._start_further(node)
-        self.kubectl(
-            *("wait", f"node/{name}", "--for=condition=Ready", f"--timeout={READY_SECONDS:g}s")
-        )
+        self._await_node(name)
 
     def lose_node(self, name: str) -> None:
         """End all that runs on a further node at once, as if its power had failed."""
@@ -260,29 +259,26 @@ class SourceCluster:
         if node.machine.start():
             there, here = commands.cable(first.node, node.node, node.machine.pid)
             for command in there:
-                first.machine.run(command)
+                first.machine.wire(command)
             for command in here:
-                node.machine.run(command)
+                node.machine.wire(command)
         with self._step(f"{node.node.name} has all images"):
             node.start()
             node.copy_images(first)
 
     def _await_ready(self) -> None:
-        with self._step("the node is ready"):
-            timeout = f"--timeout={READY_SECONDS:g}s"
-            name = f"node/{self.layout.first.name}"
-            deadline = time.monotonic() + READY_SECONDS
-            while not self.kubectl("get", name, "--ignore-not-found", "-o", "name"):
-                if time.monotonic() > deadline:
-                    log = self._part("kubelet").last_words()
-                    raise ServerError(f"{name} is not there after {READY_SECONDS:g} s: {log}")
-                time.sleep(0.2)
-            self.kubectl("wait", name, "--for=condition=Ready", timeout)
+        self._await_node(self.layout.first.name)
         with self._step("names are answered"):
             self.kubectl(
                 *("-n", DNS_NAMESPACE, "wait", f"deployment/{DNS}"),
-                *("--for=condition=Available", timeout),
+                *("--for=condition=Available", f"--timeout={READY_SECONDS:g}s"),
             )
+
+    def _await_node(self, name: str) -> None:
+        with self._step(f"{name} is ready"):
+            for state in ("create", "condition=Ready"):
+                timeout = f"--timeout={READY_SECONDS:g}s"
+                self.kubectl("wait", f"node/{name}", f"--for={state}", timeout)
 
     def _further(self, name: str) -> ClusterNode:
         node = self.node(name)

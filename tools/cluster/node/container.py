@@ -71,8 +71,11 @@ class Container:
         self.process: ContainerProcess | None = None
         self.at_work = False
         """From just before a process of it starts to the end of all that this has started."""
+        self.over = False
+        """Whether it has ended and is not started again."""
         self._around = around
         self._stopping = False
+        self._restart: Callable[[int], bool] = lambda _code: True
 
     async def run(self, restart: Callable[[int], bool]) -> int:
         """Run it until it ends for good; returns its last exit code.
@@ -80,6 +83,7 @@ class Container:
         `restart` says of an exit code whether it is started again.
         """
         delay = 0.0
+        self._restart = restart
         while True:
             began = asyncio.get_running_loop().time()
             code = await self._once()
@@ -276,6 +280,8 @@ class Container:
         self.view.state = statuses.terminated(
             code, since=since, message=message, identity=self.view.identity, reason=reason
         )
+        # Said with the end, so that one status tells both.
+        self.over = self._stopping or not self._restart(code)
         self._around.changed()
 
     async def _back_off(self, delay: float) -> None:

@@ -112,9 +112,8 @@ class PodWorker:
         self.pod = pod
         if "deletionTimestamp" in pod["metadata"]:
             self._ending.set()
-        if int(pod["metadata"]["resourceVersion"]) >= self._version and self._differs(pod):
-            self._written = None
-            self._dirty.set()
+        if not self._writing.locked():
+            self._compare()
 
     def vanish(self) -> None:
         """The pod is gone without having ended here: end it at once."""
@@ -141,14 +140,20 @@ class PodWorker:
     async def _until_the_end(self) -> None:
         life = asyncio.create_task(self._live())
         ending = asyncio.create_task(self._ending.wait())
-        await asyncio.wait({life, ending}, return_when=asyncio.FIRST_COMPLETED)
-        if life.done() and (error := life.exception()) is not None:
-            _log.error("%s: %r", self.path, error, exc_info=error)
-        await ending
-        if not life.done():
-            await self._stop()
+        try:
+            await asyncio.wait({life, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if life.done() and (error := life.exception()) is not None:
+                _log.error("%s: %r", self.path, error, exc_info=error)
+            await ending
+            stopped = not life.done()
+            if stopped:
+                await self._stop()
+        finally:
+            # Also where the node itself ends: a life that went on would start again what ends.
             life.cancel()
-            await asyncio.gather(life, return_exceptions=True)
+            ending.cancel()
+            await asyncio.gather(life, ending, return_exceptions=True)
+        if stopped:
             for container in self.containers:
                 if container.view.done is None:
                     container.lose()
@@ -255,7 +260,7 @@ class PodWorker:
         """What a kubelet would write now."""
         inits = [container.view for container in self.inits]
         mains = [container.view for container in self.mains]
-        phase = statuses.phase_of(inits, mains, self._policy, over=self._over)
+        phase = statuses.phase_of(inits, mains, self._policy, over=self._is_over())
         generation = self.pod["metadata"].get("generation", 1)
         conditions = statuses.conditions_of(phase, inits, mains, generation)
         before = self.pod.get("status", {}).get("conditions", ())
@@ -291,9 +296,22 @@ class PodWorker:
             try:
                 found = await self._world.api.ask("PATCH", path, patch, kind=STRATEGIC)
                 self._version = int(found["metadata"]["resourceVersion"])
+                self._compare()
             except RefusedError as refusal:
                 if refusal.status not in (404, 409):  # gone, or another of its name is there
                     _log.error("%s: %s", path, refusal)
+
+    def _is_over(self) -> bool:
+        """Whether none of its containers will be started any more."""
+        failed = any(container.over and container.view.done for container in self.inits)
+        return self._over or failed or all(container.over for container in self.mains)
+
+    def _compare(self) -> None:
+        """Write again where the pod, as it was after the last write, is not as that has it."""
+        pod = self.pod
+        if int(pod["metadata"]["resourceVersion"]) > self._version and self._differs(pod):
+            self._written = None
+            self._dirty.set()
 
     def _differs(self, pod: Object) -> bool:
         """Whether somebody else has written what only a node writes."""

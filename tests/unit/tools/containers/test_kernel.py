@@ -17,15 +17,16 @@ from tools.servers.process import ServerError
 def first_version(tmp_path):
     for name in ("cpuset", "memory"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "tasks").touch()
     (tmp_path / "cpu").symlink_to(tmp_path / "memory")
-    (tmp_path / "unified").mkdir()  # of the second version, without controllers
+    (tmp_path / "unified").mkdir()  # of version 2, without controllers
     (tmp_path / "unified" / "cgroup.controllers").touch()
+    (tmp_path / "unified" / "cgroup.subtree_control").touch()
     return tmp_path
 
 
 def test_version_1_has_a_tree_for_each_controller(first_version):
-    assert hierarchies(first_version) == [first_version / "cpuset", first_version / "memory"]
+    found = [path.name for path in hierarchies(first_version)]
+    assert found == ["cpuset", "memory", "unified"]
 
 
 def test_version_2_has_one_tree_whose_controllers_are_handed_down(tmp_path):
@@ -46,7 +47,8 @@ def test_groups_are_made_and_removed_in_every_tree(first_version):
     remove_cgroup("/a", first_version)
     remove_cgroup("/a", first_version)
     left = {path.name for path in first_version.rglob("*")}
-    assert left == {"cpuset", "memory", "cpu", "unified", "tasks", "cgroup.controllers"}
+    files = {"cgroup.controllers", "cgroup.subtree_control"}
+    assert left == {"cpuset", "memory", "cpu", "unified", *files}
 
 
 def test_a_group_with_processes_is_told(first_version, monkeypatch):

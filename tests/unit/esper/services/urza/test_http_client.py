@@ -12,12 +12,12 @@ import pytest
 from pydantic import SecretStr
 
 from esper.configs import HubConfig
-from esper.errors import HubUnavailable, WorkFailed
+from esper.errors import ConfigError, HubUnavailable, Unauthorized, WorkFailed
 from esper.services.tezzeret.compiler import compile_kernel
 from esper.services.urza.http_client import HttpUrza
 from esper.utils.circuit_breaker import CircuitState
 from tests.unit.esper.services.urza.hubs import DOCUMENT, target
-from tests.unit.esper.services.urza.serving import over_http, settings
+from tests.unit.esper.services.urza.serving import expired, listening, over_http, settings, token
 
 CONFIG = HubConfig(
     url="http://hub.example", token=SecretStr("a-token"), breaker_failures=2, backoff_seconds=0
@@ -53,6 +53,55 @@ def test_a_hub_that_is_not_ready_still_gets_work() -> None:
             assert await hub.blueprints() == ()
 
     asyncio.run(life())
+
+
+def test_a_token_in_a_file_is_the_one_that_it_holds_at_the_moment(tmp_path) -> None:
+    file, came = tmp_path / "hub-token", []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        came.append(request.headers["Authorization"])
+        return page()
+
+    async def life() -> None:
+        config = CONFIG.model_copy(update={"token_file": str(file)})
+        async with HttpUrza(config, transport=httpx.MockTransport(answer)) as hub:
+            await hub.blueprints()
+            file.write_text("second")
+            await hub.blueprints()
+            file.unlink()  # it is being replaced
+            await hub.blueprints()
+            file.write_text("third\n")
+            await hub.blueprints()
+
+    file.write_text("first\n")
+    asyncio.run(life())
+    assert came == [f"Bearer {token}" for token in ("first", "second", "second", "third")]
+
+
+def test_a_renewed_token_is_taken_up_by_a_client_that_goes_on(place, tmp_path) -> None:
+    file = tmp_path / "hub-token"
+
+    async def life() -> None:
+        async with listening(settings(place)) as url:
+            file.write_text(expired())
+            async with HttpUrza(HubConfig(url=url, token_file=str(file))) as hub:
+                with pytest.raises(Unauthorized):
+                    await hub.blueprints()
+                file.write_text(token())
+                assert await hub.blueprints() == ()
+
+    asyncio.run(life())
+
+
+@pytest.mark.parametrize("content", [None, "", "two words", "geheim\u00fc"])
+def test_a_file_without_a_token_is_refused_at_once_and_not_shown(tmp_path, content) -> None:
+    file = tmp_path / "hub-token"
+    if content is not None:
+        file.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"hub\.token_file") as refused:
+        HttpUrza(CONFIG.model_copy(update={"token_file": str(file)}))
+    assert "geheim" not in str(refused.value)
+    assert "two words" not in str(refused.value)
 
 
 def test_a_hub_that_is_left_alone_is_still_asked_how_it_is() -> None:
