@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 
 from tests.e2e.clusters import module
-from tools.cluster.containers.kernel import TUNED
+from tools.cluster.containers.kernel import NOTES, TUNED
 from tools.cluster.containers.layout import layout
 from tools.cluster.containers.source import SourceCluster
 
@@ -111,7 +111,8 @@ def test_nothing_is_left(tmp_path):
     # Each node has five, each pod has at least those of processes and of mounts.
     assert len(namespaces) >= 14
     # Its network was seen from inside only.
-    assert set(during) <= {"settings"}
+    assert set(during) <= {"settings", "files"}
+    assert during.get("files", set()) <= {str(NOTES)}
     assert not left(before)
     assert not groups(cluster.layout)
     assert not processes(cluster.layout, namespaces)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tools.servers.process import ServerError
@@ -18,6 +21,9 @@ TUNED = (
     *("kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes"),
 )
 """A kubelet sets these when it starts."""
+NOTES = Path("/run/esper-clusters")
+"""Gone with the machine's next start, as the settings are."""
+_FOUND = "settings.json"
 _REMOVE_SECONDS = 10.0
 
 
@@ -69,18 +75,36 @@ def remove_cgroup(name: str, root: Path = CGROUPS) -> None:
                 time.sleep(0.05)
 
 
-def save_settings(path: Path, root: Path = SETTINGS) -> None:
-    """Note what the machine's settings are, unless they were noted before."""
-    if not path.exists():
-        found = {name: (root / name).read_text().strip() for name in TUNED}
-        path.write_text(json.dumps(found))
+def save_settings(cluster: str, notes: Path = NOTES, root: Path = SETTINGS) -> None:
+    """Note what the machine's settings were before the first of its clusters; once for each."""
+    notes.mkdir(exist_ok=True)
+    with _locked(notes):
+        (notes / cluster.strip("/")).touch()
+        if not (notes / _FOUND).exists():
+            found = {name: (root / name).read_text().strip() for name in TUNED}
+            (notes / _FOUND).write_text(json.dumps(found))
 
 
-def restore_settings(path: Path, root: Path = SETTINGS) -> None:
-    """Set what `save_settings` has noted."""
-    if path.exists():
-        for name, value in json.loads(path.read_text()).items():
-            (root / name).write_text(f"{value}\n")
+def restore_settings(cluster: str, notes: Path = NOTES, root: Path = SETTINGS) -> None:
+    """Set what was noted, where this was the last of the machine's clusters."""
+    if not notes.exists():
+        return
+    with _locked(notes):
+        (notes / cluster.strip("/")).unlink(missing_ok=True)
+        if [path.name for path in notes.iterdir()] == [_FOUND]:
+            for name, value in json.loads((notes / _FOUND).read_text()).items():
+                (root / name).write_text(f"{value}\n")
+            shutil.rmtree(notes)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _delegate(group: Path) -> None:

@@ -95,7 +95,7 @@ class SourceCluster:
         first = self.node(self.layout.first)
         if self.running and self._answers():
             return False
-        save_settings(self.layout.state / "settings.json")
+        save_settings(self.layout.cgroup)
         self._credentials()
         first.prepare()
         if first.machine.start():
@@ -123,10 +123,9 @@ class SourceCluster:
             daemon.kill()
         for node in reversed(self.layout.nodes):
             self.node(node).machine.stop()
-        if (self.layout.state / "settings.json").exists():
-            remove_cgroup(self.layout.cgroup)
-        restore_settings(self.layout.state / "settings.json")
-        shutil.rmtree(self.layout.state, ignore_errors=False)
+        remove_cgroup(self.layout.cgroup)
+        restore_settings(self.layout.cgroup)
+        shutil.rmtree(self.layout.state)
 
     def add_node(self, name: str) -> None:
         """Join a further node, with all the images of the first, or bring back one that is lost.

@@ -64,14 +64,25 @@ def test_a_machine_without_control_groups_is_told(tmp_path):
         make_cgroup("/a", tmp_path)
 
 
-def test_settings_are_noted_once_and_set_again(tmp_path):
-    root, notes = tmp_path / "sys", tmp_path / "notes.json"
-    for name in TUNED:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text("0\n")
-    save_settings(notes, root)
-    for name in TUNED:
-        (root / name).write_text("1\n")
-    save_settings(notes, root)  # what a kubelet has set is not what was there before
-    restore_settings(notes, root)
-    assert {(root / name).read_text() for name in TUNED} == {"0\n"}
+def test_settings_are_noted_once_and_set_again_by_the_last_cluster(tmp_path):
+    root, notes = tmp_path / "sys", tmp_path / "notes"
+
+    def settings(value=None):
+        for name in TUNED if value else ():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(value)
+        return {(root / name).read_text().strip() for name in TUNED}
+
+    settings("0")
+    save_settings("/one", notes, root)
+    settings("1")
+    save_settings("/one", notes, root)  # what a kubelet has set is not what was there before
+    save_settings("/two", notes, root)
+    restore_settings("/one", notes, root)
+    assert settings() == {"1"}
+    restore_settings("/one", notes, root)
+    assert settings() == {"1"}
+    restore_settings("/two", notes, root)
+    assert settings() == {"0"}
+    assert not notes.exists()
+    restore_settings("/two", notes, root)
