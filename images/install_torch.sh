@@ -17,4 +17,4 @@ esac
 if [ "$1" = cpu ]; then
     /opt/esper/bin/python "$pins/empty_cuda.py"
 fi
-rm -rf /tmp/torch.txt /tmp/uv /root/.cache
+rm -rf /tmp/torch.txt /tmp/uv
