@@ -17,7 +17,7 @@ SECOND = "esper-2"
 
 @pytest.fixture(scope="module")
 def second_node(cluster, images):
-    cluster.add_node(SECOND)
+    cluster.add_node(SECOND, [REDIS])
     yield SECOND
     cluster.remove_node(SECOND)
 
@@ -138,7 +138,7 @@ def test_a_node_that_is_lost_is_noticed_and_comes_back(pods, second_node):
         lambda: "deletionTimestamp" in pods.get("waiting")["metadata"],
         seconds=EVICTION_SECONDS + 30,
     )
-    cluster.add_node(second_node)
+    cluster.add_node(second_node, ())
     until(lambda: failed(pods.get, "waiting"))
     pods.run("again", REDIS, ["true"], node=second_node)
 

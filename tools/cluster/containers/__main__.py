@@ -76,7 +76,7 @@ def _node(cluster: Layout, arguments: argparse.Namespace) -> int:
     source = _source(cluster)
     match arguments.action:
         case "add":
-            source.add_node(arguments.name)
+            source.add_node(arguments.name, arguments.images)
         case "lose":
             source.lose_node(arguments.name)
         case "cut":
@@ -132,6 +132,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     node = commands.add_parser("node", help="a further node")
     node.add_argument("action", choices=("add", "lose", "cut", "join", "remove"))
     node.add_argument("name", nargs="?", default="esper-2")
+    node.add_argument("--images", nargs="*", help="with add: which it is given (default: all)")
     return parser.parse_args(argv)
 
 

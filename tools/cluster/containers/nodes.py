@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO
 
@@ -104,11 +104,14 @@ class ClusterNode:
                 said.seek(0)
                 raise ServerError(f"{self.node.name}: {said.read().decode().strip()[-500:]}")
 
-    def copy_images(self, other: ClusterNode) -> None:
-        """Give it all the images of another node."""
-        there = run(commands.list_images(other.node)).split()
-        here = set(run(commands.list_images(self.node)).split())
-        names = [name for name in there if name not in here and not name.startswith("sha256:")]
+    def copy_images(self, other: ClusterNode, wanted: Collection[str] | None = None) -> None:
+        """Give it images of another node, all where none are named.
+
+        Raises:
+            ServerError: one can't be had.
+        """
+        chosen = other.images() if wanted is None else set(wanted)
+        names = sorted(name for name in chosen - self.images() if not name.startswith("sha256:"))
         if not names:
             return
         with subprocess.Popen(

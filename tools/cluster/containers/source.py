@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ class SourceCluster:
         self._start_control_plane(first)
         first.start()
         for node in self.nodes[1:]:
-            self._start_further(node)
+            self._start_further(node, ())
         self.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", given=manifests())
         self._start_provisioner()
         self._await_ready()
@@ -127,8 +127,12 @@ class SourceCluster:
         restore_settings(self.layout.cgroup)
         shutil.rmtree(self.layout.state)
 
-    def add_node(self, name: str) -> None:
-        """Join a further node, with all the images of the first, or bring back one that is lost.
+    def add_node(self, name: str, images: Collection[str] | None = None) -> None:
+        """Join a further node, or bring back one that is lost.
+
+        Args:
+            name: one of those that the cluster can have.
+            images: which images of the first it is given; None for all.
 
         Raises:
             ServerError: it can't be had.
@@ -138,7 +142,7 @@ class SourceCluster:
             further = ", ".join(each.name for each in self.layout.nodes[1:])
             raise ServerError(f"node: got {name}; allowed: {further}, of a cluster that runs")
         node.prepare()
-        self._start_further(node)
+        self._start_further(node, images)
         self._await_node(name)
 
     def lose_node(self, name: str) -> None:
@@ -253,7 +257,7 @@ class SourceCluster:
                 environment=_environment(),
             )
 
-    def _start_further(self, node: ClusterNode) -> None:
+    def _start_further(self, node: ClusterNode, images: Collection[str] | None = None) -> None:
         first = self.node(self.layout.first)
         if node.machine.start():
             there, here = commands.cable(first.node, node.node, node.machine.pid)
@@ -261,9 +265,9 @@ class SourceCluster:
                 first.machine.wire(command)
             for command in here:
                 node.machine.wire(command)
-        with self._step(f"{node.node.name} has all images"):
+        with self._step(f"{node.node.name} has its images"):
             node.start()
-            node.copy_images(first)
+            node.copy_images(first, images)
 
     def _await_ready(self) -> None:
         self._await_node(self.layout.first.name)

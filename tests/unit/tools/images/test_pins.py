@@ -85,7 +85,7 @@ def test_pins_that_are_not_those_of_the_lock_are_told_and_mended(tmp_path, monke
 
 
 def test_without_a_gpu_what_compiles_for_one_is_left_out():
-    script = (ROOT / "images" / "install_torch.sh").read_text()
+    script = (ROOT / "images" / "install.sh").read_text()
     (program,) = re.findall(r"awk '(.*)'", script)
     given = (FOLDER / "torch.txt").read_text()
     kept = subprocess.run(["awk", program], input=given, capture_output=True, text=True).stdout
