@@ -82,9 +82,7 @@ def test_a_session_trains_on_through_an_upgrade_and_while_the_release_is_away(
     assert status["attempt"] == 1
     assert not status.get("disruptions")
     assert not status.get("failures")
-    kernels = session.get("compiledkernels")["items"]
-    ready = [c for k in kernels for c in k["status"]["conditions"] if c["type"] == "Ready"]
-    assert "True" in {condition["status"] for condition in ready}
-    seeds = session.get("seeds")["items"]
-    assert "fossilized" in {seed["status"]["state"] for seed in seeds}
+    # Compiled by a Job, of this session or of one before on a cluster that was kept.
+    seeds = [seed["status"] for seed in session.get("seeds")["items"]]
+    assert [seed["kernel"] for seed in seeds if seed["state"] == "fossilized"]
     assert pods.cluster.get("-n", pods.namespace, "networkpolicy", f"{NAME}-workers")
