@@ -58,8 +58,8 @@ MEASURED_TESTS := $(MEASURED:%=tests/unit/esper/%) tests/unit/esper_operator
 
 # Built before the tests run: within one, its time would be up.
 .PHONY: programs
-programs: setup ## Build the programs of a Kubernetes control plane (once on a machine, minutes)
-	@$(BIN)/python -m tools.cluster.programs >/dev/null
+programs: setup ## Build the programs of a Kubernetes control plane, and Helm (once, minutes)
+	@$(BIN)/python -m tools.cluster.programs control-plane helm >/dev/null
 
 .PHONY: test
 test: programs ## Run every test; unit coverage of contracts, decisions and gates must reach 90 %
@@ -70,7 +70,7 @@ test: programs ## Run every test; unit coverage of contracts, decisions and gate
 	@$(BIN)/coverage report --include='esper/services/tamiyo/*' --fail-under=90
 	@$(BIN)/coverage report --include='esper/services/tolaria/gates.py' --fail-under=90
 	@$(BIN)/coverage report --include='operator/esper_operator/decisions/*' --fail-under=90
-	@$(PYTEST) $(MEASURED_TESTS:%=--ignore=%) tests
+	@$(PYTEST) $(MEASURED_TESTS:%=--ignore=%) --ignore=tests/e2e tests
 
 .PHONY: verify
 verify: setup ## Check format, lint, types, layers, spelling, generated files and what is committed
@@ -80,6 +80,8 @@ verify: setup ## Check format, lint, types, layers, spelling, generated files an
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/codespell
 	@$(BIN)/esper crds --check crds
+	@$(BIN)/python -m tools.chart --check
+	@$(BIN)/python -m tools.images.pins --check
 	@$(BIN)/python -m tools.api_reference --check
 	@$(BIN)/pytest -q tests/architecture/test_repository.py
 
@@ -92,6 +94,10 @@ format: setup ## Format the code and mend what ruff can mend
 crds: setup ## Write crds/ anew from esper.contracts.resources
 	@$(BIN)/esper crds --output-dir crds
 
+.PHONY: chart
+chart: setup ## Write anew what the chart has from the operator, and the table of its values
+	@$(BIN)/python -m tools.chart
+
 .PHONY: api
 api: setup ## Write docs/api.md anew from the hub's OpenAPI description
 	@$(BIN)/python -m tools.api_reference
@@ -102,6 +108,7 @@ lock: setup ## Write requirements.lock anew from pyproject.toml, with the newest
 		$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
 			--upgrade --all-extras pyproject.toml; } > requirements.lock.new
 	@mv requirements.lock.new requirements.lock
+	@$(BIN)/python -m tools.images.pins
 
 .PHONY: bench-%
 bench-growth: ## Measure growth against static and random arms into benchmarks/results/growth.json
@@ -121,6 +128,23 @@ services: setup ## Start Redis, Postgres, S3 and every service as processes; Ctr
 .PHONY: cluster-api
 cluster-api: programs ## Start a control plane, the operator and a node of processes; Ctrl-C stops them
 	@$(BIN)/python -m tools.cluster_api $(ARGUMENTS)
+
+.PHONY: cluster
+cluster: setup ## Start a real cluster: kind where Docker answers, else from source (root)
+	@$(BIN)/python -m tools.cluster.containers up $(ARGUMENTS)
+
+.PHONY: cluster-down
+cluster-down: setup ## End that cluster; nothing of it is left
+	@$(BIN)/python -m tools.cluster.containers down
+
+.PHONY: images
+images: setup ## Build the images and load them into that cluster; BASE=, ACCELERATOR=cpu|cuda, TAG=
+	@$(BIN)/python -m tools.images $(if $(BASE),--base=$(BASE)) \
+		$(if $(ACCELERATOR),--accelerator=$(ACCELERATOR)) $(if $(TAG),--tag=$(TAG)) $(ARGUMENTS)
+
+.PHONY: install
+install: setup ## Install the chart, with the images of `make images`, in the cluster of KUBECONFIG
+	@$(BIN)/python -m tools.install $(ARGUMENTS)
 
 .PHONY: examples-services
 examples-services: setup ## Run each example in one process and over the services: equal to the bit

@@ -6,6 +6,7 @@ A setting's description says what is allowed, for the message that refuses somet
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 from typing import Annotated, Any, Literal, cast, get_args
 from urllib.parse import urlsplit
@@ -54,6 +55,14 @@ def _header_safe(value: SecretStr | None) -> SecretStr | None:
     """Refuse what no HTTP header can carry: the library that refuses it later would print it."""
     if value is not None and not re.fullmatch(r"[\x21-\x7e]+", value.get_secret_value()):
         raise ValueError("visible ASCII characters")
+    return value
+
+
+def _rules(value: str | None) -> str | None:
+    """Refuse what is no list of JSON objects."""
+    rules = [] if value is None else json.loads(value)
+    if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+        raise ValueError("a list of objects")
     return value
 
 
@@ -189,6 +198,15 @@ class UrzaConfig(Section):
             min_length=32,
             description="the secret that tokens are signed with, at least 32 characters; equal "
             "in all processes of one hub",
+        ),
+    ] = None
+    admin_token: Annotated[
+        SecretStr | None,
+        AfterValidator(_header_safe),
+        Field(
+            min_length=32,
+            description="a bearer token of the role admin that does not expire, at least 32 "
+            "visible ASCII characters, or null: none but the signed ones",
         ),
     ] = None
     max_body_bytes: Whole = _whole(2**20, "bytes of one request", least=2**10, most=2**26)
@@ -409,6 +427,23 @@ class OperatorConfig(Section):
         ),
     ] = ""
     stop_seconds: Whole = _whole(60, "seconds to write a checkpoint", least=1, most=3600)
+    worker_egress: Annotated[
+        str | None,
+        AfterValidator(_rules),
+        Field(
+            max_length=32_768,
+            description="a JSON list of a NetworkPolicy's egress rules, where workers may connect "
+            "to besides each other, or null: they have no NetworkPolicy",
+        ),
+    ] = None
+    catalogue: Annotated[
+        str,
+        Field(
+            pattern=rf"^({_DNS_LABEL}(,{_DNS_LABEL})*)?$",
+            description="namespaces, separated by commas, in which the operator makes the "
+            "catalogue's Blueprints",
+        ),
+    ] = ""
     kernels_per_session: Whole = _whole(64, "kernels of one session", least=0, most=1000)
     compile_seconds: Whole = _whole(900, "seconds for a compile Job", least=1, most=86_400)
     compile_attempts: Whole = _whole(5, "compile Jobs of one kernel", least=1, most=100)

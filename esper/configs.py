@@ -4,7 +4,9 @@ A setting has one name in all four places that can give it, the strongest first:
 
 1. the command line: ``--set database.pool_size=8`` (some also have an option of their own),
 2. the environment: ``ESPER_DATABASE__POOL_SIZE=8``,
-3. the file: ``esper.yaml`` in the working directory, or the one that ``--config`` names,
+3. the file: ``esper.yaml`` in the working directory, or the one that ``--config`` names. Of a
+   folder that is its ``esper.yaml`` and, stronger, each file that is called as a setting is:
+   ``database.url`` holds that one alone, as Kubernetes mounts the keys of a Secret,
 4. the defaults below.
 
 What a *session* does (model, data, training, growth) stands in its manifest, never here.
@@ -96,7 +98,9 @@ MAXIMUM_FILE_BYTES = 64 * 2**10
 _SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_\w+)?)?)$")
 
 
-SECRETS = frozenset({"hub.token", "urza.signing_key", "storage.secret_access_key"})
+SECRETS = frozenset(
+    {"hub.token", "urza.signing_key", "urza.admin_token", "storage.secret_access_key"}
+)
 """The settings whose values are never shown."""
 
 HIDDEN = "(not shown)"
@@ -169,7 +173,8 @@ class EsperConfig(Section):
 
         Args:
             command_line: dotted names to values, as typed.
-            file: the settings file; None means `esper.yaml` where there is one.
+            file: the settings file, or a folder of them; None means `esper.yaml` where there is
+                one.
             environment: variables to read; None means those of the process.
 
         Raises:
@@ -308,12 +313,32 @@ def _from_environment(variables: Mapping[str, str]) -> dict[str, tuple[object, s
 
 
 def _from_file(file: Path | None) -> dict[str, tuple[object, str]]:
-    path = file if file is not None else DEFAULT_FILE
+    if file is None:
+        return _from_yaml(DEFAULT_FILE) if DEFAULT_FILE.exists() else {}
+    return _from_folder(file) if file.is_dir() else _from_yaml(file)
+
+
+def _from_folder(folder: Path) -> dict[str, tuple[object, str]]:
+    """Its `esper.yaml`, and what its files say that are called as settings are."""
+    try:
+        # Kubernetes keeps what it mounts behind names that begin with a dot.
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise ConfigError("--config", str(folder), f"one that can be read ({error})") from error
+    given: dict[str, tuple[object, str]] = {}
+    for path in paths:
+        if path.name == DEFAULT_FILE.name:
+            given = _from_yaml(path) | given
+        else:
+            _refuse_unknown(path.name, f"folder {folder}")
+            given[path.name] = (_typed(_text_of(path, "UTF-8").strip()), f"file {path}")
+    return given
+
+
+def _text_of(path: Path, allowed: str) -> str:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
-        if file is None:
-            return {}
         raise ConfigError("--config", str(path), "a file that exists") from None
     except OSError as error:
         raise ConfigError("--config", str(path), f"a file that can be read ({error})") from error
@@ -322,9 +347,15 @@ def _from_file(file: Path | None) -> dict[str, tuple[object, str]]:
             str(path), f"{len(text)} bytes", f"at most {MAXIMUM_FILE_BYTES} bytes of settings"
         )
     try:
-        documents = read_documents(text.decode(), str(path), quoting=False)
+        return text.decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(str(path), f"{error.reason} at byte {error.start}", _YAML) from None
+        raise ConfigError(str(path), f"{error.reason} at byte {error.start}", allowed) from None
+
+
+def _from_yaml(path: Path) -> dict[str, tuple[object, str]]:
+    text = _text_of(path, _YAML)
+    try:
+        documents = read_documents(text, str(path), quoting=False)
     except ManifestError as error:  # without its cause, which quotes lines that may hold secrets
         raise ConfigError(error.field, error.came, f"{_YAML}: {error.allowed}") from None
     if len(documents) > 1:

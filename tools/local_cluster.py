@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import yaml
-
 from esper.contracts.blueprints import CATALOGUE
-from esper.contracts.resources import API_VERSION
 from tools.cluster.control_plane import ControlPlane, wait_for
 from tools.cluster.kubelet import ProcessKubelet
 from tools.operator_process import OperatorProcess
@@ -54,7 +50,7 @@ class LocalCluster:
         return {part.name: part for part in everything}
 
     def start(self) -> Self:
-        """Start everything; returns once the operator leads and the catalogue is applied.
+        """Start everything; returns once the operator leads and has made the catalogue.
 
         Raises:
             ServerError: something can't be had; what was started is stopped.
@@ -68,10 +64,10 @@ class LocalCluster:
             stack.enter_context(self.operator)
             # Stopped before the operator is: as a node that fails, it takes its pods with it.
             stack.enter_context(self.kubelet)
-            self.plane.kubectl("apply", "--server-side", "-f", "-", given=catalogue())
             wait_for(
                 lambda: self.operator.leads, "the operator does not lead", seconds=LEADS_SECONDS
             )
+            wait_for(self._has_catalogue, "the catalogue is not made", seconds=LEADS_SECONDS)
             self._stack = stack.pop_all()
         return self
 
@@ -89,6 +85,10 @@ class LocalCluster:
         self.operator.start()
         return True
 
+    def _has_catalogue(self) -> bool:
+        found = self.plane.get("blueprints", "--namespace", NAMESPACE)
+        return len(found["items"]) >= len(CATALOGUE)
+
     def _for_operator(self) -> Settings:
         account = self.plane.kubeconfig("esper-operator", OWN_NAMESPACE, seconds=TOKEN_SECONDS)
         given = dict(self.stack.for_operator())
@@ -96,6 +96,7 @@ class LocalCluster:
         given["operator"] = {
             "kubeconfig": str(account),
             "lease_namespace": OWN_NAMESPACE,
+            "catalogue": NAMESPACE,
             **section,
         }
         return given
@@ -127,17 +128,3 @@ class LocalCluster:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
-
-
-def catalogue() -> str:
-    """The Blueprints that every installation has."""
-    found: list[Mapping[str, Any]] = [
-        {
-            "apiVersion": API_VERSION,
-            "kind": "Blueprint",
-            "metadata": {"name": entry.name, "labels": entry.labels},
-            "spec": {"builtin": entry.name, "description": entry.description},
-        }
-        for entry in CATALOGUE
-    ]
-    return yaml.safe_dump_all(found)

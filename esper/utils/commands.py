@@ -30,7 +30,10 @@ def add_common(command: argparse.ArgumentParser) -> None:
     """The options of every command; also those of a rank, which is told its supervisor's."""
     group = command.add_argument_group("options of every command")
     group.add_argument(
-        "--config", type=Path, metavar="FILE", help="settings file (default: esper.yaml if any)"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="settings file, or a folder of them (default: esper.yaml if any)",
     )
     group.add_argument(
         "--set",

@@ -51,6 +51,7 @@ POD = Kind("Pod", "v1", "pods")
 DEPLOYMENT = Kind("Deployment", "apps/v1", "deployments")
 SERVICE = Kind("Service", "v1", "services")
 SECRET = Kind("Secret", "v1", "secrets")
+NETWORK_POLICY = Kind("NetworkPolicy", "networking.k8s.io/v1", "networkpolicies")
 EVENT = Kind("Event", "v1", "events")
 LEASE = Kind("Lease", "coordination.k8s.io/v1", "leases")
 
@@ -59,17 +60,17 @@ BY_NAME: Mapping[str, Kind] = MappingProxyType(
         kind.name: kind
         for kind in (
             *(SESSION, SEED, BLUEPRINT, KERNEL, JOB, POD),
-            *(DEPLOYMENT, SERVICE, SECRET, EVENT, LEASE),
+            *(DEPLOYMENT, SERVICE, SECRET, NETWORK_POLICY, EVENT, LEASE),
         )
     }
 )
 
 WATCHED = (SESSION, BLUEPRINT, KERNEL, JOB, DEPLOYMENT, POD)
 """Those whose events come through kopf, whole."""
-BY_METADATA = (SERVICE, SECRET, SEED)
+BY_METADATA = (SERVICE, SECRET, NETWORK_POLICY, SEED)
 """Those of which only metadata is read: their contents don't travel."""
 
-MENDED = (DEPLOYMENT, SERVICE, SECRET)
+MENDED = (DEPLOYMENT, SERVICE, SECRET, NETWORK_POLICY)
 """Those whose content anybody may change by mistake, and which are then applied again."""
 
 

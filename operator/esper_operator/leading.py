@@ -15,16 +15,26 @@ from typing import Any
 from urllib.parse import quote
 
 from esper.configs import EsperConfig, OperatorConfig, RedisConfig
-from esper.errors import ConfigError
+from esper.errors import ConfigError, EsperError
 from esper.services.oona_client import OonaClient
 from esper.services.urza.http_client import HttpUrza
 from esper_operator import watching
 from esper_operator.api import ClusterApi, Object
 from esper_operator.carrying import Carrier
+from esper_operator.children import blueprint
 from esper_operator.errors import ApiRefused, ApiUnavailable
 from esper_operator.health import STUCK_SECONDS, OperatorHealth
 from esper_operator.hearing import Reports
-from esper_operator.kinds import BY_METADATA, EVENT, OWN, SESSION, WATCHED, Kind, selecting
+from esper_operator.kinds import (
+    BLUEPRINT,
+    BY_METADATA,
+    EVENT,
+    OWN,
+    SESSION,
+    WATCHED,
+    Kind,
+    selecting,
+)
 from esper_operator.lease import Election, lasting_clock
 from esper_operator.metadata_watch import MetadataWatch
 from esper_operator.metrics import OperatorMetrics
@@ -41,6 +51,8 @@ SHOW_SECONDS = 2.0
 NO_PODS = "reason=FailedCreate,involvedObject.kind=Job"
 SHARED_SECONDS = 1.0
 RETRY_SECONDS = 1.0
+CATALOGUE_SECONDS = 5.0
+"""Until the catalogue is tried again, where the API server did not take it."""
 _log = logging.getLogger(__name__)
 
 
@@ -137,6 +149,7 @@ class Leader:
             self._reports.run(self._bus, self._uids, group_of(self._config.operator)),
             self._sweep.run(),
             self._show(),
+            self._keep_catalogue(),
             self._watch(keep_signals),
         ]
         await _until_one_ends(lasting)
@@ -224,6 +237,28 @@ class Leader:
         registry = watching.registry_of(self._hear, lambda: watching.connection_info(configuration))
         await watching.watch(registry, watching.settings_of(), self._namespaces, keep_signals)
         raise ApiUnavailable("the watches have ended")
+
+    async def _keep_catalogue(self) -> None:
+        """Make what is missing of the catalogue, at the start and with every resync.
+
+        A Blueprint never changes, and one of such a name that people made is theirs.
+        """
+        settings = self._config.operator
+        namespaces = tuple(filter(None, settings.catalogue.split(",")))
+        while True:
+            wait = settings.resync_seconds
+            for manifest in (each for name in namespaces for each in blueprint.catalogue(name)):
+                if self._store.blueprint(
+                    manifest["metadata"]["namespace"], manifest["metadata"]["name"]
+                ):
+                    continue
+                try:
+                    self._enqueue(self._store.put(BLUEPRINT, await self._writer.apply(manifest)))
+                except EsperError as error:
+                    _log.warning("the catalogue is tried again: %s", error)
+                    wait = min(wait, CATALOGUE_SECONDS)
+                    break
+            await asyncio.sleep(wait)
 
     async def _show(self) -> None:
         """Judge the work and show the numbers, every few seconds."""
@@ -318,6 +353,7 @@ def options_of(config: EsperConfig) -> Options:
         kernels_per_session=settings.kernels_per_session,
         blueprints_per_session=settings.blueprints_per_session,
         pod_labels=pairs_of(settings.pod_labels),
+        worker_egress=settings.worker_egress,
         log_level=config.component.log_level,
     )
 

@@ -39,6 +39,8 @@ class Options:
     """CompiledKernels that one session may ask for."""
     blueprints_per_session: int = 64
     """Blueprints of its namespace that one session is given."""
+    worker_egress: str | None = None
+    """Rules of a NetworkPolicy as JSON: where workers may connect to; None: they have no policy."""
     pod_labels: Pairs = ()
     """Added to every pod, as for a NetworkPolicy."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"

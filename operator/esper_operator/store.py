@@ -20,6 +20,7 @@ from esper_operator.kinds import (
     JOB,
     KERNEL,
     MENDED,
+    NETWORK_POLICY,
     POD,
     SECRET,
     SEED,
@@ -60,6 +61,7 @@ _VIEWS: Mapping[str, Callable[[Object], View]] = MappingProxyType(
         DEPLOYMENT.name: DeploymentView.of,
         SERVICE.name: MetaView.of,
         SECRET.name: MetaView.of,
+        NETWORK_POLICY.name: MetaView.of,
         SEED.name: MetaView.of,
     }
 )
@@ -173,7 +175,7 @@ class Store:
         return self._views[DEPLOYMENT.name].get((namespace, name))  # type: ignore[return-value]
 
     def meta(self, kind: Kind, namespace: str, name: str) -> MetaView | None:
-        """The Service, Secret or Seed of that name."""
+        """The Service, Secret, NetworkPolicy or Seed of that name."""
         return self._views[kind.name].get((namespace, name))  # type: ignore[return-value]
 
     def own(self, kind: Kind, namespace: str, name: str, session_uid: str) -> str | None:

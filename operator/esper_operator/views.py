@@ -104,7 +104,7 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class MetaView:
-    """An object of which no more than its metadata is known: a Service, a Secret, a Seed."""
+    """An object of which no more than its metadata is known, as of a Secret or a Seed."""
 
     kind: str
     namespace: str

@@ -62,7 +62,8 @@ class RedisUpkeep:
     async def look(self) -> int:
         """Remove the users of revoked and expired rows; returns how many users were set.
 
-        All are set again once Redis was started anew, or was away.
+        All are set again once Redis was started anew, or was away. What has changed since the last
+        look is saved, where Redis has a file for users: once a look, for it writes all of them.
         """
         try:
             run = await self._users.run()
@@ -73,6 +74,7 @@ class RedisUpkeep:
             done = dict.fromkeys(anew, True) | dict.fromkeys(gone, False)
             if done:
                 await self._settle(done)
+            await self._users.save()
             await self._hub.forget_namespaces(self._clock())
             self._run = run
         except (BusUnavailable, ConfigError):

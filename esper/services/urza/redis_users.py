@@ -6,7 +6,8 @@ may list keys of others by pattern, run scripts or change settings; those of mor
 may scan, because they have to find new ones.
 From Redis 7 on reading and writing are told apart too: each user adds to the streams of the topics
 that it publishes, and reads, as a group does, those that it receives.
-Redis keeps users in memory: they are set again whenever it has been started anew.
+Redis keeps users in memory: they are set again whenever it has been started anew. One that has an
+ACL file saves them, too, so that who works goes on at once after such a start.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ _SELECTORS_SINCE = 7
 OPERATOR_USER = "esper-operator"
 _NOBODY = "esper-nobody"  # no session's name, nor a namespace's
 _SCANNED = 1000
+_NO_FILE = "not configured to use an ACL file"
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class RedisUsers:
 
     def __init__(self, url: str, *, timeout_seconds: float = 5.0) -> None:
         self._url = without_password(url)
+        self._unsaved = False
         try:
             self._redis = Redis.from_url(
                 url,
@@ -151,12 +154,29 @@ class RedisUsers:
             release = int(str((await self._server())["redis_version"]).partition(".")[0])
             for user in anew:
                 await self._command("ACL", "SETUSER", user.name, *user.rules(release))
+                self._unsaved = True
 
     async def remove(self, names: Collection[str]) -> None:
         """Remove these users; one that is not there passes."""
         if names:
             async with self._translated():
-                await self._command("ACL", "DELUSER", *names)
+                if await self._command("ACL", "DELUSER", *names):
+                    self._unsaved = True
+
+    async def save(self) -> bool:
+        """Have Redis write the users to its ACL file if they have changed; False if it has none."""
+        if not self._unsaved:
+            return True
+        self._unsaved = False
+        try:
+            async with self._translated():
+                await self._command("ACL", "SAVE")
+        except BusUnavailable as error:
+            if isinstance(error.__cause__, ResponseError) and _NO_FILE in str(error.__cause__):
+                return False
+            self._unsaved = True
+            raise
+        return True
 
     async def remove_sessions(self, namespace: str, uids: Collection[str]) -> None:
         """Remove sessions' users with every stream of theirs; one that is not there passes."""

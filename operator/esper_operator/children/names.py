@@ -24,6 +24,11 @@ def service(session: str) -> str:
     return f"{session}-workers"
 
 
+def network_policy(session: str) -> str:
+    """What a session's workers may reach, and who reaches them."""
+    return f"{session}-workers"
+
+
 def secret(session: str) -> str:
     """The Secret with a session's settings and credentials, and its manifest."""
     return f"{session}-esper"

@@ -306,7 +306,10 @@ def _with_disruptions(scene: Scene, job: JobView) -> Scene:
     if job.suspended:
         return scene.recorded(interrupted_pods=())
     counted = scene.record.interrupted_pods
-    lost = [pod.name for pod in _since_resumed(scene, job) if _was_interrupted(pod, job)]
+    pods = _since_resumed(scene, job)
+    # The Job ends with its first worker, and ends the others; word of that may come before its own.
+    ended = job.ended or any(pod.index == 0 and pod.exit_code == 0 for pod in pods)
+    lost = [pod.name for pod in pods if _was_interrupted(pod, ended=ended)]
     new = [name for name in lost if name not in counted][: MAX_INTERRUPTED_PODS - len(counted)]
     if not new:
         return scene
@@ -320,15 +323,15 @@ def _since_resumed(scene: Scene, job: JobView) -> tuple[PodView, ...]:
     return tuple(pod for pod in scene.pods_of(job) if pod.created >= job.pods_since)
 
 
-def _was_interrupted(pod: PodView, job: JobView) -> bool:
-    """Whether something else than its own work has ended it, or is ending it."""
+def _was_interrupted(pod: PodView, *, ended: bool) -> bool:
+    """Whether something else than its own work, or the end of all, has ended it or is about to."""
     if pod.disrupted is not None:
         return True
-    if pod.exit_code == INTERRUPTED and not job.ended:
+    if pod.exit_code == INTERRUPTED and not ended:
         return True
     if pod.over and pod.exit_code is None:
         return pod.phase == "Failed"
-    return pod.deleting and not pod.over and not job.ended
+    return pod.deleting and not pod.over and not ended
 
 
 def _unasked(pod: PodView) -> bool:

@@ -10,7 +10,7 @@ from esper.contracts.refusals import first_refusal
 from esper.contracts.resources import TrainingSessionSpec, TrainingSessionStatus
 from esper.errors import one_line
 from esper_operator.children import job as jobs
-from esper_operator.children import names, service
+from esper_operator.children import names, network_policy, service
 from esper_operator.children.objects import digest_in
 from esper_operator.conditions import MAX_MESSAGE, Kind, Reason, condition, merged
 from esper_operator.decisions import (
@@ -158,7 +158,7 @@ def _going_on(step: Step) -> Plan:
         status=_status(scene, record),
         delete=(*gone, *lost.deletions(scene), *unneeded, *grown.delete),
         apply=(
-            *_service(scene),
+            *_lasting(scene),
             *([_job(scene)] if making else []),
             *_controller(scene),
             *grown.apply,
@@ -315,15 +315,17 @@ def _job(scene: Scene) -> Manifest:
     return jobs.manifest(scene.session, record.attempt, record.replicas, scene.options)
 
 
-def _service(scene: Scene) -> tuple[Manifest, ...]:
-    manifest = service.manifest(scene.session)
-    wanted = digest_in(manifest)
-    name = manifest["metadata"]["name"]
-    there = any(
-        meta.kind == "Service" and meta.name == name and meta.digest == wanted
-        for meta in scene.observed.metas
-    )
-    return () if there or is_going(scene, "Service", name) else (manifest,)
+def _lasting(scene: Scene) -> tuple[Manifest, ...]:
+    """What is to be there before the Job is, and as long as the session: what of it is not."""
+    egress = scene.options.worker_egress
+    policy = () if egress is None else (network_policy.manifest(scene.session, egress),)
+    there = {(meta.kind, meta.name, meta.digest) for meta in scene.observed.metas}
+
+    def is_missing(manifest: Manifest) -> bool:
+        kind, name = manifest["kind"], manifest["metadata"]["name"]
+        return (kind, name, digest_in(manifest)) not in there and not is_going(scene, kind, name)
+
+    return tuple(filter(is_missing, (service.manifest(scene.session), *policy)))
 
 
 def _controller(scene: Scene) -> tuple[Manifest, ...]:

@@ -21,7 +21,6 @@ from tools.operator_workers import (
     SECRETS,
     SESSIONS,
     Workers,
-    catalogued,
 )
 from tools.operator_world import Objects, OperatorWorld
 
@@ -65,7 +64,7 @@ def everything_happens(world, objects, lost_node):
     trainer = Trainer(world.hub.redis.url, objects.namespace, trained)
     trainer.stands(epoch=1, seeds=[a_seed()])
     wait_for(lambda: (s := objects.items(SEEDS)) and "status" in s[0], "no seed has a status")
-    objects.create(BLUEPRINTS, catalogued("low-rank"))
+    wait_for(lambda: objects.get(f"{BLUEPRINTS}/low-rank"), "the catalogue is not made")
     kernel = trainer.asks("low-rank", TARGET)
     wait_for(
         lambda: (objects.get(f"{KERNELS}/{kernel}") or {}).get("status"), "the kernel has no status"
@@ -123,7 +122,8 @@ def test_demand_11_in_a_namespace_it_uses_all_that_it_may_do_and_asks_for_no_mor
     namespaced, objects, lost_node
 ):
     account = f"system:serviceaccount:{namespaced.own}:esper-operator"
-    with namespaced.operator() as operator:
+    settings = {"catalogue": objects.namespace, "worker_egress": "[]"}
+    with namespaced.operator(**settings) as operator:
         wait_for(lambda: operator.leads, "the operator does not lead")
         everything_happens(namespaced, objects, lost_node)
         assert operator.asked("/readyz") == (200, "ready\n")

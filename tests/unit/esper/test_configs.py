@@ -42,6 +42,7 @@ DEFAULTS = {
     "urza.host": "127.0.0.1",
     "urza.port": 8000,
     "urza.signing_key": None,
+    "urza.admin_token": None,
     "urza.max_body_bytes": 2**20,
     "urza.max_artifact_bytes": 512 * 2**20,
     "urza.max_object_bytes": 8 * 2**30,
@@ -103,6 +104,8 @@ DEFAULTS = {
     "operator.image_pull_policy": "IfNotPresent",
     "operator.image_pull_secrets": "",
     "operator.stop_seconds": 60,
+    "operator.worker_egress": None,
+    "operator.catalogue": "",
     "operator.kernels_per_session": 64,
     "operator.compile_seconds": 900,
     "operator.compile_attempts": 5,
@@ -345,8 +348,51 @@ def test_an_assignment_without_a_sign_is_not_quoted():
 def test_a_named_file_must_exist_and_be_a_file(empty_directory):
     with pytest.raises(ConfigError, match=r"--config: got nowhere\.yaml"):
         load(file=Path("nowhere.yaml"))
+    (empty_directory / "esper.yaml").mkdir()
     with pytest.raises(ConfigError, match="can be read"):
+        load()
+
+
+def test_of_a_folder_each_file_is_the_setting_that_it_is_called_as(empty_directory):
+    # As Kubernetes mounts a Secret: what is meant are links into a folder that begins with dots.
+    mounted = empty_directory / "settings"
+    content = mounted / "..2026_11_30"
+    content.mkdir(parents=True)
+    (content / "esper.yaml").write_text("hub: {url: http://hub:8000, token: from-yaml}\n")
+    (content / "hub.token").write_text("a: b # not YAML\n".replace(" ", ""))
+    (content / "storage.secret_access_key").write_text("")
+    (mounted / "..data").symlink_to(content.name)
+    for name in ("esper.yaml", "hub.token", "storage.secret_access_key"):
+        (mounted / name).symlink_to(f"..data/{name}")
+
+    config = load(file=mounted)
+    assert config.hub.url == "http://hub:8000"
+    assert config.hub.token.get_secret_value() == "a:b#notYAML"
+    assert config.storage.secret_access_key is None
+    origins = {setting.name: setting.origin for setting in config.settings()}
+    assert origins["hub.token"] == f"file {mounted}/hub.token"
+    assert origins["hub.url"] == f"file {mounted}/esper.yaml"
+    assert load({"hub.token": "typed"}, file=mounted).hub.token.get_secret_value() == "typed"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("hub.tokens", b"hunter2", "got hub.tokens; allowed: one of database.url"),
+        (
+            "hub.token",
+            b"hunter2 \xff",
+            "hub.token: got invalid start byte at byte 8; allowed: UTF-8",
+        ),
+        ("hub.token", b"hunter2 x", r"hub.token \(file .*/hub.token\): got \(not shown\)"),
+        ("hub.token", b"h" * (MAXIMUM_FILE_BYTES + 1), "allowed: at most"),
+    ],
+)
+def test_a_wrong_file_in_a_folder_of_settings_is_named_unseen(empty_directory, name, content, said):
+    (empty_directory / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=said) as caught:
         load(file=empty_directory)
+    assert "hunter" not in str(caught.value)
 
 
 def test_an_empty_file_or_section_gives_the_defaults(empty_directory):

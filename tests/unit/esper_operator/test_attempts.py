@@ -405,3 +405,18 @@ def test_a_session_may_succeed_in_any_attempt() -> None:
         jobs=(job(view, 4, conditions=done),),
     )
     assert summary(plan) == ("True", "Completed")
+
+
+@pytest.mark.parametrize("other", [{"deleting": True}, {"exit_code": 75, "deleting": True}])
+@pytest.mark.parametrize(("first", "lost"), [({"exit_code": 0}, 0), ({"ready": True}, 1)])
+def test_a_worker_that_ends_because_the_first_is_done_is_not_interrupted(
+    first: Any, lost: int, other: Any
+) -> None:
+    """The Job's own success may be heard of after the end of its pods."""
+    view = session()
+    plan = decided(
+        session(status=running(view), workers={"replicas": 2}),
+        jobs=(job(view, replicas=2),),
+        pods=(pod(view, 0, **first), pod(view, 1, **other)),
+    )
+    assert written(plan).disruptions == lost

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import base64
+import json
 from typing import Any
 
 import pytest
 import yaml
 
 from esper.configs import EsperConfig
+from esper.contracts.blueprints import CATALOGUE
 from esper.contracts.manifests import parse_manifest
-from esper.contracts.resources import RunPolicySpec
-from esper_operator.children import compile_job, job, names, secret, service, tamiyo
+from esper.contracts.resources import Blueprint, RunPolicySpec
+from esper_operator.children import blueprint as blueprints
+from esper_operator.children import (
+    compile_job,
+    job,
+    names,
+    network_policy,
+    secret,
+    service,
+    tamiyo,
+)
 from esper_operator.children.connections import redis_url
 from esper_operator.children.objects import digest_in
 from esper_operator.options import Options
@@ -53,6 +64,36 @@ ALL = {
     "own tamiyo": tamiyo.dedicated(session(), OPTIONS),
     "compile": compile_job.manifest(KERNEL, 1, OPTIONS),
 }
+
+
+def test_workers_are_reached_by_each_other_alone_and_reach_what_is_said() -> None:
+    rule = {"ports": [{"port": 53, "protocol": "UDP"}]}
+    manifest = network_policy.manifest(session(), json.dumps([rule]))
+    spec, labels = manifest["spec"], pod_of_job()["metadata"]["labels"]
+    own = spec["podSelector"]["matchLabels"]
+    assert own.items() <= labels.items()
+    assert own["esper.dev/session-uid"] == UID
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    assert spec["ingress"] == [{"from": [{"podSelector": {"matchLabels": own}}]}]
+    assert spec["egress"] == [{"to": [{"podSelector": {"matchLabels": own}}]}, rule]
+    assert manifest["metadata"]["ownerReferences"][0]["uid"] == UID
+    for other in ("tamiyo", "own tamiyo", "compile"):
+        assert not own.items() <= ALL[other]["spec"]["template"]["metadata"]["labels"].items()
+
+
+def pod_of_job() -> dict[str, Any]:
+    found = worker()["spec"]["template"]
+    assert isinstance(found, dict)
+    return found
+
+
+def test_the_catalogue_is_that_of_every_session_with_its_label() -> None:
+    made = blueprints.catalogue("team-a")
+    assert [each["metadata"]["name"] for each in made] == [entry.name for entry in CATALOGUE]
+    for each in made:
+        assert each["metadata"]["labels"] == {"esper.dev/builtin": "true"}
+        assert each["metadata"]["namespace"] == "team-a"
+        Blueprint.model_validate(each, by_alias=True, by_name=False)
 
 
 @pytest.mark.parametrize("manifest", ALL.values(), ids=ALL)

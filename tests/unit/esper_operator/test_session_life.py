@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from esper.contracts.resources import TrainingSessionStatus
+from esper_operator.children import network_policy
+from esper_operator.children.objects import digest_in
 from esper_operator.conditions import Kind, Reason
 from esper_operator.decisions import sessions
 from esper_operator.observed import Observed
@@ -24,6 +26,7 @@ from tests.unit.esper_operator.objects import (
     deployment,
     job,
     made,
+    meta,
     observed,
     pod,
     rests,
@@ -404,3 +407,24 @@ def test_a_child_that_was_deleted_is_made_anew_and_its_job_goes_on(kind: str, na
     assert plan.credentials is (kind == "Secret")
     assert deleted(plan) == []
     assert written(plan).attempt == 1
+
+
+def test_workers_have_a_network_policy_where_the_installation_says_whom_they_reach() -> None:
+    view = session()
+    told = replace(OPTIONS, worker_egress='[{"ports": [{"port": 6379}]}]')
+    policy = network_policy.manifest(view, told.worker_egress or "")
+    given = {"jobs": (job(view),), "pods": (pod(view, ready=True),)}
+    running_view = session(status=running(view))
+
+    first = sessions.decide(observed(session(), metas=()), told)
+    assert applied(sessions.decide(observed(running_view, **given), OPTIONS)) == []
+    assert applied(sessions.decide(observed(running_view, **given), told)) == [
+        "NetworkPolicy/digits-workers"
+    ]
+    there = meta("NetworkPolicy", view, policy["metadata"]["name"], digest_in(policy))
+    metas = (*made(view), there)
+    assert applied(sessions.decide(observed(running_view, metas=metas, **given), told)) == []
+    leaving = (*made(view), replace(there, deleting=True))
+    assert applied(sessions.decide(observed(running_view, metas=leaving, **given), told)) == []
+    kinds = [manifest["kind"] for manifest in first.apply]
+    assert kinds == ["Service", "NetworkPolicy"]  # and no Job before

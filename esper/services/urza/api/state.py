@@ -49,7 +49,9 @@ class Urza:
     def __init__(self, config: EsperConfig) -> None:
         self.config = config.urza
         self.revoked = Revoked()
-        self.tokens = Tokens(config.urza.signing_key, revoked=self.revoked)
+        self.tokens = Tokens(
+            config.urza.signing_key, revoked=self.revoked, admin=config.urza.admin_token
+        )
         self.database = Database(config.database)
         self.store = open_store(config.storage)
         self.hub = UrzaHub(self.database, self.store)

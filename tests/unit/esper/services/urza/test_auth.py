@@ -15,6 +15,7 @@ from pydantic import SecretStr
 
 from esper.errors import BadInput, ConfigError, Unauthorized
 from esper.services.urza.auth import (
+    INSTALLATION,
     LEEWAY_SECONDS,
     MAX_TOKEN_CHARACTERS,
     PERMISSIONS,
@@ -214,6 +215,16 @@ def test_all_but_administrators_reach_the_namespace_of_their_token_only() -> Non
             Caller(role, "me", "team-a").require_namespace("team-b")
         assert "team-b" not in str(caught.value)
     Caller(Role.ADMIN, "me", "team-a").require_namespace("team-b")
+
+
+def test_the_installations_token_is_an_admins_as_long_as_it_is_set() -> None:
+    own = "the-token-of-an-installation-000000"
+    known = tokens(admin=SecretStr(own))
+    assert known.caller(f"Bearer {own}") == Caller(Role.ADMIN, INSTALLATION)
+    assert known.caller(f"Bearer {own}").role is Role.ADMIN  # remembered, and still good
+    for wrong in (own[:-1], own + "0", own.upper(), "\xe9" * 40):
+        assert refusal(wrong, admin=SecretStr(own))
+    assert refusal(own)
 
 
 def test_the_key_is_shown_nowhere() -> None:

@@ -1,0 +1,120 @@
+"""What tests on a real cluster do again and again: pods, commands of the tools, waiting."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+
+from tools.cluster.containers.layout import STATE
+
+SECONDS = 60.0
+
+
+def module(name, *words, state, check=True):
+    """Run a module of the tools over a cluster's folder; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", name, *words],
+        env=os.environ | {STATE: str(state)},
+        capture_output=True,
+        text=True,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+class Pods:
+    """Pods of one namespace as any namespace with restricted Pod Security admits them."""
+
+    def __init__(self, cluster, namespace):
+        self.cluster = cluster
+        self.namespace = namespace
+
+    def kubectl(self, *words, given=None):
+        return self.cluster.kubectl("-n", self.namespace, *words, given=given)
+
+    def apply(self, *documents):
+        self.kubectl(
+            "apply",
+            "-f",
+            "-",
+            given=json.dumps({"apiVersion": "v1", "kind": "List", "items": documents}),
+        )
+
+    def start(self, name, image, command, *, node=None, claim=None, labels=None):
+        """Make a pod; it has /tmp, and a claim's volume at /data."""
+        volumes = [{"name": "tmp", "emptyDir": {}}]
+        if claim:
+            volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": claim}})
+        paths = {"tmp": "/tmp", "data": "/data"}
+        self.apply(
+            {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {"name": name, "labels": labels or {}},
+                "spec": {
+                    "restartPolicy": "Never",
+                    "automountServiceAccountToken": False,
+                    "terminationGracePeriodSeconds": 1,
+                    "nodeSelector": {"kubernetes.io/hostname": node} if node else {},
+                    "securityContext": {
+                        "runAsNonRoot": True,
+                        "seccompProfile": {"type": "RuntimeDefault"},
+                    },
+                    "containers": [
+                        {
+                            "name": "main",
+                            "image": image,
+                            "imagePullPolicy": "Never",
+                            "command": command,
+                            "securityContext": {
+                                "readOnlyRootFilesystem": True,
+                                "allowPrivilegeEscalation": False,
+                                "capabilities": {"drop": ["ALL"]},
+                            },
+                            "volumeMounts": [
+                                {"name": v["name"], "mountPath": paths[v["name"]]} for v in volumes
+                            ],
+                        }
+                    ],
+                    "volumes": volumes,
+                },
+            }
+        )
+
+    def get(self, name):
+        return self.cluster.get("-n", self.namespace, "pod", name)
+
+    def running(self, name):
+        """Wait until a pod is ready."""
+        self.kubectl("wait", f"pod/{name}", "--for=condition=Ready", "--timeout=60s")
+
+    def run(self, name, image, command, *, seconds=SECONDS, **options):
+        """What a pod prints that runs to its end; it must succeed."""
+        self.start(name, image, command, **options)
+        ended = {"Succeeded", "Failed"}
+        until(lambda: self.get(name)["status"]["phase"] in ended, seconds=seconds)
+        said = self.kubectl("logs", name)
+        assert self.get(name)["status"]["phase"] == "Succeeded", said
+        return said
+
+    def execute(self, name, *command):
+        return self.kubectl("exec", name, "--", *command)
+
+
+def until(holds, *, seconds=SECONDS):
+    """Wait for the first true answer."""
+    deadline = time.monotonic() + seconds
+    while not (answer := holds()):
+        assert time.monotonic() < deadline, f"nothing after {seconds:g} s"
+        time.sleep(0.2)
+    return answer
+
+
+def failed(call, *words):
+    """Whether a call raises."""
+    with contextlib.suppress(Exception):
+        call(*words)
+        return False
+    return True

@@ -1,0 +1,56 @@
+"""A cluster from source, with images, for tests that need root and minutes.
+
+`make test` leaves them out. `pytest tests/e2e` starts a cluster of its own in a temporary folder,
+beside any other; with `ESPER_CLUSTER_STATE` set it takes that one and leaves it up.
+"""
+
+import os
+import uuid
+
+import pytest
+
+from tests.e2e.clusters import Pods, failed, module, until
+from tools.cluster.containers.layout import STATE, layout
+from tools.cluster.containers.source import SourceCluster
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "/e2e/" in str(item.path):
+            item.add_marker(pytest.mark.e2e)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """The cluster, with all of Esper's images."""
+    given = os.environ.get(STATE)
+    state = layout().state if given else tmp_path_factory.mktemp("cluster") / "c"
+    try:
+        module("tools.cluster.containers", "up", "--way=source", state=state)
+        yield SourceCluster(layout(state))
+    finally:
+        if not given:
+            module("tools.cluster.containers", "down", state=state)
+
+
+@pytest.fixture(scope="session")
+def images(cluster):
+    """What `make images` said when it built and loaded all of them."""
+    return module("tools.images", state=cluster.layout.state)
+
+
+@pytest.fixture
+def namespace(cluster):
+    """A namespace of the test's own."""
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    cluster.kubectl("create", "namespace", name)
+    cluster.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
+    account = f"serviceaccount/default -n {name}".split()
+    until(lambda: not failed(cluster.kubectl, "get", *account))
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+def pods(cluster, namespace):
+    return Pods(cluster, namespace)

@@ -1,0 +1,158 @@
+"""One node of a cluster from source: a machine with containerd, a kubelet and a kube-proxy."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO
+
+from tools.cluster.containers import commands, configs
+from tools.cluster.containers.archives import Image, Layer, program_image, write_archive
+from tools.cluster.containers.certificates import issue
+from tools.cluster.containers.kernel import make_cgroup
+from tools.cluster.containers.layout import DNS_IMAGE, PAUSE_IMAGE, Layout, Node
+from tools.cluster.containers.machines import Machine, run
+from tools.servers.process import ServerError
+
+KUBELET, PROXY, CONTAINERD = "kubelet", "kube-proxy", "containerd"
+
+
+class ClusterNode:
+    """A node over its folder; what it is, `node` says."""
+
+    def __init__(self, cluster: Layout, node: Node, programs: commands.Programs) -> None:
+        self.node = node
+        self._cluster = cluster
+        self._programs = programs
+        self.machine = Machine(node.name, node.folder, programs("pause"))
+
+    @property
+    def made(self) -> bool:
+        """Whether it was ever started and is to be there."""
+        return (self.node.folder / "kubelet.yaml").exists()
+
+    @property
+    def running(self) -> bool:
+        """Whether all of it runs."""
+        daemons = (self.machine.daemon(name) for name in (CONTAINERD, KUBELET, PROXY))
+        return self.machine.running and all(daemon.running for daemon in daemons)
+
+    def prepare(self) -> None:
+        """Write what its programs read."""
+        self._certify()
+        folder = self.node.folder
+        for name in ("cni", "kubelet"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / "cni" / "10-esper.conflist").write_text(configs.cni(self.node))
+        (folder / "containerd.toml").write_text(configs.containerd(self.node))
+        (folder / "resolv.conf").write_text(configs.resolver())
+        (folder / "kube-proxy.yaml").write_text(configs.proxy(self._cluster, self.node))
+        (folder / "kubelet.yaml").write_text(configs.kubelet(self._cluster, self.node))
+
+    def start(self) -> None:
+        """Start what does not run of it, on its machine.
+
+        Raises:
+            ServerError: something ended at once, or does not answer.
+        """
+        self.machine.start_daemon(CONTAINERD, commands.containerd(self.node)).await_(self._serves)
+        self._import_own()
+        make_cgroup(self._cluster.cgroup_of(self.node))
+        words = commands.kubelet(self._cluster, self.node, self._programs)
+        self.machine.start_daemon(KUBELET, words)
+        self.machine.start_daemon(PROXY, commands.proxy(self.node, self._programs))
+
+    def import_image(self, name: str, image: Image) -> list[Layer]:
+        """Import an image under a name; returns the layers that it did not have.
+
+        Raises:
+            ServerError: it was refused.
+        """
+        there = self.contents()
+        with self._importing() as to:
+            return write_archive(name, image, to, there=there)
+
+    def import_archive(self, archive: IO[bytes]) -> None:
+        """Import the images of an OCI archive.
+
+        Raises:
+            ServerError: it was refused.
+        """
+        with self._importing() as to:
+            shutil.copyfileobj(archive, to, 1 << 20)
+
+    @contextmanager
+    def _importing(self) -> Iterator[IO[bytes]]:
+        """What is written here is imported."""
+        with tempfile.TemporaryFile() as said:
+            importing = subprocess.Popen(
+                commands.import_images(self.node), stdin=subprocess.PIPE, stdout=said, stderr=said
+            )
+            assert importing.stdin is not None
+            try:
+                # One that refuses closes its end, and has said why.
+                with suppress(BrokenPipeError), importing.stdin:
+                    yield importing.stdin
+            except BaseException:
+                importing.kill()
+                importing.wait()
+                raise
+            if importing.wait():
+                said.seek(0)
+                raise ServerError(f"{self.node.name}: {said.read().decode().strip()[-500:]}")
+
+    def copy_images(self, other: ClusterNode, wanted: Collection[str] | None = None) -> None:
+        """Give it images of another node, all where none are named.
+
+        Raises:
+            ServerError: one can't be had.
+        """
+        chosen = other.images() if wanted is None else set(wanted)
+        names = sorted(name for name in chosen - self.images() if not name.startswith("sha256:"))
+        if not names:
+            return
+        with subprocess.Popen(
+            commands.export_images(other.node, names), stdout=subprocess.PIPE
+        ) as exporting:
+            importing = subprocess.run(
+                commands.import_images(self.node),
+                stdin=exporting.stdout,
+                capture_output=True,
+                text=True,
+            )
+        if exporting.returncode or importing.returncode:
+            raise ServerError(f"{self.node.name}: images of {other.node.name}: {importing.stderr}")
+
+    def contents(self) -> set[str]:
+        """The digests of all that its store holds."""
+        return set(run(commands.contents(self.node)).split())
+
+    def images(self) -> set[str]:
+        """The names of its images."""
+        return set(run(commands.list_images(self.node)).split())
+
+    def _serves(self) -> bool:
+        try:
+            run(commands.list_images(self.node))
+        except ServerError:
+            return False
+        return True
+
+    def _import_own(self) -> None:
+        """Import the images that are only one program."""
+        there = self.images()
+        for image, program in ((PAUSE_IMAGE, "pause"), (DNS_IMAGE, "coredns")):
+            if image not in there:
+                self.import_image(image, program_image(self._programs(program)))
+
+    def _certify(self) -> None:
+        if not (self._cluster.pki / f"{self.node.name}.crt").exists():
+            issue(
+                self._cluster.pki,
+                self.node.name,
+                f"/O=system:nodes/CN={self.node.account}",
+                [f"DNS:{self.node.name}", f"IP:{self.node.address}"],
+            )

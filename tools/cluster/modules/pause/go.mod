@@ -1,0 +1,3 @@
+module esper.dev/pause
+
+go 1.26.0

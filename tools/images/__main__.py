@@ -1,0 +1,91 @@
+"""`make images`: builds the images and loads them into the cluster, where there is one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools.cluster.containers.kind import docker_answers
+from tools.cluster.containers.layout import KIND, BadState, Layout, layout
+from tools.images.building import BuildahImages, DockerImages, Images, build, remove
+from tools.images.recipes import ACCELERATORS, RECIPES, TAG
+from tools.servers.process import ServerError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build and load; 0 where it is done, 1 where it can't be."""
+    arguments = _parsed(argv)
+    try:
+        if arguments.remove:
+            remove()
+            return 0
+        for name in arguments.names:
+            if name not in RECIPES:
+                raise ServerError(f"NAME: got {name}; allowed: {', '.join(RECIPES)}")
+        cluster = layout(arguments.state)
+        images = _images(cluster)
+        if arguments.file is not None:
+            built = [_own(images, arguments)]
+        else:
+            built = [
+                build(
+                    images,
+                    RECIPES[name],
+                    base=arguments.base,
+                    accelerator=arguments.accelerator,
+                    tag=arguments.tag,
+                )
+                for name in arguments.names or RECIPES
+            ]
+        if cluster.way is None:
+            _say("no cluster to load them into: make cluster, then make images")
+            return 0
+        for image in built:
+            images.load(image, cluster)
+    except (ServerError, BadState) as error:
+        _say(f"error: {error}")
+        return 1
+    return 0
+
+
+def _own(images: Images, arguments: argparse.Namespace) -> str:
+    """Build an image of the user's own."""
+    file: Path = arguments.file.resolve()
+    images.build(file.name, arguments.image, file.parent, {})
+    return str(arguments.image)
+
+
+def _images(cluster: Layout) -> Images:
+    """What makes images that the cluster can have."""
+    if cluster.way == KIND or (cluster.way is None and docker_answers()):
+        return DockerImages(_say)
+    buildah = BuildahImages(_say)
+    buildah.prepare()
+    return buildah
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.images", description=__doc__)
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(RECIPES)} (default: all)"
+    )
+    parser.add_argument("--state", type=Path, help="the cluster's (default: ESPER_CLUSTER_STATE)")
+    parser.add_argument("--base", help="an image to build on (default: of Debian's packages)")
+    parser.add_argument("--accelerator", choices=ACCELERATORS, default="cpu")
+    parser.add_argument("--tag", default=TAG)
+    own = parser.add_argument_group("an image of your own, built beside its Containerfile")
+    own.add_argument("--file", type=Path, help="its Containerfile")
+    own.add_argument("--image", default="localhost/my-model:dev", help="its name")
+    parser.add_argument("--remove", action="store_true", help="remove all that buildah has made")
+    return parser.parse_args(argv)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
