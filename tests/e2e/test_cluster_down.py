@@ -13,7 +13,7 @@ from tools.cluster.containers.source import SourceCluster
 
 PLACES = ("/run", "/var/lib", "/var/log", "/opt", "/etc", "/usr/libexec", "/tmp")
 KINDS = ("net", "mnt", "pid", "uts", "ipc")
-OWN = ("containerd", "kube", "etcd", "coredns", "pause", "runc", "esper")
+OWN = ("containerd", "kube", "etcd", "coredns", "pause", "runc", "ctr")
 POD = """
 apiVersion: v1
 kind: PersistentVolumeClaim
