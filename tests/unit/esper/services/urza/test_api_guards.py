@@ -97,7 +97,7 @@ BAD_TOKENS = {
 
 
 def test_the_endpoints_are_frozen() -> None:
-    assert len(ROUTES) == len(set(ROUTES)) == 41
+    assert len(ROUTES) == len(set(ROUTES)) == 42
     assert {permission for _, _, permission in ROUTES} == set(Permission)
 
 
