@@ -7,6 +7,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,7 +47,7 @@ class OperatorProcess(ServerProcess):
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as refusal:
             return refusal.code, refusal.read().decode()
-        except OSError as error:
+        except (OSError, HTTPException) as error:  # also where it dies while it answers
             return 0, str(error)
 
     def samples(self) -> list[tuple[str, dict[str, str], float]]:

@@ -15,7 +15,7 @@ from esper_operator.kinds import BY_NAME, JOB, MANAGED_LABEL, MENDED, OWN, SECRE
 from esper_operator.memory import Memory
 from esper_operator.plans import Manifest, Notice, Plan
 from esper_operator.store import Store, version_of
-from esper_operator.views import UID_LABEL, Said
+from esper_operator.views import POLICY_ANNOTATION, UID_LABEL, Said
 from esper_operator.work import Key
 from esper_operator.writing import Writer
 
@@ -148,7 +148,7 @@ class Carrier:
         now = self._clock()
         waits = memory.waits(child, known, now)
         if not waits and kind in MENDED:
-            waits = memory.paces(child, digest_in(manifest), now)
+            waits = memory.paces(child, _mark(manifest), now)
         if waits > 0:
             outcome.soon(waits)
             return False
@@ -252,3 +252,9 @@ class Carrier:
             await self._writer.tell(described, notice.type, notice.reason, notice.message)
         except ApiRefused as error:
             _log.info("an event can't be told: %s", error)
+
+
+def _mark(manifest: Manifest) -> str:
+    """What a child is made of: its content, and what its Secret says that the hub was told."""
+    policy = manifest["metadata"]["annotations"].get(POLICY_ANNOTATION, "")
+    return f"{digest_in(manifest)} {policy}"

@@ -57,7 +57,9 @@ def ownership(data: Object) -> tuple[str, bool]:
     """A mark of who has which fields of an object, and whether others have any of its content.
 
     Whoever changes a field takes it over from the operator, and whoever removes one takes it away:
-    the mark is then another one. Statuses and metadata are everybody's.
+    the mark is then another one. Statuses and metadata are everybody's. Who scales to zero has
+    nothing afterwards, for a zero is not among the fields of a Scale; but the operator has not
+    either what it always says.
     """
     own: object = None
     others: list[object] = []
@@ -68,7 +70,9 @@ def ownership(data: Object) -> tuple[str, bool]:
         elif item.get("subresource") != "status":
             content = {name: fields[name] for name in ("f:spec", "f:data") if name in fields}
             others += [content] if content else []
-    return digest_of_object({"own": own, "others": others}), bool(others)
+    spec: Any = own.get("f:spec") if isinstance(own, dict) else None
+    scaled = bool(spec) and "f:template" in spec and "f:replicas" not in spec
+    return digest_of_object({"own": own, "others": others}), bool(others) or scaled
 
 
 def _time(text: str) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from esper_operator.kinds import (
     BLUEPRINT,
     DEPLOYMENT,
@@ -222,6 +224,22 @@ def test_the_answer_to_an_apply_counts_though_its_event_has_come_first() -> None
     assert digest_of_secret(store) == ""
     store.put(SECRET, again, applied=True)
     assert digest_of_secret(store) == "d1"
+
+
+@pytest.mark.parametrize(("owned", "digest"), [({"f:replicas": {}}, "d1"), ({}, "")])
+def test_a_deployment_from_before_that_was_scaled_to_zero_is_changed(
+    owned: dict[str, Any], digest: str
+) -> None:
+    # The API server notes nobody as the owner of a zero that was said through a Scale.
+    fields = {"f:spec": {"f:template": {}, **owned}}
+    first = {"manager": "esper-operator", "operation": "Apply", "fieldsV1": fields}
+    found = of_session(DEPLOYMENT, "first-controller")
+    found["metadata"] |= {"annotations": {"esper.dev/digest": "d1"}, "managedFields": [first]}
+    store = Store()
+    store.put(DEPLOYMENT, found)
+    view = store.deployment("team", "first-controller")
+    assert view is not None
+    assert view.digest == digest
 
 
 def test_of_children_from_before_only_what_others_have_of_their_content_counts() -> None:
