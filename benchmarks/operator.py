@@ -29,7 +29,6 @@ import psutil
 from benchmarks import operator_creations
 from benchmarks.bars import write_results
 from tools.cluster.control_plane import ControlPlane, wait_for
-from tools.local_cluster import catalogue
 from tools.operator_process import OperatorProcess
 from tools.operator_world import OperatorWorld
 
@@ -91,7 +90,6 @@ def measure(world: OperatorWorld, count: int, few: int, profile: Path | None) ->
         with watched(operator) as process:
             load = measure_load(world, operator, process, count)
             sys.stderr.write(json.dumps(load) + "\n")
-            world.plane.kubectl("apply", "-n", NAMESPACE, "-f", "-", given=catalogue())
             settle(world, operator, 2 * count)
             idle = measure_idle(world, operator, process)
         creations = operator_creations.measure_creations(world, few)
@@ -107,8 +105,8 @@ def measure(world: OperatorWorld, count: int, few: int, profile: Path | None) ->
 
 @contextmanager
 def operator_of(world: OperatorWorld, profile: Path | None) -> Iterator[OperatorProcess]:
-    """An operator that runs, under a profiler if one is asked for."""
-    operator = world.operator()
+    """An operator that runs, with a catalogue; under a profiler if one is asked for."""
+    operator = world.operator(catalogue=NAMESPACE)
     operator.profile = profile
     with operator:
         yield operator
