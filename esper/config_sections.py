@@ -99,6 +99,7 @@ def _quantities(default: str, what: str) -> Any:
 
 
 _DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_NAMES = rf"^({_DNS_LABEL}(,{_DNS_LABEL})*)?$"
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
 _HOST_NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
 
@@ -383,7 +384,7 @@ class OperatorConfig(Section):
     namespaces: Annotated[
         str,
         Field(
-            pattern=rf"^({_DNS_LABEL}(,{_DNS_LABEL})*)?$",
+            pattern=_NAMES,
             description="names of namespaces, separated by commas; empty: the whole cluster",
         ),
     ] = ""
@@ -422,7 +423,7 @@ class OperatorConfig(Section):
     image_pull_secrets: Annotated[
         str,
         Field(
-            pattern=rf"^({_DNS_LABEL}(,{_DNS_LABEL})*)?$",
+            pattern=_NAMES,
             description="names of Secrets with which images are pulled, separated by commas",
         ),
     ] = ""
@@ -437,12 +438,7 @@ class OperatorConfig(Section):
         ),
     ] = None
     catalogue: Annotated[
-        str,
-        Field(
-            pattern=rf"^({_DNS_LABEL}(,{_DNS_LABEL})*)?$",
-            description="namespaces, separated by commas, in which the operator makes the "
-            "catalogue's Blueprints",
-        ),
+        str, Field(pattern=_NAMES, description="namespaces with the catalogue, by commas")
     ] = ""
     kernels_per_session: Whole = _whole(64, "kernels of one session", least=0, most=1000)
     compile_seconds: Whole = _whole(900, "seconds for a compile Job", least=1, most=86_400)
@@ -450,9 +446,7 @@ class OperatorConfig(Section):
     compile_ttl_seconds: Whole = _whole(
         600, "seconds that a compile Job stays for its log", least=0, most=86_400
     )
-    compile_requests: Quantities = _quantities(
-        "cpu=500m,memory=512Mi", "what a compile Job asks for"
-    )
+    compile_requests: Quantities = _quantities("cpu=500m,memory=512Mi", "a compile Job asks for")
     compile_limits: Quantities = _quantities("memory=5Gi", "what a compile Job may use")
     tamiyo_requests: Quantities = _quantities("cpu=50m,memory=256Mi", "what a controller asks for")
     tamiyo_limits: Quantities = _quantities("memory=1Gi", "what a controller may use")

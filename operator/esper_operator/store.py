@@ -28,6 +28,7 @@ from esper_operator.kinds import (
     SESSION,
     Kind,
 )
+from esper_operator.ownership import ownership
 from esper_operator.views import (
     BlueprintView,
     DeploymentView,
@@ -37,7 +38,6 @@ from esper_operator.views import (
     PodView,
     Said,
     SessionView,
-    ownership,
 )
 from esper_operator.work import Key
 

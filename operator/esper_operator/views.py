@@ -21,7 +21,6 @@ from esper.contracts.resources import (
     CompiledKernelSpec,
     TrainingSessionSpec,
 )
-from esper_operator.kinds import MANAGER
 from esper_operator.times import seconds_of
 
 Object = Mapping[str, Any]
@@ -51,28 +50,6 @@ def _label(data: Object, name: str) -> str:
 
 def _annotation(data: Object, name: str) -> str:
     return str((_meta(data).get("annotations") or {}).get(name, ""))
-
-
-def ownership(data: Object) -> tuple[str, bool]:
-    """A mark of who has which fields of an object, and whether others have any of its content.
-
-    Whoever changes a field takes it over from the operator, and whoever removes one takes it away:
-    the mark is then another one. Statuses and metadata are everybody's. Who scales to zero has
-    nothing afterwards, for a zero is not among the fields of a Scale; but the operator has not
-    either what it always says.
-    """
-    own: object = None
-    others: list[object] = []
-    for item in _meta(data).get("managedFields") or ():
-        fields = item.get("fieldsV1") or {}
-        if item.get("manager") == MANAGER and item.get("operation") == "Apply":
-            own = fields if not item.get("subresource") else own
-        elif item.get("subresource") != "status":
-            content = {name: fields[name] for name in ("f:spec", "f:data") if name in fields}
-            others += [content] if content else []
-    spec: Any = own.get("f:spec") if isinstance(own, dict) else None
-    scaled = bool(spec) and "f:template" in spec and "f:replicas" not in spec
-    return digest_of_object({"own": own, "others": others}), bool(others) or scaled
 
 
 def _time(text: str) -> float:
