@@ -224,18 +224,20 @@ class Carrier:
         return await self._writer.apply(manifest, there["uid"])
 
     async def _child_status(self, memory: Memory, manifest: Manifest, outcome: Outcome) -> None:
-        kind = BY_NAME[manifest["kind"]]
+        kind, meta = BY_NAME[manifest["kind"]], manifest["metadata"]
+        uid = self._store.own(kind, meta["namespace"], meta["name"], memory.uid)
+        if uid is None:
+            return  # it was refused: what has its name is not the session's; it is tried again
         wait = self._writer.background_wait()
         if wait > 0:
             outcome.soon(wait)
             return
         try:
-            answer = await self._writer.apply_status(manifest)
-        except ApiNotFound:
-            outcome.soon(1.0)  # the object itself was refused, or is just being made anew
+            answer = await self._writer.apply_status({**manifest, "metadata": {**meta, "uid": uid}})
+        except (ApiNotFound, ApiConflict):
+            outcome.soon(1.0)  # it has gone just now, and is made anew
             return
         self._store.put(kind, answer)
-        uid = answer["metadata"]["uid"]
         memory.child_statuses[uid] = manifest["status"]
         memory.child_times[uid] = self._clock()
         outcome.wrote = True

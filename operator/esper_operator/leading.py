@@ -22,7 +22,7 @@ from esper_operator import watching
 from esper_operator.api import ClusterApi, Object
 from esper_operator.carrying import Carrier
 from esper_operator.children import blueprint
-from esper_operator.errors import ApiRefused, ApiUnavailable
+from esper_operator.errors import ApiConflict, ApiRefused, ApiUnavailable
 from esper_operator.health import STUCK_SECONDS, OperatorHealth
 from esper_operator.hearing import Reports
 from esper_operator.kinds import (
@@ -247,18 +247,24 @@ class Leader:
         namespaces = tuple(filter(None, settings.catalogue.split(",")))
         while True:
             wait = settings.resync_seconds
-            for manifest in (each for name in namespaces for each in blueprint.catalogue(name)):
-                if self._store.blueprint(
-                    manifest["metadata"]["namespace"], manifest["metadata"]["name"]
-                ):
-                    continue
-                try:
-                    self._enqueue(self._store.put(BLUEPRINT, await self._writer.apply(manifest)))
-                except EsperError as error:
-                    _log.warning("the catalogue is tried again: %s", error)
+            for namespace in namespaces:
+                if not await self._has_catalogue(namespace):
                     wait = min(wait, CATALOGUE_SECONDS)
-                    break
             await asyncio.sleep(wait)
+
+    async def _has_catalogue(self, namespace: str) -> bool:
+        """Make what a namespace lacks of the catalogue; False: it has to be tried again."""
+        for manifest in blueprint.catalogue(namespace):
+            if self._store.blueprint(namespace, manifest["metadata"]["name"]):
+                continue
+            try:
+                self._enqueue(self._store.put(BLUEPRINT, await self._writer.apply(manifest)))
+            except ApiConflict:
+                continue  # it is there, and whoever made it keeps it
+            except EsperError as error:
+                _log.warning("the catalogue is tried again: %s", error)
+                return False
+        return True
 
     async def _show(self) -> None:
         """Judge the work and show the numbers, every few seconds."""

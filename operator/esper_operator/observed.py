@@ -35,7 +35,7 @@ class Observed:
     jobs: tuple[JobView, ...] = ()
     pods: tuple[PodView, ...] = ()
     metas: tuple[MetaView, ...] = ()
-    """Its Service, its Secret and its Seeds."""
+    """Its Service, its NetworkPolicy, its Secret and its Seeds."""
     tamiyo: DeploymentView | None = None
     """The controller that decides for it: its own, or the namespace's."""
     snapshot: SessionSnapshot | None = None

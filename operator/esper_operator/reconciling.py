@@ -163,7 +163,7 @@ class Reconciler:
         own = self._store.deployment(session.namespace, names.tamiyo(session.name))
         shared = self._store.deployment(session.namespace, names.TAMIYO)
         jobs = self._store.children(session.uid, JobView)
-        memory.forget_refusals(partial(self._is_there, session.namespace))
+        memory.forget_refusals(partial(self._is_there, session))
         shared_refusals = self._memories.refusals(NAMESPACE, session.namespace, "")
         no_pods = {f"Pod/{job.name}": self._store.pod_refusal(job) for job in jobs}
         return Observed(
@@ -185,12 +185,13 @@ class Reconciler:
             hearing_since=self._reports.hearing_since,
         )
 
-    def _is_there(self, namespace: str, child: str) -> bool:
-        """Whether a Seed or a CompiledKernel exists, whoever has made it since it was refused."""
+    def _is_there(self, session: SessionView, child: str) -> bool:
+        """Whether a CompiledKernel, whoever made it, or a Seed of the session has come since."""
         kind, _, name = child.partition("/")
         if kind == KERNEL.name:
-            return self._store.kernel(namespace, name) is not None
-        return kind == SEED.name and self._store.meta(SEED, namespace, name) is not None
+            return self._store.kernel(session.namespace, name) is not None
+        place = session.namespace, name, session.uid
+        return kind == SEED.name and self._store.own(SEED, *place) is not None
 
     def _of_session(self, session: SessionView) -> Callable[[], Awaitable[Manifest]]:
         async def ask() -> Manifest:
@@ -231,7 +232,6 @@ class Reconciler:
         kernel = self._store.kernel(key.namespace, key.name)
         if kernel is None:
             self._look_at_asking(key.name)
-            self._enqueue((Key(NAMESPACE, key.namespace, ""),))  # whose Secret it may have been
             return self._gone(key)
         memory = self._memories.of(*key, kernel.uid)
         job = self._store.job_of_kernel(key.namespace, key.name)

@@ -229,7 +229,12 @@ class Store:
         # Also where no session is left: what they shared may be.
         shared = [view for kind in (DEPLOYMENT, SECRET) for view in self._of_kind(kind, None)]
         sessions = {namespace for namespace, _ in self._views[SESSION.name]}
-        for namespace in sessions | {view.namespace for view in shared if not self._owner(view)}:
+        own = {
+            view.namespace
+            for view in shared
+            if not self._owner(view) and not getattr(view, "kernel", "")
+        }
+        for namespace in sessions | own:
             yield Key(NAMESPACE, namespace, "")
 
     def _of_kind(self, kind: Kind, namespace: str | None) -> Iterator[View]:

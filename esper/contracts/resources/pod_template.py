@@ -39,7 +39,9 @@ FreeItems = Annotated[tuple[Free, ...], Field(strict=False, max_length=64)]
 OWN_SECRETS = ("esper-tamiyo",)
 OWN_SECRET_ENDINGS = ("-esper", ".esper")
 """The names of Secrets that the operator makes, and how those end that it makes for an object."""
-_ANOTHER_SECRET = "a Secret that is not the operator's: not esper-tamiyo, nor ending with -esper"
+_ANOTHER_SECRET = (
+    "a Secret that is not the operator's: not esper-tamiyo, nor ending with -esper or .esper"
+)
 
 
 def _not_ours(name: str) -> str:

@@ -104,7 +104,8 @@ def _compiling(observed: KernelObserved, options: Options) -> Plan:
     if observed.secret is not None and observed.secret.deleting:
         return Plan(plan.status, again_in=ASK_SECONDS)
     if not secret.compiles(observed.secret, view, options, observed.now):
-        return Plan(plan.status, credentials=True)
+        # The hub may know the kernel no more, and without it gives no credentials.
+        return Plan(plan.status, credentials=True, order=None if refused is None else order)
     return Plan(
         plan.status,
         apply=(compile_job.manifest(view, _before(view).failed_attempts + 1, options),),

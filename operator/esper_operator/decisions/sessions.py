@@ -34,6 +34,7 @@ from esper_operator.decisions.workers import (
     is_going,
     permanent_refusal,
     policy_is_news,
+    policy_was_told,
     readiness,
     refused,
 )
@@ -229,7 +230,7 @@ def _finished(scene: Scene) -> Plan:
     """What is left to do for a session that has ended: nothing is made anew but Seeds."""
     left = expiry.left(scene)
     news = policy_is_news(scene)
-    if left == 0.0 and not news:
+    if left == 0.0 and (not news or policy_was_told(scene)):
         notice = Notice("Normal", Reason.EXPIRED, "runPolicy.ttlSecondsAfterFinished has passed")
         return Plan(delete=(expiry.deletion(scene),), notices=(notice,))
     step = progress.told(scene)
@@ -300,8 +301,12 @@ def _story(scene: Scene, record: TrainingSessionStatus) -> tuple[Notice, ...]:
 def _makes_job(scene: Scene) -> bool:
     if scene.job is not None or attempts.due(scene) > scene.now:
         return False
-    service_goes = is_going(scene, "Service", names.service(scene.session.name))
-    return has_secret(scene) and not service_goes and not attempts.held_up(scene)
+    name = scene.session.name
+    goes = is_going(scene, "Service", names.service(name)) or (
+        scene.options.worker_egress is not None
+        and is_going(scene, "NetworkPolicy", names.network_policy(name))
+    )
+    return has_secret(scene) and not goes and not attempts.held_up(scene)
 
 
 def _paused(scene: Scene) -> float | None:

@@ -65,6 +65,7 @@ def refusal(scene: Scene) -> tuple[str, Said] | None:
         f"Job/{scene.job_name}",
         f"Secret/{names.secret(scene.session.name)}",
         f"Service/{names.service(scene.session.name)}",
+        f"NetworkPolicy/{names.network_policy(scene.session.name)}",
     )
     refusals = scene.observed.refusals
     return next(((key, refusals[key]) for key in wanted if key in refusals), None)
@@ -88,7 +89,9 @@ def permanent_refusal(scene: Scene) -> str | None:
     missing = refusal(scene)
     if missing is None or scene.job is not None:
         return None
-    _, said = missing
+    key, said = missing
+    if key.startswith("NetworkPolicy/"):
+        return None  # its rules are the installation's, and may be mended there
     if said.reason in _PERMANENT or _UNTYPED in said.message:
         return _refused_text(*missing)
     return None
@@ -118,10 +121,22 @@ def policy_is_news(scene: Scene) -> bool:
     told last. One whose credentials were revoked can't be told of any more.
     """
     meta = _secret(scene)
-    if meta is None or meta.deletion_policy == scene.spec.run_policy.deletion_policy:
+    if meta is None:
         return False
     refused = scene.observed.refusals.get(f"Secret/{meta.name}")
-    return refused is None or refused.reason != Conflict.__name__
+    if refused is not None and refused.reason == Conflict.__name__:
+        return False
+    # Of a Secret that was refused nobody knows whether the hub was told before.
+    return refused is not None or meta.deletion_policy != scene.spec.run_policy.deletion_policy
+
+
+def policy_was_told(scene: Scene) -> bool:
+    """Whether the hub knows the policy though the Secret does not: the API server refuses that.
+
+    The hub is asked first, and its own refusals are other ones.
+    """
+    refused = scene.observed.refusals.get(f"Secret/{names.secret(scene.session.name)}")
+    return refused is not None and refused.reason in _PERMANENT | {"Forbidden"}
 
 
 def _secret(scene: Scene) -> MetaView | None:
@@ -152,6 +167,7 @@ def _without_job(scene: Scene) -> Readiness:
         return Readiness("False", Reason.BACKING_OFF, f"attempt {number} begins after a pause")
     for kind, name in (
         ("Service", names.service(scene.session.name)),
+        ("NetworkPolicy", names.network_policy(scene.session.name)),
         ("Secret", names.secret(scene.session.name)),
     ):
         if is_going(scene, kind, name):

@@ -1,13 +1,18 @@
 """Objects of others that have a child's name are left as they are, and the session says so."""
 
 import base64
+import time
 
 import pytest
 
+from esper_operator.children import names
+from tests.integration.esper_operator.test_reports import SEEDS, a_seed
 from tools.cluster.control_plane import wait_for
+from tools.operator_bus import Trainer
 from tools.operator_workers import SECRETS, SESSIONS, Workers
 
 pytestmark = pytest.mark.xdist_group("cluster")
+EVENTS = "/api/v1/events"
 DATA = {"mine": base64.b64encode(b"a password").decode()}
 
 
@@ -61,3 +66,41 @@ def test_what_a_session_of_the_same_name_has_left_is_waited_for(world, operator,
     assert objects.get(f"{SECRETS}/again-esper")["data"] == DATA
     objects.delete(f"{SECRETS}/again-esper")
     Workers(objects, "again").run()
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {},
+        {
+            "app.kubernetes.io/managed-by": "esper-operator",
+            "esper.dev/session": "seedy",
+            "esper.dev/session-uid": "an-earlier-one",
+        },
+    ],
+    ids=["of-a-user", "of-an-earlier-session"],
+)
+def test_a_seed_of_anothers_keeps_its_status_and_costs_no_turn_after_turn(
+    world, operator, objects, labels
+):
+    seed = a_seed()
+    name = names.seed("seedy", seed["layer"], seed["slot"])
+    theirs = {
+        "apiVersion": "esper.dev/v1alpha1",
+        "kind": "Seed",
+        "metadata": {"name": name, "labels": labels},
+        "spec": {"session": "another", "layer": "layers.9", "slot": 0},
+    }
+    before = objects.create(SEEDS, theirs)["metadata"]["resourceVersion"]
+    made = objects.create(SESSIONS, world.session("seedy"))
+    Workers(objects, "seedy").run()
+    Trainer(world.hub.redis.url, objects.namespace, made).stands(epoch=1, seeds=[seed])
+    wait_for(
+        lambda: [e for e in objects.items(EVENTS) if f"Seed/{name}" in e["message"]],
+        "nobody says that the Seed is refused",
+    )
+    time.sleep(2.0)
+    writes = operator.total("esper_operator_api_writes_total")
+    time.sleep(3.0)
+    assert operator.total("esper_operator_api_writes_total") - writes < 10
+    assert objects.get(f"{SEEDS}/{name}")["metadata"]["resourceVersion"] == before

@@ -99,3 +99,21 @@ def test_a_session_whose_credentials_were_revoked_is_not_held_up() -> None:
     plan = decided(view, metas=told(view, "Delete"), refusals=said)
     assert not plan.credentials
     assert deleted(plan) == ["TrainingSession/digits"]
+
+
+@pytest.mark.parametrize(("reason", "told_already"), [("Forbidden", True), ("Unavailable", False)])
+def test_what_the_api_server_refuses_after_the_hub_was_told_holds_no_session_up(
+    reason: str, told_already: bool
+) -> None:
+    view = ended(ttl=30, **RETAIN)
+    said = {"Secret/digits-esper": Said(reason, "no")}
+    plan = decided(view, metas=told(view, "Delete"), refusals=said)
+    assert deleted(plan) == (["TrainingSession/digits"] if told_already else [])
+
+
+def test_a_policy_that_goes_back_after_a_refusal_is_told_again() -> None:
+    view = at_work(**RETAIN)
+    said = {"Secret/digits-esper": Said("Forbidden", "no")}
+    jobs, pods = (job(view),), (pod(view, ready=True),)
+    plan = decided(view, jobs=jobs, pods=pods, metas=told(view, "Retain"), refusals=said)
+    assert plan.credentials

@@ -428,3 +428,20 @@ def test_workers_have_a_network_policy_where_the_installation_says_whom_they_rea
     assert applied(sessions.decide(observed(running_view, metas=leaving, **given), told)) == []
     kinds = [manifest["kind"] for manifest in first.apply]
     assert kinds == ["Service", "NetworkPolicy"]  # and no Job before
+
+
+def test_no_job_begins_without_the_network_policy_that_is_wanted() -> None:
+    told = replace(OPTIONS, worker_egress="[]")
+    view = session(status=running(session()))
+    policy = network_policy.manifest(view, "[]")
+    name = f"NetworkPolicy/{policy['metadata']['name']}"
+    for reason in ("Forbidden", "Invalid"):
+        plan = sessions.decide(observed(view, refusals={name: Said(reason, "no")}), told)
+        _, why, message = condition_of(plan, Kind.WORKERS_READY)
+        assert (why, name in message) == (Reason.CHILD_REFUSED, True)
+        assert condition_of(plan, Kind.SUCCEEDED)[0] == "Unknown"
+    there = meta("NetworkPolicy", view, policy["metadata"]["name"], digest_in(policy))
+    metas = (*made(view), replace(there, deleting=True))
+    plan = sessions.decide(observed(view, metas=metas), told)
+    assert applied(plan) == []
+    assert "is being deleted" in condition_of(plan, Kind.WORKERS_READY)[2]
