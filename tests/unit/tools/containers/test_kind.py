@@ -1,5 +1,8 @@
 """The way where Docker answers: programs that stand for docker and kind take down what is asked."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 
 from tools.cluster.containers import kind
@@ -36,7 +39,9 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def state(folder):
-    return folder / "state"
+    # Sockets lie in it, whose paths may not be long, as those of a worker's tests are.
+    with tempfile.TemporaryDirectory(prefix="kind-", dir="/tmp") as short:
+        yield Path(short) / "state"
 
 
 def asked(folder):
