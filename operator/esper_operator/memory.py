@@ -11,8 +11,9 @@ from typing import Any
 
 from esper.errors import WorkFailed
 from esper.services.contracts import KernelFigures
+from esper_operator.digests import digest_of_object
 from esper_operator.plans import Manifest, Notice
-from esper_operator.views import Said, digest_of_object
+from esper_operator.views import Said
 from esper_operator.work import pause_after
 
 _LASTING = 4

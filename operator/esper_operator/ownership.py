@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from esper_operator.digests import digest_of_object
 from esper_operator.kinds import MANAGER
-from esper_operator.views import digest_of_object
 
 
 def ownership(data: Mapping[str, Any]) -> tuple[str, bool]:

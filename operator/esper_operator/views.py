@@ -15,7 +15,7 @@ from functools import lru_cache
 from sys import intern
 from typing import Any
 
-from esper.contracts.base import canonical_json, digest_of
+from esper.contracts.base import canonical_json
 from esper.contracts.resources import (
     BlueprintSpec,
     CompiledKernelSpec,
@@ -495,8 +495,3 @@ class KernelView:
         """The status as it was last written."""
         found: dict[str, Any] = json.loads(self.status_text)
         return found
-
-
-def digest_of_object(data: Object) -> str:
-    """What tells one rendering of a manifest, or one status, from another."""
-    return digest_of(data)[:16]

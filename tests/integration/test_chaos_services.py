@@ -24,10 +24,10 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 def test_a_fault_of_every_part_loses_nothing(failing: Stack, tmp_path: Path) -> None:
     manifest = write_session(tmp_path / "session")
     said: list[str] = []
-    plan = Plan(faults=7, blueprints=4, seed=2, longest=0.6)
+    plan = Plan(faults=10, blueprints=4, seed=2, longest=0.6)
     outcome = run(failing, manifest, tmp_path / "runs", plan, said.append)
     assert outcome.broken == [], "\n".join(said)
-    assert len(outcome.faults) == 7
+    assert len(outcome.faults) == 10
     kinds, parts = (set(words) for words in zip(*map(str.split, outcome.faults), strict=True))
     assert kinds == {"kill", "freeze"}
     assert parts == {"redis", "postgres", "s3", "urza", "tezzeret-1", "tezzeret-2", "tamiyo"}
@@ -40,7 +40,7 @@ def test_with_finite_patience_a_session_ends_and_says_what_it_waited_for(
 ) -> None:
     manifest = write_session(tmp_path / "session")
     said: list[str] = []
-    plan = Plan(faults=3, seed=3, longest=0.6)
+    plan = Plan(faults=4, seed=3, longest=1.0)
     outcome = run_impatient(failing, manifest, tmp_path / "runs", plan, said.append)
     assert outcome.broken == [], "\n".join(said)
     assert outcome.figures["waitedOut"] == 7

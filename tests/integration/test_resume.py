@@ -15,7 +15,7 @@ import pytest
 from tests.integration.processes import ROOT, environment, until
 from tests.integration.spirals import SESSION, changed, files, left, lines, status, write_session
 
-RUNS, KILLS = 2, 5
+RUNS, KILLS = 4, 5
 ENGINE = "esper.services.tolaria.engine"
 TRAINER = "esper.services.tolaria.trainer"
 GROWTH = "esper.services.tolaria.growth:Growth"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 from esper.contracts.resources import API_VERSION
+from esper_operator.digests import digest_of_object
 from esper_operator.kinds import MANAGED_LABEL, MANAGER
 from esper_operator.views import (
     ATTEMPT_LABEL,
@@ -13,7 +14,6 @@ from esper_operator.views import (
     ROLE_LABEL,
     SESSION_LABEL,
     UID_LABEL,
-    digest_of_object,
 )
 
 Json = dict[str, Any]

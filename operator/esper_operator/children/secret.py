@@ -24,6 +24,7 @@ from esper_operator.children.connections import (
     settings_files,
 )
 from esper_operator.children.objects import Json, child, labels_of, owner_of
+from esper_operator.digests import digest_of_object
 from esper_operator.options import Options
 from esper_operator.times import text_of
 from esper_operator.views import (
@@ -34,7 +35,6 @@ from esper_operator.views import (
     KernelView,
     MetaView,
     SessionView,
-    digest_of_object,
 )
 
 RENEWED_SECONDS = 30 * 86_400.0

@@ -9,7 +9,7 @@ from tools.operator_workers import SESSIONS, Workers
 from tools.operator_world import ACCOUNT
 
 pytestmark = pytest.mark.xdist_group("cluster")
-SESSIONS_MADE, IDLE_SECONDS = 20, 10.0
+SESSIONS_MADE, IDLE_SECONDS = 20, 15.0
 CHANGES = {"create", "update", "patch", "delete"}
 
 

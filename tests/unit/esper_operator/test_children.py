@@ -25,9 +25,10 @@ from esper_operator.children import (
 )
 from esper_operator.children.connections import redis_url
 from esper_operator.children.objects import digest_in
+from esper_operator.digests import digest_of_object
 from esper_operator.options import Options
 from esper_operator.times import datetime_of
-from esper_operator.views import DIGEST_ANNOTATION, MetaView, digest_of_object
+from esper_operator.views import DIGEST_ANNOTATION, MetaView
 from tests.unit.esper_operator.objects import (
     ISSUED,
     KERNEL_ISSUED,

@@ -108,14 +108,14 @@ def test_batch_dimensions_are_in_front_and_each_sample_stands_alone(name: str, k
     target = PLACES[kind].target
     bound, module = built(name, target)
     wake(module)
+    module.double()  # in float32 another batch size rounds otherwise
     for batch in BATCHES.get(kind, [(), (3,), (2, 3)]):
         x = input_of(bound, target, *batch)
+        x = x.double() if x.is_floating_point() else x
         out = module(x)
         assert out.shape == (*batch, *target.output_shape)
         if batch:
-            alone = module(x[-1:])[0]
-            scale = max(1.0, float(alone.abs().max()))
-            torch.testing.assert_close(out[-1], alone, rtol=1e-5, atol=1e-5 * scale)
+            torch.testing.assert_close(out[-1], module(x[-1:])[0])
 
 
 @pytest.mark.parametrize("kind", ["Conv1d", "Conv2d", "BatchNorm2d", "Linear", "LayerNorm"])

@@ -37,7 +37,7 @@ PAIRS = [
     if entry.name not in ("noop", "widen")  # the one adds nothing, the other needs a producer
 ]
 GENERATED = settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.filter_too_much]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.filter_too_much]
 )
 
 Case = tuple[nn.Module, torch.Tensor]
