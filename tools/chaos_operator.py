@@ -63,6 +63,7 @@ LEASE = {
 LIVES_AT_ONCE = 3
 NAME = "life"
 EXIT_LOST = 137
+POLICIES = "/apis/networking.k8s.io/v1/networkpolicies"
 SEEDS, KERNELS = f"{GROUP}/seeds", f"{GROUP}/compiledkernels"
 SEED = {"layer": "blocks.0", "slot": 1, "state": "training", "blueprint": "low-rank"}
 CHECKPOINT = {"name": "checkpoints/first", "epoch": 1}
@@ -150,7 +151,7 @@ class _Life:
         path = plane.folder / f"{own}.kubeconfig"
         token = plane.token("esper-operator", own)
         write_kubeconfig(path, server=self._proxy.url, authority=plane.api.certificate, token=token)
-        settings = {"namespaces": own, "lease_namespace": own, **LEASE}
+        settings = {"namespaces": own, "lease_namespace": own, "worker_egress": "[]", **LEASE}
         return self._world.operator(kubeconfig=path, **settings)
 
     def _seen(self, number: int, method: str, path: str) -> None:
@@ -241,12 +242,13 @@ class _Life:
             "failures": len(status["failures"]),
             "services": len(self._own(SERVICES)),
             "secrets": len(self._own(SECRETS)),
+            "policies": len(self._own(POLICIES)),
             "seeds": len(self._objects.items(SEEDS)),
             "kernels": len(self._objects.items(KERNELS)),
             "jobs of an attempt": max(Counter(_attempt(job) for job in workers.jobs()).values()),
         }
         allowed = {"attempt": ATTEMPTS, "failures": 1}
-        allowed |= dict.fromkeys(("services", "secrets", "seeds", "kernels"), 1)
+        allowed |= dict.fromkeys(("services", "secrets", "policies", "seeds", "kernels"), 1)
         allowed["jobs of an attempt"] = 1
         if found != allowed:
             raise ServerError(f"got {found}; allowed: {allowed}")
