@@ -183,7 +183,8 @@ class Carrier:
     ) -> None:
         """Apply the Secret that the hub fills; where it does not, that is remembered."""
         child = f"{SECRET.name}/{name}"
-        waits = memory.waits(child, {}, self._clock())
+        now = self._clock()
+        waits = max(memory.waits(child, {}, now), memory.rests(child, now))
         if self._asking >= HUB_REQUESTS:
             waits = max(waits, HUB_SECONDS)
         if waits > 0:

@@ -99,12 +99,18 @@ class Memory:
 
     def paces(self, child: str, digest: str, now: float) -> float:
         """Seconds until a child may be applied from the same again; 0: now, which is noted."""
-        before, at = self.applied.get(child, ("", 0.0))
-        left = at + AGAIN_SECONDS - now
-        if before == digest and 0 < left <= AGAIN_SECONDS:
+        before, _ = self.applied.get(child, ("", 0.0))
+        left = self.rests(child, now)
+        if before == digest and left > 0:
             return left
         self.applied[child] = digest, now
         return 0.0
+
+    def rests(self, child: str, now: float) -> float:
+        """Seconds until the last apply of a child is so long ago that the hub is asked again."""
+        _, at = self.applied.get(child, ("", 0.0))
+        left = at + AGAIN_SECONDS - now
+        return left if 0 < left <= AGAIN_SECONDS else 0.0
 
     def tells(self, notice: Notice) -> bool:
         """Whether a notice is to be told; from now on it was."""

@@ -27,3 +27,12 @@ def test_a_child_is_applied_from_the_same_only_now_and_then() -> None:
     assert memory.paces("Service/a", "y", 101.0) == 0.0
     assert memory.paces("Service/a", "y", 101.0 + AGAIN_SECONDS) == 0.0
     assert memory.paces("Service/a", "y", 50.0) == 0.0  # the clock was set back
+
+
+def test_what_the_hub_fills_is_not_asked_for_while_its_child_rests() -> None:
+    memory = Memory("uid")
+    assert memory.rests("Secret/a", 100.0) == 0.0
+    assert memory.paces("Secret/a", "d1", 100.0) == 0.0
+    assert memory.rests("Secret/a", 101.0) == AGAIN_SECONDS - 1.0
+    assert memory.rests("Secret/b", 101.0) == 0.0
+    assert memory.rests("Secret/a", 100.0 + AGAIN_SECONDS) == 0.0
