@@ -114,7 +114,7 @@ FAULTS = {
     # At a boundary.
     "between decision and its doing": ["kill_before", f"{GROWTH}.apply", 3],
     "decided and not yet trained": ["kill_before", f"{GROWTH}.begin_trials", 2],
-    "kernel being compiled": ["kill_before", "esper.services.tezzeret.worker:compile_kernel", 1],
+    "kernel being compiled": ["kill_before", "esper.services.tezzeret.compiler:compile_kernel", 1],
     "kernel stored and not yet told": [
         "kill_before",
         "esper.services.urza.store:UrzaHub.complete_kernel",

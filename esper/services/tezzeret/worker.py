@@ -18,7 +18,6 @@ from esper.contracts.messages import KernelReady, KernelRequested, OonaMessage, 
 from esper.errors import BusUnavailable, EsperError, KernelError, one_line
 from esper.services.listening import listen
 from esper.services.oona_client import Oona, Subscription
-from esper.services.tezzeret.compiler import compile_kernel
 from esper.services.tezzeret.forge import Forge
 from esper.services.urza.client import UrzaClient
 
@@ -129,6 +128,9 @@ class TezzeretWorker:
             raise
 
     async def _compiled(self, kernel: CompiledKernel) -> CompiledKernel:
+        # Imports torch, which a worker with a forge has in other processes.
+        from esper.services.tezzeret.compiler import compile_kernel
+
         blueprint = await self._hub.blueprint(kernel.blueprint_digest)
         try:
             artifact = compile_kernel(blueprint.document, kernel.target)

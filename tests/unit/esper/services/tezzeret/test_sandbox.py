@@ -6,6 +6,8 @@ import functools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -69,6 +71,26 @@ def test_the_bytes_are_those_of_a_compilation_in_place():
     assert apart.data == here.data
     assert apart.metadata.artifact_digest == here.metadata.artifact_digest
     assert apart.metadata.figures is not None
+    by_default = compiled(SubprocessCompiler(seconds=60.0, memory_bytes=MEMORY))
+    assert by_default.data == here.data
+
+
+def test_torch_is_in_the_processes_that_compile_and_not_in_the_worker():
+    code = (
+        "import sys\n"
+        "from esper.cli import serving\n"
+        "from esper.services.tezzeret.main import TezzeretService\n"
+        "from esper.services.tezzeret.sandbox import SubprocessCompiler\n"
+        "SubprocessCompiler(seconds=1, memory_bytes=1)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_without_torch_there_is_no_compiler_and_no_kernel_is_blamed(monkeypatch):
+    monkeypatch.setattr("esper.services.tezzeret.sandbox.find_spec", lambda _: None)
+    with pytest.raises(ModuleNotFoundError, match="torch"):
+        SubprocessCompiler(seconds=1, memory_bytes=1)
 
 
 def test_a_refusal_comes_over_word_for_word():
