@@ -58,7 +58,10 @@ def execute(arguments: argparse.Namespace, config: EsperConfig) -> int:
         Interrupted: a checkpoint was written.
     """
     _refuse_pointless(arguments)
-    from esper.cli import embedded
+    from esper.utils.importing import importing
+
+    with importing():
+        from esper.cli import embedded
 
     if arguments.resume is not None:
         return embedded.resume(

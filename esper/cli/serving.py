@@ -17,6 +17,7 @@ from esper.cli.closing import Closing
 from esper.cli.wiring import bus_answers, bus_elsewhere, hub_elsewhere, hub_gives_work
 from esper.configs import EsperConfig
 from esper.services.health import Check, HealthServer, ServiceHealth, watch
+from esper.utils.importing import importing
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 COUNT_SECONDS = 1.0
@@ -47,7 +48,8 @@ def serve_urza(config: EsperConfig) -> int:
 
     It has no run: what the settings place in a run's directory lies in the working directory.
     """
-    from esper.services.urza.main import serve
+    with importing():
+        from esper.services.urza.main import serve
 
     here = config.inside(Path())
 
@@ -65,7 +67,8 @@ def serve_tamiyo(config: EsperConfig, session: str | None = None) -> int:
     Raises:
         BadInput: `session` is no uid that a message may have.
     """
-    from esper.services.tamiyo.main import TamiyoService
+    with importing():
+        from esper.services.tamiyo.main import TamiyoService
 
     async def life() -> None:
         closing = Closing()
@@ -80,9 +83,10 @@ def serve_tamiyo(config: EsperConfig, session: str | None = None) -> int:
 
 def serve_tezzeret(config: EsperConfig) -> int:
     """A worker of the forge, until a signal stops it."""
-    from esper.services.tezzeret.forge import Forge
-    from esper.services.tezzeret.main import TezzeretService
-    from esper.services.tezzeret.sandbox import SubprocessCompiler
+    with importing():
+        from esper.services.tezzeret.forge import Forge
+        from esper.services.tezzeret.main import TezzeretService
+        from esper.services.tezzeret.sandbox import SubprocessCompiler
 
     settings = config.tezzeret
 
@@ -112,8 +116,9 @@ def serve_tolaria(config: EsperConfig, manifest: Path, directory: Path | None) -
         WorkFailed: training failed; the run is kept.
         Interrupted: a checkpoint was written.
     """
-    from esper.cli import embedded
-    from esper.contracts.manifests import load_manifest
+    with importing():
+        from esper.cli import embedded
+        from esper.contracts.manifests import load_manifest
 
     folder = directory or Path("runs") / load_manifest(manifest).session.metadata.name
     health = ServiceHealth("tolaria")
