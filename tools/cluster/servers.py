@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,10 @@ class ApiServer(ServerProcess):
             *(audit if self._audit else ()),
             *self._arguments,
         ]
+
+    def _environment(self) -> Mapping[str, str]:
+        # A sixth of its time goes to Go's garbage collector; 150 MiB more spare it that.
+        return {"GOGC": "400"}
 
     def _answers(self) -> bool:
         request = urllib.request.Request(
