@@ -7,7 +7,6 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -164,6 +163,9 @@ def handwritten(bare: nn.Module, blueprint: str, kind: str) -> nn.Module:
 
 def lora(bare: nn.Module) -> nn.Module:
     """`bare` with peft's LoRA of the same rank and scale on its layer."""
+    # It takes longer to import than torch, and most processes need it not.
+    from peft import LoraConfig, inject_adapter_in_model
+
     # lora_alpha / r is what peft multiplies with.
     config = LoraConfig(
         r=RANK,

@@ -16,7 +16,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-from rliable import library, metrics
 from torch import nn
 
 from benchmarks.bars import RESULTS, commit, read_figures, write_results
@@ -138,6 +137,9 @@ def summary(pairs: list[dict[str, Any]], repetitions: int = REPETITIONS) -> dict
                 "lowRank": _share(pairs, arm, "low-rank", "tried"),
             },
         }
+    # A second to import, which those that train need not.
+    from rliable import library, metrics
+
     against = {}
     for arm in arms:
         if arm == "heuristic":
@@ -251,6 +253,8 @@ def _growing_blueprint(document: Document) -> str:
 def _intervals(
     scores: dict[str, np.ndarray[Any, Any]], repetitions: int
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
+    from rliable import library, metrics
+
     points, intervals = library.get_interval_estimates(
         scores,
         lambda values: np.array([metrics.aggregate_iqm(values)]),
