@@ -18,6 +18,7 @@ from tests.cluster import (  # noqa: F401
     private_namespace,
     shared_kubelet,
 )
+from tests.groups import Groups, group  # noqa: F401
 from tests.servers import (  # noqa: F401
     any_redis,
     postgres_server,
@@ -71,3 +72,4 @@ class Freezing:
 
 def pytest_configure(config):
     config.pluginmanager.register(Freezing())
+    config.pluginmanager.register(Groups())

@@ -13,7 +13,7 @@ from tools.operator_workers import (
     Workers,
 )
 
-pytestmark = pytest.mark.xdist_group("cluster")
+pytestmark = pytest.mark.xdist_group("operator")
 
 
 def test_a_session_is_made_runs_and_succeeds(world, operator, objects):

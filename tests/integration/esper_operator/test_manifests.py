@@ -25,7 +25,7 @@ from tests.unit.esper_operator.objects import (
     session,
 )
 
-pytestmark = pytest.mark.xdist_group("cluster")
+pytestmark = pytest.mark.xdist_group("operator")
 
 TEMPLATE = {
     "env": [{"name": "MINE", "value": "1"}],
