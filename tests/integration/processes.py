@@ -6,7 +6,6 @@ reads one request a line ({argv, folder, fault, plots}) and answers with the pro
 with its exit status and its streams.
 """
 
-import gc
 import io
 import json
 import os
@@ -17,6 +16,8 @@ import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from esper.utils.importing import importing
 
 ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = (
@@ -120,11 +121,10 @@ def preload():
     """Import what a run needs, before this process forks for the first time."""
     import importlib
 
-    for name in PRELOADED:
-        importlib.import_module(name)
     # Of what is here already no process has to look for garbage.
-    gc.collect()
-    gc.freeze()
+    with importing():
+        for name in PRELOADED:
+            importlib.import_module(name)
     # A fork takes along the calling thread alone.
     assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread"
 
