@@ -39,6 +39,25 @@ def images(cluster):
     return module("tools.images", state=cluster.layout.state)
 
 
+@pytest.fixture(scope="session")
+def install(cluster, images):
+    """`make install`, with values; returns what it said."""
+
+    def installed(*values):
+        words = [word for value in values for word in ("--set", value)]
+        return module("tools.install", *words, state=cluster.layout.state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUBECONFIG", str(cluster.layout.admin))
+        yield installed
+
+
+@pytest.fixture(scope="session")
+def release(install):
+    """The chart as `make install` leaves it; what that said."""
+    return install()
+
+
 @pytest.fixture
 def namespace(cluster):
     """A namespace of the test's own."""

@@ -1,0 +1,88 @@
+"""Sessions on a real cluster: short ones of the zoo, and what a test asks of any."""
+
+import copy
+
+import yaml
+
+from tests.e2e.clusters import until
+from tools import helm
+
+EXAMPLE = helm.ROOT / "examples" / "02-digits-cnn" / "session.yaml"
+SHORT = {
+    "apiVersion": "esper.dev/v1alpha1",
+    "kind": "TrainingSession",
+    "metadata": {"name": "spirals"},
+    "spec": {
+        "model": {"entrypoint": "esper.zoo.models:MLP"},
+        "data": {"entrypoint": "esper.zoo.data:spirals"},
+        "training": {"epochs": 8, "checkpoint": {"everyEpochs": 1}},
+        "workers": {"replicas": 2},
+    },
+}
+"""Eight epochs of seconds each, which any image of the runtime can train."""
+
+
+def example():
+    """The manifest of example 02."""
+    return yaml.safe_load(EXAMPLE.read_text())
+
+
+def short(name="spirals", **spec):
+    """A short session with sections of its spec replaced."""
+    manifest = copy.deepcopy(SHORT)
+    manifest["metadata"]["name"] = name
+    manifest["spec"] |= spec
+    return manifest
+
+
+class Session:
+    """A session of a test's namespace.
+
+    Args:
+        pods: those of the namespace.
+        manifest: what is applied, at once.
+    """
+
+    def __init__(self, pods, manifest):
+        self.pods = pods
+        self.name = manifest["metadata"]["name"]
+        pods.apply(manifest)
+
+    def get(self, *words):
+        """What `kubectl get WORDS` finds in the namespace."""
+        return self.pods.cluster.get("-n", self.pods.namespace, *words)
+
+    @property
+    def status(self):
+        return self.get("trainingsession", self.name).get("status", {})
+
+    def condition(self, kind):
+        """A condition; empty where it has none of that kind."""
+        conditions = self.status.get("conditions", ())
+        return next((item for item in conditions if item["type"] == kind), {})
+
+    def is_(self, kind, status="True"):
+        return self.condition(kind).get("status") == status
+
+    def workers(self):
+        """The worker pods of all its attempts."""
+        labels = f"esper.dev/session={self.name},esper.dev/role=worker"
+        return self.get("pods", "-l", labels)["items"]
+
+    def ends(self, *, seconds=900.0):
+        """Wait for its end; returns the condition that says how."""
+        ended = {"True", "False"}
+        until(lambda: self.condition("Succeeded").get("status") in ended, seconds=seconds)
+        return self.condition("Succeeded")
+
+    def succeeds(self, *, seconds=900.0):
+        """Wait for its end, which has to be a good one; returns its status."""
+        end = self.ends(seconds=seconds)
+        assert end["status"] == "True", end
+        return self.status
+
+    def fails(self, *, seconds=900.0):
+        """Wait for its end, which has to be a bad one; returns the condition that says so."""
+        end = self.ends(seconds=seconds)
+        assert end["status"] == "False", end
+        return end
