@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from kubernetes_validate import utils as library
 
 import esper
 from esper.configs import EsperConfig, OperatorConfig
@@ -24,6 +26,14 @@ RELEASES = ("1.33", "1.34", "1.35", "1.36")
 OTHERS = {"monitoring.coreos.com/v1"}
 """What Kubernetes' own schemas do not know."""
 CLUSTER_WIDE = {"ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def schemas_are_read_once() -> Iterator[None]:
+    """For each object the library would read a megabyte of definitions anew."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(library, "schema_contents", cache(library.schema_contents))
+        yield
 
 
 @cache
