@@ -57,6 +57,9 @@ COMMANDS = {
         *("--rendezvous-id", "--local-address", "--restarts", "--termination-log", "--json"),
     },
     "compile": {"--kernel", "--json", "--termination-log"},
+    "fetch": {
+        *("SESSION", "--namespace", "-n", "--output-dir", "--overwrite", "--hub", "--json"),
+    },
     "token": {"--role", "--subject", "--namespace", "--days", "--json"},
 }
 
