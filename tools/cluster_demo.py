@@ -54,6 +54,10 @@ class DemoCluster(Protocol):
         """Where the session goes; None for the one that kubectl takes by itself."""
 
     @property
+    def catalogue(self) -> str | None:
+        """Where the catalogue's Blueprints are; None as for `namespace`."""
+
+    @property
     def used(self) -> bool:
         """Whether sessions have trained there before, so that the hub may have all kernels."""
 
@@ -89,6 +93,7 @@ class Demo:
         self._checks: dict[str, bool] = {}
         self._seconds: dict[str, float] = {}
         self._trained: set[str] = set()
+        self._kernels: dict[str, int] = {}
         document = next(yaml.safe_load_all(manifest.read_text()))
         self._name = str(document["metadata"]["name"])
         self._ranks = int(document["spec"]["workers"]["replicas"])
@@ -119,6 +124,7 @@ class Demo:
             "epochs": status["epoch"],
             "attempts": status["attempt"],
             "fossilized": status["seeds"]["fossilized"],
+            "kernels": self._kernels,
             "metrics": status["metrics"],
             "checks": self._checks,
             "differing": differing,
@@ -156,8 +162,10 @@ class Demo:
 
     def _listed(self) -> None:
         for kind, columns in COLUMNS.items():
-            text = self._kubectl("get", kind)
-            self._checks[f"get {kind}"] = text.splitlines()[0].split() == columns.split()
+            within = self._cluster.catalogue if kind == "bp" else self._cluster.namespace
+            text = self._kubectl("get", kind, within=within)
+            if text or kind != "ck":  # whose check is `_compiled`
+                self._checks[f"get {kind}"] = text.partition("\n")[0].split() == columns.split()
         self._checks["a kernel made by a compile Job"] = self._compiled()
         selected = f"--field-selector=spec.session={self._name},status.state=fossilized"
         seeds = self._kubectl("get", "seeds", selected, "-o", "name").split()
@@ -167,14 +175,16 @@ class Demo:
     def _compiled(self) -> bool:
         """Whether a kernel that is ready was compiled by a Job.
 
-        A hub that has trained such a session before has kernels of it, whose Jobs are gone; the
-        kernel's condition says which it was.
+        A session asks only for kernels that the hub does not have: where one like it has trained
+        before it may have needed none.
         """
         said = [condition(kernel, "Ready") for kernel in self._get("ck")["items"]]
         ready = [one for one in said if one.get("status") == "True"]
         made = [one for one in ready if one.get("message", "").startswith("Job ")]
-        self._say(f"{len(ready)} kernels are ready, {len(made)} of them compiled by Jobs from here")
-        return bool(made) or (self._cluster.used and bool(ready))
+        self._kernels = {"ready": len(ready), "compiledByJobs": len(made)}
+        if not said:
+            self._say("no kernel had to be compiled: the hub has those of an earlier session")
+        return bool(made) or (self._cluster.used and not said)
 
     def _look(self) -> None:
         """See which worker pods have torchrun and a rank of it at work."""
@@ -244,11 +254,12 @@ class Demo:
     def _get(self, *words: str) -> Any:
         return json.loads(self._cluster.kubectl("get", *words, "-o", "json"))
 
-    def _kubectl(self, *words: str) -> str:
-        namespace = self._cluster.namespace
-        within = "" if namespace is None else f"-n {namespace} "
-        self._say(f"$ kubectl {within}{' '.join(words)}")
-        text = self._cluster.kubectl(*words)
+    def _kubectl(self, *words: str, within: str | None = None) -> str:
+        """Show a command and what it prints; `within` is a namespace other than the session's."""
+        namespace = within or self._cluster.namespace
+        named = [] if namespace is None else ["-n", namespace]
+        self._say(f"$ kubectl {' '.join([*named, *words])}")
+        text = self._cluster.kubectl(*words, *named)
         self._say(text.rstrip())
         return text
 

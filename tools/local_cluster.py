@@ -62,6 +62,11 @@ class LocalCluster:
         return None
 
     @property
+    def catalogue(self) -> None:
+        """The same."""
+        return None
+
+    @property
     def used(self) -> bool:
         """Never: each start begins with nothing."""
         return False

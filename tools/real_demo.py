@@ -43,12 +43,14 @@ class InstalledCluster:
         folder: where what is fetched from it goes.
         used: whether sessions may have trained there before.
         namespace: where the session goes.
+        catalogue: where the release has its Blueprints.
     """
 
     layout: Layout
     folder: Path
     used: bool
     namespace: str = NAMESPACE
+    catalogue: str = helm.NAMESPACE
 
     @property
     def kubeconfig(self) -> Path:
@@ -140,6 +142,7 @@ def _step(name: str, seconds: dict[str, float]) -> Iterator[None]:
     began = time.monotonic()
     yield
     seconds[name] = round(time.monotonic() - began, 1)
+    _say(f"== {name}: {seconds[name]:.1f} s")
 
 
 def _interrupt(number: int, _frame: object) -> None:

@@ -2,21 +2,31 @@
 
 import json
 
+import yaml
+
 from tests.e2e.clusters import module
+from tests.e2e.sessions import example
 from tests.readme import checkout, play
 from tools.cluster.containers.layout import STATE
 from tools.real_demo import NAMESPACE
 
+WIDTHS = [5, 9]
 STEPS = {"programs", "cluster", "images", "install", "demo", "all"}
 
 
 def test_it_ends_with_what_was_seen(cluster, release, tmp_path):
     folder = checkout(tmp_path / "esper")
-    (said,) = play("On a cluster", folder, **{STATE: str(cluster.layout.state)}).values()
+    # Layers for which the hub has no kernels of another test's session yet.
+    manifest = example()
+    manifest["spec"]["model"]["arguments"]["widths"] = WIDTHS
+    (tmp_path / "session.yaml").write_text(yaml.safe_dump(manifest))
+    given = {STATE: str(cluster.layout.state), "ARGUMENTS": f"--session={tmp_path}/session.yaml"}
+    (said,) = play("On a cluster", folder, **given).values()
     told = json.loads(said.splitlines()[-1])
     assert told["holds"], told
     assert told["differing"] == []
     assert told["fossilized"] > 0
+    assert told["kernels"]["ready"] == told["kernels"]["compiledByJobs"] > 0
     assert (told["way"], told["namespace"]) == ("source", NAMESPACE)
     assert told["checks"].keys() >= {
         "2 pods under torchrun",
