@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,11 +51,13 @@ def commands(section):
 
 
 def checkout(folder):
-    """A folder that looks like the repository, but for what its commands write."""
-    folder.mkdir()
-    for path in ROOT.iterdir():
-        if path.name not in (".git", ".venv", "runs"):
-            (folder / path.name).symlink_to(path)
+    """A copy of the repository as a reader has it, with the environment of these tests."""
+    words = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in listed.split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
     (folder / ".venv").symlink_to(sys.prefix)
     return folder
 
