@@ -1,6 +1,7 @@
 """`make cluster-demo` on the tests' cluster: the session trains, grows, and is as without one."""
 
 import json
+import os
 
 import yaml
 
@@ -26,7 +27,8 @@ def test_it_ends_with_what_was_seen(cluster, release, tmp_path):
     assert told["holds"], told
     assert told["differing"] == []
     assert told["fossilized"] > 0
-    assert told["kernels"]["ready"] == told["kernels"]["compiledByJobs"] > 0
+    if not os.environ.get(STATE):  # one that is kept has them from the last time
+        assert told["kernels"]["ready"] == told["kernels"]["compiledByJobs"] > 0
     assert (told["way"], told["namespace"]) == ("source", NAMESPACE)
     assert told["checks"].keys() >= {
         "2 pods under torchrun",
