@@ -74,6 +74,8 @@ def play(section, folder, **environment):
         environment: further variables.
     """
     script, log = ["set -eu -o pipefail -m"], folder / "played"
+    for earlier in folder.glob("played-*"):
+        earlier.unlink()
     staying = [command for command in commands(section) if command in STAY]
     for number, command in enumerate(commands(section)):
         output = shlex.quote(f"{log}-{number}")

@@ -98,7 +98,7 @@ class Session:
 
         found = kubectl.get("trainingsessions.esper.dev", name)
         conditions = found.get("status", {}).get("conditions", ())
-        end = next((one for one in conditions if one["type"] == "Succeeded"), {})
+        end: dict[str, str] = next((one for one in conditions if one["type"] == "Succeeded"), {})
         if end.get("status") != "True":
             said = end.get("reason", "one that the operator has not seen")
             raise BadInput(f"session {name}", said, "one that has succeeded; kubectl get ts shows")

@@ -1,6 +1,8 @@
 """The README on one machine: what it says to type, typed."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +13,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("readme")]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The repository as a reader has it, with the README's session in it."""
-    found = checkout(tmp_path_factory.mktemp("reader") / "esper")
+def folder():
+    """The repository as a reader has it, with the README's session in it.
+
+    Postgres never runs as root, and whom it runs as then has to come by.
+    """
+    with tempfile.TemporaryDirectory(prefix="reader-") as temporary:
+        Path(temporary).chmod(0o755)
+        yield written(checkout(Path(temporary) / "esper"))
+
+
+def written(found):
+    """The session of the README, in a folder."""
     (manifest,) = blocks("A session", "yaml")
     (code,) = blocks("A session", "python")
     (found / "session.yaml").write_text(manifest)
