@@ -57,7 +57,8 @@ def test_what_it_leaves_is_loaded(folder):
 
 def test_the_same_over_services(folder):
     play("Over services", folder)
-    assert accuracy(folder / "runs" / "digits") > 0.8
+    one, other = folder / "runs" / "digits", folder / "runs" / "over-services"
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
 def test_a_cluster_without_root(folder):
