@@ -23,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help
 help: ## List the commands
-	@grep -hE '^[a-z][a-zA-Z%-]*:.*## ' $(MAKEFILE_LIST) \
+	@grep -hE '^[a-z][a-zA-Z0-9%-]*:.*## ' $(MAKEFILE_LIST) \
 		| awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
 
 .PHONY: setup
@@ -144,8 +144,16 @@ images: setup ## Build the images and load them into that cluster; BASE=, ACCELE
 		$(if $(ACCELERATOR),--accelerator=$(ACCELERATOR)) $(if $(TAG),--tag=$(TAG)) $(ARGUMENTS)
 
 .PHONY: install
-install: setup ## Install the chart, with the images of `make images`, in the cluster of KUBECONFIG
+install: setup ## Install the chart, with the images of `make images`, in KUBECONFIG or that cluster
 	@$(BIN)/python -m tools.install $(ARGUMENTS)
+
+.PHONY: cluster-demo
+cluster-demo: setup ## All of it: cluster, images, install, then example 02 is trained and checked
+	@$(BIN)/python -m tools.real_demo $(ARGUMENTS)
+
+.PHONY: e2e
+e2e: setup ## Run the tests that need a real cluster, on one of their own (root, minutes)
+	@$(BIN)/pytest --timeout=900 --durations=0 --durations-min=1 tests/e2e $(ARGUMENTS)
 
 .PHONY: examples-services
 examples-services: setup ## Run each example in one process and over the services: equal to the bit

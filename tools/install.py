@@ -1,20 +1,23 @@
-"""`make install`: the chart in the cluster of KUBECONFIG, with the images of `make images`.
+"""`make install`: the chart in a cluster, with the images of `make images`.
 
-It is installed, or upgraded, and waited for; then Helm's own test of it runs. Further arguments are
-Helm's: `make install ARGUMENTS="--set operator.logLevel=debug"`.
+The cluster is that of KUBECONFIG, else the one of `make cluster`. The chart is installed, or
+upgraded, and waited for; then Helm's own test of it runs. Further arguments are Helm's: `make
+install ARGUMENTS="--set operator.logLevel=debug"`.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from tools import helm
-from tools.cluster.programs import cluster_program
+from tools import helm, kubectl
+from tools.cluster.containers.layout import STATE, BadState, layout
+from tools.cluster.containers.standing import runs
 from tools.servers.process import ServerError
 
+CONFIG = "KUBECONFIG"
 WAIT = "5m"
 LABELS = (
     "pod-security.kubernetes.io/enforce=restricted",
@@ -25,36 +28,62 @@ LABELS = (
 def main(arguments: Sequence[str]) -> int:
     """Install, wait and test; 1 where one of them fails, with the reason in a line."""
     try:
-        _namespace()
-        helm.run(
-            *("upgrade", "--install", helm.RELEASE, str(helm.CHART)),
-            *("--namespace", helm.NAMESPACE, "--values", str(helm.LOCAL_VALUES)),
-            *("--wait", "--timeout", WAIT, *arguments),
-        )
-        sys.stdout.write(helm.run("test", helm.RELEASE, "--namespace", helm.NAMESPACE, "--logs"))
-    except ServerError as error:
+        sys.stdout.write(install(arguments, chosen()))
+    except (ServerError, BadState) as error:
         sys.stderr.write(f"make install: {error}\n")
         return 1
     return 0
 
 
-def _namespace() -> None:
-    """Have it, and have the cluster refuse every pod in it that is not restricted."""
-    manifest = f"apiVersion: v1\nkind: Namespace\nmetadata: {{name: {helm.NAMESPACE}}}\n"
-    _kubectl("apply", "--server-side", "-f", "-", given=manifest)
-    _kubectl("label", "--overwrite", "namespace", helm.NAMESPACE, *LABELS)
+def chosen() -> Path | None:
+    """The kubeconfig of the cluster of `make cluster`; None where KUBECONFIG says another.
+
+    A kubeconfig that nobody has named, as the one in a home directory, is not taken: its cluster
+    may be one in which these images are not.
+
+    Raises:
+        ServerError: there is neither.
+        BadState: the cluster's folder can't be one.
+    """
+    if os.environ.get(CONFIG):
+        return None
+    cluster = layout()
+    if not runs(cluster):
+        raise ServerError(
+            f"{CONFIG}: got nothing, and no cluster runs in {cluster.state}; "
+            f"allowed: a kubeconfig, or the cluster of make cluster ({STATE} names its folder)"
+        )
+    sys.stdout.write(f"{CONFIG} is not set: into the cluster of {cluster.state}\n")
+    return cluster.admin
 
 
-def _kubectl(*words: str, given: str = "") -> None:
-    done = subprocess.run(
-        [str(cluster_program("kubectl")), *words],
-        env=os.environ,
-        input=given,
-        capture_output=True,
-        text=True,
+def install(arguments: Sequence[str], kubeconfig: Path | None) -> str:
+    """Install, or upgrade, and wait; returns what Helm's test said.
+
+    Raises:
+        ServerError: one of them failed.
+    """
+    restricted(helm.NAMESPACE, kubeconfig)
+    helm.run(
+        *("upgrade", "--install", helm.RELEASE, str(helm.CHART)),
+        *("--namespace", helm.NAMESPACE, "--values", str(helm.LOCAL_VALUES)),
+        *("--wait", "--timeout", WAIT, *arguments),
+        kubeconfig=kubeconfig,
     )
-    if done.returncode:
-        raise ServerError(f"kubectl {' '.join(words)}: {done.stderr.strip()}")
+    words = ("test", helm.RELEASE, "--namespace", helm.NAMESPACE, "--logs")
+    return helm.run(*words, kubeconfig=kubeconfig)
+
+
+def restricted(namespace: str, kubeconfig: Path | None) -> None:
+    """Have a namespace, and have the cluster refuse every pod in it that is not restricted.
+
+    Raises:
+        ServerError: the cluster refuses that, or does not answer.
+    """
+    manifest = f"apiVersion: v1\nkind: Namespace\nmetadata: {{name: {namespace}}}\n"
+    words = ("apply", "--server-side", "-f", "-")
+    kubectl.run(*words, kubeconfig=kubeconfig, given=manifest)
+    kubectl.run("label", "--overwrite", "namespace", namespace, *LABELS, kubeconfig=kubeconfig)
 
 
 if __name__ == "__main__":

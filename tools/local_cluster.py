@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import psutil
 
 from esper.contracts.blueprints import CATALOGUE
 from tools.cluster.control_plane import ControlPlane, wait_for
@@ -48,6 +50,39 @@ class LocalCluster:
         """Every process by its name."""
         everything = (*self.plane.parts, *self.stack.parts.values(), self.operator, self.kubelet)
         return {part.name: part for part in everything}
+
+    @property
+    def kubeconfig(self) -> Path:
+        """Of one who may do everything."""
+        return self.plane.admin
+
+    @property
+    def namespace(self) -> None:
+        """The one that kubectl takes by itself."""
+        return None
+
+    @property
+    def catalogue(self) -> None:
+        """The same."""
+        return None
+
+    @property
+    def used(self) -> bool:
+        """Never: each start begins with nothing."""
+        return False
+
+    def kubectl(self, *words: str, given: str | None = None) -> str:
+        """What kubectl prints; see `DemoCluster.kubectl`."""
+        return self.plane.kubectl(*words, given=given)
+
+    def processes(self, pod: str) -> list[str]:
+        """The command lines of all that runs in a pod."""
+        first = psutil.Process(self.kubelet.pid_of(NAMESPACE, pod))
+        found = []
+        for process in (first, *first.children(recursive=True)):
+            with suppress(psutil.Error):
+                found.append(" ".join(process.cmdline()))
+        return found
 
     def start(self) -> Self:
         """Start everything; returns once the operator leads and has made the catalogue.

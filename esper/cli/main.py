@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from esper.cli import compile, crds, doctor, report, run, serve, token, validate, worker
+from esper.cli import compile, crds, doctor, fetch, report, run, serve, token, validate, worker
 from esper.cli.termination import leave
 from esper.errors import EsperError, one_line
 from esper.utils.commands import OneLineParser, add_common, logged
@@ -26,6 +26,7 @@ COMMANDS = {
     "run": run,
     "validate": validate,
     "report": report,
+    "fetch": fetch,
     "crds": crds,
     "doctor": doctor,
     "serve": serve,

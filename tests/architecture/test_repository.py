@@ -57,6 +57,9 @@ COMMANDS = {
         *("--rendezvous-id", "--local-address", "--restarts", "--termination-log", "--json"),
     },
     "compile": {"--kernel", "--json", "--termination-log"},
+    "fetch": {
+        *("SESSION", "--namespace", "-n", "--output-dir", "--overwrite", "--hub", "--json"),
+    },
     "token": {"--role", "--subject", "--namespace", "--days", "--json"},
 }
 
@@ -228,8 +231,10 @@ def test_every_locked_package_is_pinned_by_hash():
 
 
 def test_the_commands_of_the_readme_and_of_ci_are_targets():
-    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for document in ("README.md", "CONTRIBUTING.md", ".ci/run"):
-        named = re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)", (ROOT / document).read_text(), re.M)
+        named = re.findall(
+            r"^make ([a-z0-9-]+)|`make ([a-z0-9-]+)", (ROOT / document).read_text(), re.M
+        )
         assert {first or second for first, second in named} <= targets
     assert (ROOT / ".ci/run").stat().st_mode & 0o111

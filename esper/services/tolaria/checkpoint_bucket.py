@@ -124,6 +124,10 @@ class BucketCheckpoints:
         """Store a file of a finished run; see `CheckpointPlace.keep`."""
         self._waited(self._keep(f"{self._beside(RESULTS)}/{name}", data))
 
+    def kept(self) -> dict[str, bytes]:
+        """The files of a finished run; see `CheckpointPlace.kept`."""
+        return self._waited(self._kept(self._beside(RESULTS)))
+
     def shown(self, name: str) -> str:
         """What the checkpoint's keys begin with, relative to the session's storage."""
         return f"{self._below}/{name}"
@@ -163,6 +167,11 @@ class BucketCheckpoints:
         await self._store.delete(key)
         digest = hashlib.sha256(data).hexdigest()
         await self._store.put_stream(key, _blocks(data), sha256=digest, max_bytes=len(data))
+
+    async def _kept(self, place: str) -> dict[str, bytes]:
+        keys = await self._store.listed(place)
+        found = {key.removeprefix(f"{place}/"): await self._store.get(key) for key in keys}
+        return {name: data for name, data in found.items() if data is not None}
 
     def _beside(self, folder: str) -> str:
         parent, _, _ = self._below.rpartition("/")

@@ -134,6 +134,13 @@ class FolderCheckpoints:
             partial.rename(place / name)
             sync(place)
 
+    def kept(self) -> dict[str, bytes]:
+        """The files of a finished run; see `CheckpointPlace.kept`."""
+        place = self._folder.parent / RESULTS
+        with translated(str(place)):
+            paths = [path for path in place.iterdir() if path.is_file()] if place.is_dir() else []
+            return {path.name: path.read_bytes() for path in paths if path.name[0] != "."}
+
     def shown(self, name: str) -> str:
         """The checkpoint's folder, relative to the session's storage."""
         return f"{self._shown}/{name}"

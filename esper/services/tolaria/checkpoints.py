@@ -85,6 +85,9 @@ class CheckpointPlace(Protocol):
     def keep(self, name: str, data: bytes) -> None:
         """Store a file that a finished run leaves, in place of one of that name."""
 
+    def kept(self) -> dict[str, bytes]:
+        """The files that were kept, by their names."""
+
     def shown(self, name: str) -> str:
         """Where the checkpoint lies, relative to the session's storage."""
 
@@ -219,6 +222,14 @@ class Checkpoints:
             self._refuse_superseded()
             for name, data in files.items():
                 self._place.keep(name, data)
+
+    def kept(self) -> dict[str, bytes]:
+        """What a finished run has left here; nothing where it has not finished.
+
+        Raises:
+            StoreUnavailable: the place does not answer.
+        """
+        return self._place.kept()
 
     def check(self) -> None:
         """Return if checkpoints can be written where they should; raise the reason if not."""

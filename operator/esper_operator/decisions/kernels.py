@@ -156,7 +156,9 @@ def _compiled(observed: KernelObserved, stored: StoredKernel) -> Plan:
     if observed.figures is not None:
         changes["parameters"] = observed.figures.parameters
         changes["latency_microseconds"] = round(observed.figures.latency_microseconds)
-    return _said(observed, "True", Reason.COMPILED, "", changes)
+    job = observed.job
+    by = "the hub had it" if job is None else f"Job {job.name}"
+    return _said(observed, "True", Reason.COMPILED, by, changes)
 
 
 def _why(observed: KernelObserved) -> str | None:

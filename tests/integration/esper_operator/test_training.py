@@ -1,10 +1,16 @@
 """A session from `kubectl apply` to what it leaves, with workers, controller and forge at work."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from tests.integration.esper_operator.trained import GROWING, SECONDS, spec
 from tools.cluster.control_plane import wait_for
+from tools.cluster.programs import cluster_program
 from tools.operator_workers import DEPLOYMENTS, JOBS, PODS, SECRETS, SERVICES, SESSIONS
 from tools.operator_world import GROUP
 
@@ -22,7 +28,23 @@ def ready(found):
     return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
 
 
-def test_a_session_trains_grows_and_leaves_nothing(world, patient_operator, objects, kubelet):
+def fetch(kubeconfig, session, namespace, directory):
+    """What `esper fetch` leaves."""
+    words = ("fetch", session, "--namespace", namespace, "--output-dir", str(directory))
+    path = f"{cluster_program('kubectl').parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "-m", "esper", *words],
+        env=os.environ | {"KUBECONFIG": str(kubeconfig), "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+def test_a_session_trains_grows_and_leaves_nothing(
+    world, patient_operator, objects, kubelet, tmp_path
+):
     manifest = yaml.safe_dump(world.session("grows", spec=spec(EPOCHS, **GROWING)))
     world.plane.kubectl("apply", "-n", objects.namespace, "-f", "-", given=manifest)
     try:
@@ -42,6 +64,7 @@ def test_a_session_trains_grows_and_leaves_nothing(world, patient_operator, obje
         name = kernel["metadata"]["name"]
         assert kernel["status"]["parameters"] > 0
         assert objects.get(f"{JOBS}/compile-{name}")["status"]["succeeded"] == 1
+        assert kernel["status"]["conditions"][0]["message"] == f"Job compile-{name}"
 
     seeds = wait_for(lambda: objects.items(SEEDS), "there is no seed")
     assert all(seed["status"]["transitions"] for seed in seeds)
@@ -50,6 +73,11 @@ def test_a_session_trains_grows_and_leaves_nothing(world, patient_operator, obje
     chosen = "spec.session=grows,status.state=fossilized"
     words = ("get", "seeds", "-n", objects.namespace, f"--field-selector={chosen}", "-o", "name")
     assert len(world.plane.kubectl(*words).split()) == states.count("fossilized")
+
+    fetched = fetch(world.plane.admin, "grows", objects.namespace, tmp_path / "run")
+    assert {"report.html", "grown.py", "metrics.jsonl"} <= {path.name for path in fetched.iterdir()}
+    grown = load_file(fetched / "model.safetensors")
+    assert sum(tensor.numel() for tensor in grown.values()) == status["parameters"]
 
     told = world.plane.kubectl("describe", "ts", "grows", "-n", objects.namespace)
     assert "esper-operator" in told.partition("Events:")[2]

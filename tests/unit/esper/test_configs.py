@@ -413,6 +413,10 @@ def test_variables_of_a_kubernetes_service_are_no_settings():
     assert load({}, environment) == EsperConfig()
 
 
+def test_the_variable_of_make_cluster_is_no_setting():
+    assert load({}, {"ESPER_CLUSTER_STATE": "/var/tmp/mine"}) == EsperConfig()
+
+
 def test_a_setting_that_ends_like_such_a_variable_is_read():
     assert load({}, {"ESPER_URZA__PORT": "9000"}).urza.port == 9000
 

@@ -285,12 +285,19 @@ def test_a_compiled_kernel_shows_what_the_hub_knows_and_is_left_alone_from_then_
     done = asset("characterized", artifact_digest="a" * 64, artifact_bytes=99)
     plan = decided(stored=done, figures=figures)
     status, ready = told(plan, CompiledKernelStatus)
-    assert ready == ("True", "Compiled", "")
+    assert ready == ("True", "Compiled", "the hub had it")
     assert (status.digest, status.bytes, status.parameters) == ("a" * 64, 99, 11)
     assert status.artifact == artifact_key("a" * 64)
     assert status.latency_microseconds == 13
     later = decided(kernel(NAME, SPEC, status=plan.status), stored=None)
     assert later == Plan()
+
+
+def test_a_kernel_says_which_job_has_compiled_it() -> None:
+    done = asset("characterized", artifact_digest="a" * 64, artifact_bytes=99)
+    view = kernel(NAME, SPEC)
+    _, ready = told(decided(view, stored=done, job=compile_job_view(view)), CompiledKernelStatus)
+    assert ready == ("True", "Compiled", f"Job compile-{NAME}")
 
 
 def test_a_kernel_that_the_hub_has_failed_stays_failed() -> None:

@@ -149,3 +149,9 @@ def test_results_take_the_place_of_earlier_ones(place: Place) -> None:
         checkpoints.keep({"result.json": number, "grown.py": b""})
     beside = place.beside("results")
     assert beside == {"result.json": b"2", "grown.py": b""}
+    assert place.open().kept() == beside
+
+
+def test_of_a_run_that_has_not_finished_nothing_is_kept(place: Place) -> None:
+    wrote(attempt(place, 1), 3)
+    assert place.open().kept() == {}

@@ -1,0 +1,80 @@
+"""Every command of README.md is run by a test, and every campaign by a quick form of it."""
+
+import ast
+import re
+
+import pytest
+
+from tests.readme import CAMPAIGNS, README, ROOT, STAY, blocks, commands, sections
+
+PLAYERS = ("tests/integration/test_readme.py", "tests/e2e/test_readme.py", "tests/e2e/test_demo.py")
+"""Tests that play sections: those of `make test`, and those of `make e2e`."""
+TEXT = README.read_text()
+
+
+def played():
+    """The sections that tests play, by what they call."""
+    found = set()
+    for path in PLAYERS:
+        for test in ast.parse((ROOT / path).read_text()).body:
+            if isinstance(test, ast.FunctionDef) and test.name.startswith("test_"):
+                calls = (node for node in ast.walk(test) if isinstance(node, ast.Call))
+                found |= {
+                    call.args[0].value
+                    for call in calls
+                    if isinstance(call.func, ast.Name) and call.func.id == "play"
+                }
+    return found
+
+
+def recipe(target):
+    """The lines of a target of the Makefile."""
+    pattern = rf"^{target}:(?: [^\n]*)?\n((?:\t[^\n]*\n)+)"
+    return re.search(pattern, (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def module(command):
+    """The module that a target of make runs."""
+    target = command.removeprefix("make ")
+    found = recipe(target)
+    if found is None:
+        return f"benchmarks.{target.removeprefix('bench-')}"
+    return re.search(r"-m ([\w.]+)", found[1])[1]
+
+
+def test_each_section_with_commands_is_played():
+    assert {name for name in sections() if commands(name)} == played()
+
+
+def test_all_that_play_are_run_before_a_change_lands():
+    steps = (ROOT / ".ci/run").read_text().splitlines()
+    assert {"make test", "make e2e"} <= set(steps)
+    assert "--ignore=tests/e2e" in recipe("test")[1]
+    assert "tests/e2e" in recipe("e2e")[1]
+
+
+def test_whatever_is_to_be_typed_is_found():
+    every = re.findall(r"^```(.*)\n(?:.*\n)*?```$", TEXT, re.MULTILINE)
+    assert set(every) <= {"sh", "yaml", "python"}
+    assert sum(len(blocks(name, "sh")) for name in sections()) == every.count("sh") > 5
+
+
+def test_campaigns_are_those_of_the_readme_and_no_more():
+    named = {command for name in sections() for command in commands(name)}
+    named |= set(re.findall(r"`(make [a-z0-9-]+)", TEXT))
+    run = {command for name in sections() for command in commands(name)}
+    assert named - run <= CAMPAIGNS.keys()
+    assert CAMPAIGNS.keys() <= named
+    assert STAY.keys() <= run
+
+
+@pytest.mark.parametrize("command", CAMPAIGNS)
+def test_a_campaign_is_run_in_ci_or_has_a_quick_form_that_is_a_test(command):
+    runner = (ROOT / CAMPAIGNS[command]).read_text()
+    if CAMPAIGNS[command] == ".ci/run":
+        assert command in runner.splitlines()
+        return
+    imports = [n for n in ast.walk(ast.parse(runner)) if isinstance(n, ast.ImportFrom)]
+    imported = {node.module for node in imports}
+    imported |= {f"{node.module}.{name.name}" for node in imports for name in node.names}
+    assert module(command) in imported
