@@ -19,11 +19,12 @@ administer                                        yes
 =============  ========  ======  =======  ======  =====
 
 *read* blueprints, kernels and artifacts by their digests and ids, which nobody can guess who does
-not know what they are of; *list* them, which a session can as far as it uses them; *see sessions*; *propose* blueprints and ask for kernels;
-*keep sessions*: register and update them; *compile*: claim a kernel by its name, and hand in its
-artifact and result (a compiler's token is of one kernel); *work*: claim whatever is to be compiled
-or validated; *administer*: delete, archive, make credentials, sweep. Of sessions a token that names
-a namespace reaches those in it alone, and lists what those use; an administrator's reaches all.
+not know what they are of; *list* them, which a session can as far as it uses them; *see sessions*;
+*propose* blueprints and ask for kernels; *keep sessions*: register and update them; *compile*:
+claim a kernel by its name, and hand in its artifact and result (a compiler's token is of one
+kernel); *work*: claim whatever is to be compiled or validated; *administer*: delete, archive, make
+credentials, sweep. Of sessions a token that names a namespace reaches those in it alone, and lists
+what those use; an administrator's reaches all.
 """
 
 from __future__ import annotations

@@ -42,7 +42,11 @@ INSTALLATIONS: dict[str, Object] = {
         "commonLabels": {"cost": "research"},
         "imagePullSecrets": [{"name": "pull"}, {"name": "pull-too"}],
         "images": {"runtime": {"repository": "r", "digest": f"sha256:{'0' * 64}"}},
-        "operator": {"settings": {"operator": {"workers": 32}}, **PLACED},
+        "operator": {
+            "settings": {"operator": {"workers": 32}},
+            "excludedNamespaces": ["team-own", "team-too"],
+            **PLACED,
+        },
         "urza": {
             "serviceAccountAnnotations": {"role": "s3"},
             "settings": {"urza": {"lease_seconds": 90}},

@@ -283,6 +283,30 @@ def test_the_operators_pods_have_the_images_and_secrets_that_are_said(tmp_path: 
     config = settings("everything", "operator", tmp_path)
     assert config.operator.workers == 32
     assert config.operator.catalogue == "esper-system"
+    assert config.operator.excluded_namespaces == "team-own,team-too"
+
+
+@pytest.mark.parametrize("installation", INSTALLATIONS)
+def test_no_session_beside_it_may_name_a_secret_or_a_claim_of_the_installations(
+    installation: str, tmp_path: Path
+) -> None:
+    options = options_of(settings(installation, "operator", tmp_path))
+    named_secrets, named_claims = set(), set()
+    for _, _, pod in pods(rendered(installation)):
+        for volume in pod["volumes"]:
+            for source in volume.get("projected", {"sources": [volume]})["sources"]:
+                about = source.get("secret", {})
+                named_secrets |= {about.get("name") or about.get("secretName")} - {None}
+            named_claims |= {volume.get("persistentVolumeClaim", {}).get("claimName")} - {None}
+    assert options.own_namespace == "esper-system"
+    assert set(options.own_secrets) == named_secrets
+    assert set(options.own_claims) == named_claims
+
+
+@pytest.mark.parametrize("operator", [{"namespaced": True}, {"namespaces": ["team-a"]}])
+def test_who_serves_named_namespaces_leaves_none_out(operator: dict[str, Any]) -> None:
+    with pytest.raises(HelmError, match=r"operator\.excludedNamespaces: got some; allowed: none"):
+        helm.render({"operator": {**operator, "excludedNamespaces": ["team-b"]}})
 
 
 @pytest.mark.parametrize("installation", INSTALLATIONS)

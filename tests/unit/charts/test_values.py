@@ -67,7 +67,7 @@ def changed(path: str) -> Any:
     if isinstance(default, str):
         return "other"
     if isinstance(default, list):
-        return ["other"] if path.endswith("namespaces") else [{"podSelector": {}}]
+        return ["other"] if path.lower().endswith("namespaces") else [{"podSelector": {}}]
     return {"podAffinity": {}} if path.endswith("affinity") else {"other": "value"}
 
 

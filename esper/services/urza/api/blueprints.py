@@ -43,7 +43,7 @@ UsedBy = Annotated[
 async def list_blueprints(request: Request, query: Annotated[BlueprintQuery, Query()]) -> Response:
     """Blueprints that pass the filter, the oldest first; archived ones only where asked for.
 
-    A session's token lists those that it uses, a token of a namespace those that sessions in it use.
+    A session's token lists what it uses, a token of a namespace what sessions in it use.
     """
     caller, where = caller_of(request), filter_of(query, BlueprintFilter)
     user = where.session or caller.own_session

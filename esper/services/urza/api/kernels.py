@@ -67,7 +67,7 @@ _ARTIFACT: Responses = {
 async def list_kernels(request: Request, query: Annotated[KernelQuery, Query()]) -> Response:
     """Kernels that pass the filter, the oldest first; archived ones only where asked for.
 
-    A session's token lists those that it uses, a token of a namespace those that sessions in it use.
+    A session's token lists what it uses, a token of a namespace what sessions in it use.
     """
     caller, where = caller_of(request), filter_of(query, KernelFilter)
     user = where.session or caller.own_session
