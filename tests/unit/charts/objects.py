@@ -7,6 +7,10 @@ from typing import Any
 
 Object = dict[str, Any]
 
+RELEASES = ("1.33", "1.34", "1.35", "1.36")
+OTHERS = {"monitoring.coreos.com/v1"}
+"""What Kubernetes' own schemas do not know."""
+
 POSTGRES = {"existingSecret": "esper-postgres"}
 BUCKET = {"bucket": "kernels", "endpointUrl": "http://minio.store:9000", "existingSecret": "s3"}
 EXTERNAL = {
@@ -30,6 +34,12 @@ INSTALLATIONS: dict[str, Object] = {
         "urza": {"replicas": 3, "database": POSTGRES, "storage": BUCKET},
         "redis": EXTERNAL,
         "credentials": {"existingSecret": "own"},
+    },
+    "own": {
+        "operator": {"namespaced": True, "replicas": 1},
+        "crds": {"install": False},
+        "urza": {"replicas": 2, "database": POSTGRES, "storage": BUCKET},
+        "redis": EXTERNAL,
     },
     "postgres": {"urza": {"database": POSTGRES}},
     "bucket": {"urza": {"storage": BUCKET}},

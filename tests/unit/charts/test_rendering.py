@@ -16,13 +16,18 @@ from esper.configs import EsperConfig, OperatorConfig
 from esper.contracts.resources import KINDS
 from esper_operator.leading import options_of
 from esper_operator.rbac import manifests
-from tests.unit.charts.objects import INSTALLATIONS, named, of_kind, pods, selects
+from tests.unit.charts.objects import (
+    INSTALLATIONS,
+    OTHERS,
+    RELEASES,
+    named,
+    of_kind,
+    pods,
+    selects,
+)
 from tools import chart, helm
 from tools.helm import HelmError
 
-RELEASES = ("1.33", "1.34", "1.35", "1.36")
-OTHERS = {"monitoring.coreos.com/v1"}
-"""What Kubernetes' own schemas do not know."""
 CLUSTER_WIDE = {"ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition"}
 
 
@@ -185,7 +190,7 @@ def test_the_operators_rights_are_its_own_table(installation: str) -> None:
     assert yaml.safe_dump(essence(ours)) == text
 
 
-@pytest.mark.parametrize("installation", ["namespaced", "namespaces"])
+@pytest.mark.parametrize("installation", ["namespaced", "namespaces", "own"])
 def test_a_namespaced_installation_has_no_rights_beyond(installation: str) -> None:
     objects = rendered(installation)
     assert of_kind(objects, "ClusterRole", "ClusterRoleBinding") == []

@@ -11,7 +11,7 @@ import yaml
 from esper.configs import OperatorConfig
 from esper_operator.children import compile_job, job, network_policy, secret, service, tamiyo
 from esper_operator.rbac import rendered
-from tests.unit.charts.test_rendering import RELEASES
+from tests.unit.charts.objects import RELEASES
 from tests.unit.esper_operator.objects import (
     ISSUED,
     KERNEL_ISSUED,
