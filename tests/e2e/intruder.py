@@ -16,6 +16,8 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import redis
+from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from esper.configs import EsperConfig
 from esper.contracts.messages import TopicNames
@@ -51,6 +53,8 @@ def asked(url, method="GET", body=None, token=TOKEN):
 
 def outcome(answered):
     status, text = answered
+    if text == '{"items":[]}':
+        return "refused: what is another's is as if it was not there"
     return f"{'open' if status < 400 else 'refused'}: {status} {text[:160]}"
 
 
@@ -225,12 +229,11 @@ def commanded(client, *words):
     """What came of a command: refused, or open, where Redis took it up whatever it answered."""
     try:
         return f"open: {client.execute_command(*words)!r:.120}"
-    except (redis.NoPermissionError, redis.AuthenticationError, redis.ConnectionError) as error:
+    except (NoPermissionError, AuthenticationError, RedisConnectionError) as error:
         return f"refused: {error}"
-    except redis.ResponseError as error:
-        refused = (
-            "NOPERM" in str(error) or "NOAUTH" in str(error) or "unknown command" in str(error)
-        )
+    except ResponseError as error:
+        words = ("NOPERM", "NOAUTH", "unknown command", "command not allowed")
+        refused = any(word in str(error) for word in words)
         return f"{'refused' if refused else 'open'}: {error}"
 
 
@@ -276,7 +279,9 @@ ON_SERVER = [
 def bus():
     client, own = connected(), TOLD["own"]
     own_key = f"esper:{own['namespace']}:{own['uid']}:{TopicNames.PACKETS}"
-    keys = ["intruder", f"esper:{own['namespace']}:-:{TopicNames.PACKETS}"]
+    keys = ["intruder"]
+    if not TOLD["serves_namespace"]:
+        keys += [f"esper:{own['namespace']}:-:{TopicNames.PACKETS}"]
     for victim in TOLD["victims"]:
         if victim["namespace"] != TOLD["namespace"] or not TOLD["serves_namespace"]:
             place = f"esper:{victim['namespace']}:{victim['uid']}"
@@ -296,7 +301,7 @@ def bus():
         try:
             pipe.execute_command(*read)
             yield "in a transaction", f"open: {pipe.execute()!r:.120}"
-        except redis.RedisError as error:
+        except RedisError as error:
             yield "in a transaction", f"refused: {error}"
     host = connected().connection_pool.connection_kwargs["host"]
     passwords = {
