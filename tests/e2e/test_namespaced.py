@@ -125,7 +125,7 @@ def test_it_trains_beside_the_clusters_own_and_takes_nothing_beyond_its_namespac
     query = "select outcome from training_sessions"
     rows = team.kubectl(
         *(*inside, "postgres", "--", "env", f"PGPASSWORD={elsewhere.PASSWORD}"),
-        *("/opt/postgres/bin/psql", "-AtXh", "127.0.0.1", "-U", "esper", "-d", "postgres"),
+        *(f"{elsewhere.PROGRAMS}/psql", "-AtXh", "127.0.0.1", "-U", "esper", "-d", "postgres"),
         *("-c", query),
     )
     assert [row.lower() for row in rows.split()] == ["succeeded"]
