@@ -100,6 +100,15 @@ def _quantities(default: str, what: str) -> Any:
 
 _DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _NAMES = rf"^({_DNS_LABEL}(,{_DNS_LABEL})*)?$"
+_SUBDOMAIN = rf"{_DNS_LABEL}(\.{_DNS_LABEL})*"
+_SUBDOMAINS = rf"^({_SUBDOMAIN}(,{_SUBDOMAIN})*)?$"
+
+
+def _names(what: str, *, pattern: str = _NAMES) -> Any:
+    """A setting of names, separated by commas."""
+    return Field("", pattern=pattern, description=what)
+
+
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
 _HOST_NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
 
@@ -381,13 +390,8 @@ class OperatorConfig(Section):
     lease for `renew_seconds` ends; after `lease_seconds` without a renewal the other takes it.
     """
 
-    namespaces: Annotated[
-        str,
-        Field(
-            pattern=_NAMES,
-            description="names of namespaces, separated by commas; empty: the whole cluster",
-        ),
-    ] = ""
+    namespaces: str = _names("names of namespaces, separated by commas; empty: the whole cluster")
+    excluded_namespaces: str = _names("namespaces left to others, by commas; not with namespaces")
     kubeconfig: Annotated[
         str | None,
         Field(
@@ -420,13 +424,13 @@ class OperatorConfig(Section):
         Literal["Always", "IfNotPresent", "Never"],
         Field(description="one of Always, IfNotPresent, Never"),
     ] = "IfNotPresent"
-    image_pull_secrets: Annotated[
-        str,
-        Field(
-            pattern=_NAMES,
-            description="names of Secrets with which images are pulled, separated by commas",
-        ),
-    ] = ""
+    image_pull_secrets: str = _names("Secrets with which images are pulled, by commas")
+    reserved_secrets: str = _names(
+        "Secrets of the lease's namespace that no session may name, by commas", pattern=_SUBDOMAINS
+    )
+    reserved_claims: str = _names(
+        "claims of the lease's namespace that no session may name, by commas", pattern=_SUBDOMAINS
+    )
     stop_seconds: Whole = _whole(60, "seconds to write a checkpoint", least=1, most=3600)
     worker_egress: Annotated[
         str | None,
@@ -437,9 +441,7 @@ class OperatorConfig(Section):
             "to besides each other, or null: they have no NetworkPolicy",
         ),
     ] = None
-    catalogue: Annotated[
-        str, Field(pattern=_NAMES, description="namespaces with the catalogue, by commas")
-    ] = ""
+    catalogue: str = _names("namespaces with the catalogue, by commas")
     kernels_per_session: Whole = _whole(64, "kernels of one session", least=0, most=1000)
     compile_seconds: Whole = _whole(900, "seconds for a compile Job", least=1, most=86_400)
     compile_attempts: Whole = _whole(5, "compile Jobs of one kernel", least=1, most=100)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from esper.cli.accelerators import require_accelerators
 from esper.cli.embedded import Shown, carry_out, show_end
 from esper.cli.finished import tell_again
 from esper.cli.preparing import SOURCE_ANNOTATION, Prepared, own_manifest, prepare, uid_of
@@ -25,9 +26,7 @@ from esper.cli.trainers import Attention, done_elsewhere, following_trainer, sha
 from esper.configs import EsperConfig
 from esper.contracts.manifests import load_manifest, parse_manifest, session_document
 from esper.contracts.operational import AdaptationDecision, SeedTransition
-from esper.contracts.resources import TrainingSession
-from esper.contracts.resources.cluster import GPU
-from esper.errors import AcceleratorMissing, Interrupted
+from esper.errors import Interrupted
 from esper.services.tolaria.checkpoints import Checkpoints, Found
 from esper.services.tolaria.distribution import Ranks, as_wire, first_failure
 from esper.services.tolaria.run_directory import (
@@ -117,19 +116,6 @@ def _prepared(begun: dict[str, Any], processes: int) -> Prepared:
     manifest = parse_manifest(begun["manifest"], MANIFEST)
     require_accelerators(manifest.session, torch.cuda.device_count())
     return prepare(manifest, Path(begun["folder"]), own_device(), processes=processes)
-
-
-def require_accelerators(session: TrainingSession, present: int) -> None:
-    """Refuse a session that asks for more GPUs a worker than are `present`.
-
-    Raises:
-        AcceleratorMissing: it does.
-    """
-    asked = session.spec.workers.resources.limits.get(GPU)
-    if asked is not None and int(asked) > present:
-        raise AcceleratorMissing(
-            f"spec.workers.resources.limits[{GPU}]", asked, f"at most {present}, as this worker has"
-        )
 
 
 def own_device() -> torch.device | None:

@@ -89,6 +89,7 @@ def execute(arguments: argparse.Namespace, config: EsperConfig) -> int:
 
 
 def _supervised(arguments: argparse.Namespace, config: EsperConfig, requests: Requests) -> Ended:
+    from esper.cli.accelerators import require_any_accelerator
     from esper.cli.supervising import Supervisor
     from esper.contracts.manifests import load_manifest
     from esper.errors import BadInput
@@ -96,6 +97,7 @@ def _supervised(arguments: argparse.Namespace, config: EsperConfig, requests: Re
     if find_spec("torch") is None:
         raise BadInput("torch", "not installed", "with it: pip install 'esper[runtime]'")
     session = load_manifest(arguments.file).session
+    require_any_accelerator(session)
     given = _given(arguments)
     placement = placement_of(session, given)
     supervisor = Supervisor(

@@ -33,7 +33,6 @@ from esper_operator.kinds import (
     SESSION,
     WATCHED,
     Kind,
-    selecting,
 )
 from esper_operator.lease import Election, lasting_clock
 from esper_operator.metadata_watch import MetadataWatch
@@ -41,6 +40,7 @@ from esper_operator.metrics import OperatorMetrics
 from esper_operator.options import Options, pairs_of
 from esper_operator.reconciling import Reconciler, work
 from esper_operator.resync import Resync
+from esper_operator.scope import Scope
 from esper_operator.store import NAMESPACE, Store
 from esper_operator.sweeping import Sweep
 from esper_operator.views import Said, SessionView
@@ -73,7 +73,7 @@ class Leader:
         self._api = api
         self._metrics = metrics
         self._health = health
-        self._namespaces = tuple(filter(None, settings.namespaces.split(",")))
+        self._scope = Scope.of(settings)
         self._stopped = False
         self._store = Store()
         self._queue = WorkQueue()
@@ -103,14 +103,14 @@ class Leader:
             api,
             hub,
             self._reports,
-            namespaces=self._namespaces,
+            scope=self._scope,
             every=settings.sweep_seconds,
         )
         self._resync = Resync(
             api,
             self._store,
             self._enqueue,
-            namespaces=self._namespaces,
+            scope=self._scope,
             every=settings.resync_seconds,
             clock=lasting_clock,
         )
@@ -137,13 +137,22 @@ class Leader:
         lasting: list[Coroutine[Any, Any, object]] = [
             *(self._work() for _ in range(self._config.operator.workers)),
             *(
-                MetadataWatch(self._api, kind, namespace, self._hear).run()
+                MetadataWatch(
+                    self._api, kind, namespace, self._hear, within=self._scope.fields
+                ).run()
                 for kind in BY_METADATA
-                for namespace in self._namespaces or (None,)
+                for namespace in self._scope.places
             ),
             *(
-                MetadataWatch(self._api, EVENT, namespace, self._hear_refusal, fields=NO_PODS).run()
-                for namespace in self._namespaces or (None,)
+                MetadataWatch(
+                    self._api,
+                    EVENT,
+                    namespace,
+                    self._hear_refusal,
+                    fields=NO_PODS,
+                    within=self._scope.fields,
+                ).run()
+                for namespace in self._scope.places
             ),
             self._resync.run(),
             self._reports.run(self._bus, self._uids, group_of(self._config.operator)),
@@ -160,7 +169,7 @@ class Leader:
         while True:
             try:
                 for kind in (*WATCHED, *BY_METADATA):
-                    for namespace in self._namespaces or (None,):
+                    for namespace in self._scope.places:
                         await self._list(kind, namespace)
             except (ApiUnavailable, ApiRefused) as error:
                 if str(error) != said:
@@ -174,7 +183,7 @@ class Leader:
 
     async def _list(self, kind: Kind, namespace: str | None) -> None:
         chunks = self._api.chunks(
-            kind, namespace, selecting(kind), metadata_only=kind in BY_METADATA
+            kind, namespace, self._scope.selecting(kind), metadata_only=kind in BY_METADATA
         )
         async for chunk, _ in chunks:
             for found in chunk:
@@ -235,7 +244,8 @@ class Leader:
     async def _watch(self, keep_signals: Callable[[], None]) -> None:
         configuration = self._api.configuration
         registry = watching.registry_of(self._hear, lambda: watching.connection_info(configuration))
-        await watching.watch(registry, watching.settings_of(), self._namespaces, keep_signals)
+        settings = watching.settings_of(fields=self._scope.fields)
+        await watching.watch(registry, settings, self._scope.served, keep_signals)
         raise ApiUnavailable("the watches have ended")
 
     async def _keep_catalogue(self) -> None:
@@ -358,6 +368,9 @@ def options_of(config: EsperConfig) -> Options:
         shared_memory=settings.shared_memory,
         kernels_per_session=settings.kernels_per_session,
         blueprints_per_session=settings.blueprints_per_session,
+        own_namespace=settings.lease_namespace,
+        own_secrets=tuple(filter(None, settings.reserved_secrets.split(","))),
+        own_claims=tuple(filter(None, settings.reserved_claims.split(","))),
         pod_labels=pairs_of(settings.pod_labels),
         worker_egress=settings.worker_egress,
         log_level=config.component.log_level,

@@ -37,13 +37,16 @@ class MetadataWatch:
         hear: Hear,
         *,
         fields: str | None = None,
+        within: str = "",
     ) -> None:
         """`hear` gets the kind, the event's type (None: from a list) and the object.
 
         Without `fields` it is about metadata of what the operator has made; with them about whole
-        objects, of anybody's, whose fields are as they say.
+        objects, of anybody's, whose fields are as they say. `within` are further ones.
         """
-        self._query = {"labelSelector": MANAGED_BY} if fields is None else {"fieldSelector": fields}
+        self._query = {"labelSelector": MANAGED_BY} if fields is None else {}
+        if asked := ",".join(filter(None, (fields, within))):
+            self._query["fieldSelector"] = asked
         self._metadata_only = fields is None
         self._seconds = SERVER_SECONDS if kind is not EVENT else EVENT_SECONDS
         self._api = api

@@ -41,6 +41,11 @@ class Options:
     """Blueprints of its namespace that one session is given."""
     worker_egress: str | None = None
     """Rules of a NetworkPolicy as JSON: where workers may connect to; None: they have no policy."""
+    own_namespace: str = ""
+    """Where the installation itself is."""
+    own_secrets: tuple[str, ...] = ()
+    own_claims: tuple[str, ...] = ()
+    """Its Secrets and claims there, which no session may name."""
     pod_labels: Pairs = ()
     """Added to every pod, as for a NetworkPolicy."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"

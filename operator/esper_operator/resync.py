@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from esper_operator.api import ClusterApi, Object
 from esper_operator.errors import ApiRefused, ApiUnavailable
-from esper_operator.kinds import BY_METADATA, WATCHED, Kind, selecting
+from esper_operator.kinds import BY_METADATA, WATCHED, Kind
+from esper_operator.scope import Scope
 from esper_operator.store import Name, Store
 from esper_operator.work import Key
 
@@ -34,15 +35,15 @@ class Resync:
         store: Store,
         enqueue: Callable[[Iterable[Key]], None],
         *,
-        namespaces: Collection[str],
+        scope: Scope,
         every: float,
         clock: Callable[[], float],
     ) -> None:
-        """`namespaces` are those that are watched, none for all; `every` is in seconds."""
+        """`scope` is what is watched; `every` is in seconds."""
         self._api = api
         self._store = store
         self._enqueue = enqueue
-        self._namespaces: tuple[str | None, ...] = tuple(namespaces) or (None,)
+        self._scope = scope
         self._every = every
         self._clock = clock
         self._agreed: dict[str, float] = {}
@@ -96,7 +97,7 @@ class Resync:
     async def _compared(self, kind: Kind) -> bool:
         try:
             unseen: dict[Name, tuple[str, int]] = {}
-            for namespace in self._namespaces:
+            for namespace in self._scope.places:
                 before = self._store.held(kind, namespace)
                 unseen |= await self._compare(kind, namespace, before)
         except (ApiUnavailable, ApiRefused) as error:
@@ -120,7 +121,7 @@ class Resync:
         """What the API server holds and the store has not seen; what is gone is dropped."""
         listed: dict[Name, tuple[str, int]] = {}
         async for chunk, _ in self._api.chunks(
-            kind, namespace, selecting(kind), metadata_only=True
+            kind, namespace, self._scope.selecting(kind), metadata_only=True
         ):
             for found in chunk:
                 listed |= _held(found)

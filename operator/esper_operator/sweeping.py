@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
 
 from esper.errors import EsperError
 from esper_operator.api import ClusterApi
 from esper_operator.hearing import Reports
 from esper_operator.hub import Hub
 from esper_operator.kinds import SESSION
+from esper_operator.scope import Scope
 
 _log = logging.getLogger(__name__)
 SETTLE_SECONDS = 5.0
@@ -30,14 +30,14 @@ class Sweep:
         hub: Hub,
         reports: Reports,
         *,
-        namespaces: Collection[str],
+        scope: Scope,
         every: float,
     ) -> None:
-        """`namespaces` are those that are served, none for all; `every` is in seconds."""
+        """`scope` is what is served; `every` is in seconds."""
         self._api = api
         self._hub = hub
         self._reports = reports
-        self._served = tuple(namespaces)
+        self._scope = scope
         self._every = every
         self._wake = asyncio.Event()
 
@@ -67,13 +67,15 @@ class Sweep:
         """
         known = await self._hub.namespaces()
         live: dict[str, list[str]] = {namespace: [] for namespace in known.namespaces}
-        for served in self._served or (None,):
-            async for chunk, _ in self._api.chunks(SESSION, served, {}, metadata_only=True):
+        for served in self._scope.places:
+            async for chunk, _ in self._api.chunks(
+                SESSION, served, self._scope.selecting(SESSION), metadata_only=True
+            ):
                 for found in chunk:
                     meta = found["metadata"]
                     live.setdefault(meta["namespace"], []).append(meta["uid"])
         for namespace, uids in live.items():
-            if self._served and namespace not in self._served:
+            if not self._scope.has(namespace):
                 continue  # another operator's
             swept = await self._hub.sweep(namespace, uids, known.as_of)
             if swept.ended:

@@ -44,8 +44,8 @@ class Unremembering(kopf.DiffBaseStorage):
         """Remember nothing."""
 
 
-def settings_of(kinds: Collection[Kind] = WATCHED) -> kopf.OperatorSettings:
-    """How kopf watches: bounded, in chunks, and only what is ours."""
+def settings_of(kinds: Collection[Kind] = WATCHED, *, fields: str = "") -> kopf.OperatorSettings:
+    """How kopf watches: bounded, in chunks, and only what is ours and passes a field selector."""
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
     settings.scanning.disabled = True
@@ -59,9 +59,11 @@ def settings_of(kinds: Collection[Kind] = WATCHED) -> kopf.OperatorSettings:
     settings.watching.chunk_size = CHUNK
     settings.persistence.diffbase_storage = Unremembering()
     for kind in kinds:
+        version = kind.api_version.rpartition("/")[2]
         if kind not in OWN:
-            version = kind.api_version.rpartition("/")[2]
             settings.watching.label_selectors[kind.group, version, kind.plural] = MANAGED_BY
+        if fields:
+            settings.watching.field_selectors[kind.group, version, kind.plural] = fields
     return settings
 
 

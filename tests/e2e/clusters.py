@@ -99,8 +99,9 @@ class Pods:
         assert self.get(name)["status"]["phase"] == "Succeeded", said
         return said
 
-    def execute(self, name, *command):
-        return self.kubectl("exec", name, "--", *command)
+    def execute(self, name, *command, given=None):
+        words = ("-i",) if given is not None else ()
+        return self.kubectl("exec", *words, name, "--", *command, given=given)
 
 
 def until(holds, *, seconds=SECONDS):

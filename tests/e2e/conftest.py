@@ -4,6 +4,7 @@
 beside any other; with `ESPER_CLUSTER_STATE` set it takes that one and leaves it up.
 """
 
+import contextlib
 import os
 import uuid
 
@@ -58,9 +59,9 @@ def release(install):
     return install()
 
 
-@pytest.fixture
-def namespace(cluster):
-    """A namespace of the test's own."""
+@contextlib.contextmanager
+def made_namespace(cluster):
+    """A namespace that refuses pods which are not restricted, until the end."""
     name = f"test-{uuid.uuid4().hex[:8]}"
     cluster.kubectl("create", "namespace", name)
     cluster.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
@@ -68,6 +69,13 @@ def namespace(cluster):
     until(lambda: not failed(cluster.kubectl, "get", *account))
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+def namespace(cluster):
+    """A namespace of the test's own."""
+    with made_namespace(cluster) as name:
+        yield name
 
 
 @pytest.fixture

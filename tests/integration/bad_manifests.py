@@ -354,6 +354,7 @@ PODS = [
     _projected({"secret": {"name": "esper-tamiyo"}}, ".secret.name"),
     _volume({"secret": {"secretName": "others-esper"}}, ".secret.secretName"),
     _volume({"secret": {"secretName": "5f5f.esper"}}, ".secret.secretName"),
+    _volume({"secret": {"secretName": "sh.helm.release.v1.esper.v1"}}, ".secret.secretName"),
     _volume({"csi": {"driver": "d", "nodePublishSecretRef": {"name": "a-esper"}}}, ".csi"),
     _pod("envFrom.0", {"secretRef": {"name": "a-esper"}}, "envFrom[0].secretRef.name"),
     _pod(

@@ -139,6 +139,26 @@ http://{{ include "esper.fullname" . }}-urza.{{ .Release.Namespace }}.svc:8000
 {{- end }}
 {{- end }}
 
+{{/* Its Secrets, and its claims, which no session in the same namespace may name. */}}
+{{- define "esper.ownSecrets" -}}
+{{- $names := list (include "esper.credentials" .) .Values.urza.database.existingSecret .Values.urza.storage.existingSecret }}
+{{- if not .Values.redis.bundled }}
+{{- $names = append $names .Values.redis.external.existingSecret }}
+{{- end }}
+{{- compact $names | uniq | join "," }}
+{{- end }}
+
+{{- define "esper.ownClaims" -}}
+{{- $names := list }}
+{{- if include "esper.urzaVolume" . }}
+{{- $names = append $names (.Values.urza.persistence.existingClaim | default (printf "%s-urza" (include "esper.fullname" .))) }}
+{{- end }}
+{{- if .Values.redis.bundled }}
+{{- $names = append $names (.Values.redis.persistence.existingClaim | default (printf "%s-redis" (include "esper.fullname" .))) }}
+{{- end }}
+{{- $names | join "," }}
+{{- end }}
+
 {{/* Whether the hub keeps anything on a volume; empty: no. */}}
 {{- define "esper.urzaVolume" -}}
 {{- if not (and .Values.urza.database.existingSecret .Values.urza.storage.bucket) }}true{{ end }}

@@ -39,13 +39,16 @@ FreeItems = Annotated[tuple[Free, ...], Field(strict=False, max_length=64)]
 OWN_SECRETS = ("esper-tamiyo",)
 OWN_SECRET_ENDINGS = ("-esper", ".esper")
 """The names of Secrets that the operator makes, and how those end that it makes for an object."""
+HELM_PREFIX = "sh.helm.release."
+"""How the names of Secrets begin in which Helm keeps releases, with all of their Secrets."""
 _ANOTHER_SECRET = (
-    "a Secret that is not the operator's: not esper-tamiyo, nor ending with -esper or .esper"
+    "a Secret that is neither the operator's nor Helm's: not esper-tamiyo, not ending with -esper "
+    f"or .esper, not beginning with {HELM_PREFIX}"
 )
 
 
 def _not_ours(name: str) -> str:
-    if name in OWN_SECRETS or name.endswith(OWN_SECRET_ENDINGS):
+    if name in OWN_SECRETS or name.endswith(OWN_SECRET_ENDINGS) or name.startswith(HELM_PREFIX):
         raise PydanticCustomError("reserved", _ANOTHER_SECRET)
     return name
 
@@ -58,7 +61,7 @@ SecretName = Annotated[
             (
                 f"!(self in {list(OWN_SECRETS)} || "
                 + " || ".join(f"self.endsWith('{ending}')" for ending in OWN_SECRET_ENDINGS)
-                + ")",
+                + f" || self.startsWith('{HELM_PREFIX}'))",
                 _ANOTHER_SECRET,
             )
         )

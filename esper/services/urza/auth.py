@@ -9,6 +9,7 @@ installation's operator comes in without a token that ends.
 permission     compiler  reader  session  worker  admin
 =============  ========  ======  =======  ======  =====
 read           yes       yes     yes      yes     yes
+list                     yes     its own  yes     yes
 see sessions             yes     its own  yes     yes
 propose                          yes      yes     yes
 keep sessions                    its own  yes     yes
@@ -17,11 +18,13 @@ work                                      yes     yes
 administer                                        yes
 =============  ========  ======  =======  ======  =====
 
-*read* blueprints, kernels and artifacts; *see sessions*; *propose* blueprints and ask for kernels;
-*keep sessions*: register and update them; *compile*: claim a kernel by its name, and hand in its
-artifact and result (a compiler's token is of one kernel); *work*: claim whatever is to be compiled
-or validated; *administer*: delete, archive, make credentials, sweep. Of sessions a token that names
-a namespace reaches those in it alone, an administrator's all.
+*read* blueprints, kernels and artifacts by their digests and ids, which nobody can guess who does
+not know what they are of; *list* them, which a session can as far as it uses them; *see sessions*;
+*propose* blueprints and ask for kernels; *keep sessions*: register and update them; *compile*:
+claim a kernel by its name, and hand in its artifact and result (a compiler's token is of one
+kernel); *work*: claim whatever is to be compiled or validated; *administer*: delete, archive, make
+credentials, sweep. Of sessions a token that names a namespace reaches those in it alone, and lists
+what those use; an administrator's reaches all.
 """
 
 from __future__ import annotations
@@ -69,6 +72,7 @@ class Permission(StrEnum):
     """What an endpoint asks for."""
 
     READ = "read"
+    LIST = "list"
     SEE_SESSIONS = "see sessions"
     PROPOSE = "propose"
     KEEP_SESSIONS = "keep sessions"
@@ -78,7 +82,7 @@ class Permission(StrEnum):
 
 
 _COMPILER = frozenset({Permission.READ, Permission.COMPILE})
-_READER = frozenset({Permission.READ, Permission.SEE_SESSIONS})
+_READER = frozenset({Permission.READ, Permission.LIST, Permission.SEE_SESSIONS})
 _SESSION = _READER | {Permission.PROPOSE, Permission.KEEP_SESSIONS}
 _WORKER = _SESSION | {Permission.COMPILE, Permission.WORK}
 

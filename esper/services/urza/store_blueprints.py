@@ -23,6 +23,7 @@ from esper.services.urza.store_rows import (
     insert_unless_there,
     kept,
     mark_used,
+    of_namespace,
     of_session,
     page_of,
     retried,
@@ -100,8 +101,11 @@ class HubBlueprints(HubRows):
         *,
         limit: int = DEFAULT_PAGE_ITEMS,
         cursor: str | None = None,
+        namespace: str | None = None,
     ) -> Page[Stored[Blueprint]]:
         """Some of the blueprints that pass the filter, the oldest first.
+
+        With a `namespace` those alone that sessions of it use.
 
         Raises:
             BadInput: `limit` is out of bounds, or `cursor` is none that a page gave.
@@ -114,6 +118,10 @@ class HubBlueprints(HubRows):
         if asked.session is not None:
             used = of_session(asked.session, models.SessionBlueprint.blueprint_id)
             query = query.where(row.id.in_(used))
+        if namespace is not None:
+            query = query.where(
+                row.id.in_(of_namespace(namespace, models.SessionBlueprint.blueprint_id))
+            )
         async with self._database.transaction() as session:
             rows, after = await page_of(session, row, query, limit, cursor)
             items = tuple(found.as_stored() for found in rows)

@@ -37,6 +37,7 @@ from esper.services.urza.store_rows import (
     kept,
     kernel_row,
     mark_used,
+    of_namespace,
     of_session,
     page_of,
     retried,
@@ -130,8 +131,11 @@ class HubKernels(HubRows):
         *,
         limit: int = DEFAULT_PAGE_ITEMS,
         cursor: str | None = None,
+        namespace: str | None = None,
     ) -> Page[Stored[CompiledKernel]]:
         """Some of the kernels that pass the filter, the oldest first.
+
+        With a `namespace` those alone that sessions of it use.
 
         Raises:
             BadInput: `limit` is out of bounds, or `cursor` is none that a page gave.
@@ -148,6 +152,8 @@ class HubKernels(HubRows):
             query = query.where(
                 row.id.in_(of_session(asked.session, models.SessionKernel.kernel_id))
             )
+        if namespace is not None:
+            query = query.where(row.id.in_(of_namespace(namespace, models.SessionKernel.kernel_id)))
         async with self._database.transaction() as session:
             rows, after = await page_of(session, row, query, limit, cursor)
             items = tuple(found.as_stored() for found in rows)

@@ -265,6 +265,13 @@ def of_session(uid: str, uses: InstrumentedAttribute[UUID]) -> Select[UUID]:
     return select(uses).join(user, user.id == uses.class_.session_id).where(user.uid == uid)
 
 
+def of_namespace(namespace: str, uses: InstrumentedAttribute[UUID]) -> Select[UUID]:
+    """The ids in the column `uses` of what sessions of that namespace use."""
+    user = models.TrainingSession
+    used = select(uses).join(user, user.id == uses.class_.session_id)
+    return used.where(user.namespace == namespace)
+
+
 def check_match(what: str, row: models.Row, match: Match) -> None:
     """Refuse a change of another state than one that was read.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from esper.contracts.resources import StorageSpec, TrainingSessionSpec
-from esper_operator.children import names, pods
+from esper_operator.children import names, pods, references
 from esper_operator.children.connections import MANIFEST_FILE, SETTINGS_FILE
 from esper_operator.children.objects import Json, child, labels_of, owner_of
 from esper_operator.options import Options
@@ -69,15 +69,15 @@ def manifest(session: SessionView, attempt: int, replicas: int, options: Options
     )
 
 
-def refused(spec: TrainingSessionSpec) -> str | None:
-    """What of the pod template is the operator's, as a message; None if nothing."""
+def refused(spec: TrainingSessionSpec, namespace: str, options: Options) -> str | None:
+    """What the spec takes that is the operator's or the installation's; None if nothing."""
     template = spec.workers.pod_template
     given = {item["name"] for item in _storage_environment(spec.storage)}
     for index, item in enumerate(template.env):
         if item.name in given:
             place = f"spec.workers.podTemplate.env[{index}].name"
             return f"{place}: got {item.name}; allowed: others, spec.storage.secretName gives it"
-    return pods.refused_extra(template)
+    return pods.refused_extra(template) or references.refused(spec, namespace, options)
 
 
 def _failure_rules() -> list[Json]:

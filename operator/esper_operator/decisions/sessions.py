@@ -110,7 +110,7 @@ def _through(scene: Scene, policies: tuple[Policy, ...]) -> Step:
 
 
 def _refused_template(scene: Scene) -> Step:
-    message = jobs.refused(scene.spec)
+    message = jobs.refused(scene.spec, scene.session.namespace, scene.options)
     if message is None:
         return Step(scene)
     return Step(scene, End(False, Reason.INVALID_SPEC, message, scene.now))

@@ -8,6 +8,7 @@ import pytest
 from esper_operator.api import ClusterApi, connection
 from esper_operator.kinds import JOB, SESSION
 from esper_operator.resync import GRACE_SECONDS, Resync
+from esper_operator.scope import Scope
 from esper_operator.store import Store
 from esper_operator.work import Key
 from tools.operator_workers import SESSIONS
@@ -28,7 +29,7 @@ class Compared:
                 api,
                 self.store,
                 self.enqueued.extend,
-                namespaces=[self.objects.namespace],
+                scope=Scope(served=(self.objects.namespace,)),
                 every=0.1,
                 clock=lambda: self.now,
             )

@@ -7,6 +7,10 @@ from typing import Any
 
 Object = dict[str, Any]
 
+RELEASES = ("1.33", "1.34", "1.35", "1.36")
+OTHERS = {"monitoring.coreos.com/v1"}
+"""What Kubernetes' own schemas do not know."""
+
 POSTGRES = {"existingSecret": "esper-postgres"}
 BUCKET = {"bucket": "kernels", "endpointUrl": "http://minio.store:9000", "existingSecret": "s3"}
 EXTERNAL = {
@@ -31,6 +35,12 @@ INSTALLATIONS: dict[str, Object] = {
         "redis": EXTERNAL,
         "credentials": {"existingSecret": "own"},
     },
+    "own": {
+        "operator": {"namespaced": True, "replicas": 1},
+        "crds": {"install": False},
+        "urza": {"replicas": 2, "database": POSTGRES, "storage": BUCKET},
+        "redis": EXTERNAL,
+    },
     "postgres": {"urza": {"database": POSTGRES}},
     "bucket": {"urza": {"storage": BUCKET}},
     "claims": {
@@ -42,7 +52,11 @@ INSTALLATIONS: dict[str, Object] = {
         "commonLabels": {"cost": "research"},
         "imagePullSecrets": [{"name": "pull"}, {"name": "pull-too"}],
         "images": {"runtime": {"repository": "r", "digest": f"sha256:{'0' * 64}"}},
-        "operator": {"settings": {"operator": {"workers": 32}}, **PLACED},
+        "operator": {
+            "settings": {"operator": {"workers": 32}},
+            "excludedNamespaces": ["team-own", "team-too"],
+            **PLACED,
+        },
         "urza": {
             "serviceAccountAnnotations": {"role": "s3"},
             "settings": {"urza": {"lease_seconds": 90}},

@@ -18,13 +18,18 @@ from esper.configs import EsperConfig, OperatorConfig
 from esper.contracts.resources import KINDS
 from esper_operator.leading import options_of
 from esper_operator.rbac import manifests
-from tests.unit.charts.objects import INSTALLATIONS, named, of_kind, pods, selects
+from tests.unit.charts.objects import (
+    INSTALLATIONS,
+    OTHERS,
+    RELEASES,
+    named,
+    of_kind,
+    pods,
+    selects,
+)
 from tools import chart, helm
 from tools.helm import HelmError
 
-RELEASES = ("1.33", "1.34", "1.35", "1.36")
-OTHERS = {"monitoring.coreos.com/v1"}
-"""What Kubernetes' own schemas do not know."""
 CLUSTER_WIDE = {"ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition"}
 
 
@@ -195,7 +200,7 @@ def test_the_operators_rights_are_its_own_table(installation: str) -> None:
     assert yaml.safe_dump(essence(ours)) == text
 
 
-@pytest.mark.parametrize("installation", ["namespaced", "namespaces"])
+@pytest.mark.parametrize("installation", ["namespaced", "namespaces", "own"])
 def test_a_namespaced_installation_has_no_rights_beyond(installation: str) -> None:
     objects = rendered(installation)
     assert of_kind(objects, "ClusterRole", "ClusterRoleBinding") == []
@@ -293,6 +298,30 @@ def test_the_operators_pods_have_the_images_and_secrets_that_are_said(tmp_path: 
     config = settings("everything", "operator", tmp_path)
     assert config.operator.workers == 32
     assert config.operator.catalogue == "esper-system"
+    assert config.operator.excluded_namespaces == "team-own,team-too"
+
+
+@pytest.mark.parametrize("installation", INSTALLATIONS)
+def test_no_session_beside_it_may_name_a_secret_or_a_claim_of_the_installations(
+    installation: str, tmp_path: Path
+) -> None:
+    options = options_of(settings(installation, "operator", tmp_path))
+    named_secrets, named_claims = set(), set()
+    for _, _, pod in pods(rendered(installation)):
+        for volume in pod["volumes"]:
+            for source in volume.get("projected", {"sources": [volume]})["sources"]:
+                about = source.get("secret", {})
+                named_secrets |= {about.get("name") or about.get("secretName")} - {None}
+            named_claims |= {volume.get("persistentVolumeClaim", {}).get("claimName")} - {None}
+    assert options.own_namespace == "esper-system"
+    assert set(options.own_secrets) == named_secrets
+    assert set(options.own_claims) == named_claims
+
+
+@pytest.mark.parametrize("operator", [{"namespaced": True}, {"namespaces": ["team-a"]}])
+def test_who_serves_named_namespaces_leaves_none_out(operator: dict[str, Any]) -> None:
+    with pytest.raises(HelmError, match=r"operator\.excludedNamespaces: got some; allowed: none"):
+        helm.render({"operator": {**operator, "excludedNamespaces": ["team-b"]}})
 
 
 @pytest.mark.parametrize("installation", INSTALLATIONS)

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from functools import reduce
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
-from tests.unit.charts.objects import BUCKET, EXTERNAL, POSTGRES, leaves
+from tests.unit.charts.objects import BUCKET, EXTERNAL, OTHERS, POSTGRES, RELEASES, leaves
 from tools import chart, helm
 from tools.helm import HelmError
 
@@ -27,6 +28,8 @@ WITH: dict[str, dict[str, Any]] = {
     "metrics.serviceMonitor.": {"metrics": {"serviceMonitor": {"enabled": True}}},
 }
 """What must be set for those that begin so to mean anything."""
+TOLERATIONS = [{"key": "pool", "operator": "Exists"}]
+EGRESS = [{"ports": [{"port": 443, "protocol": "TCP"}]}]
 OTHER: dict[str, Any] = {
     "images.control.pullPolicy": "Never",
     "images.runtime.pullPolicy": "Never",
@@ -35,6 +38,11 @@ OTHER: dict[str, Any] = {
     "images.runtime.digest": f"sha256:{'1' * 64}",
     "images.redis.digest": f"sha256:{'1' * 64}",
     "imagePullSecrets": [{"name": "pull"}],
+    "operator.tolerations": TOLERATIONS,
+    "urza.tolerations": TOLERATIONS,
+    "redis.tolerations": TOLERATIONS,
+    "networkPolicy.hubEgress": EGRESS,
+    "networkPolicy.workerEgress": EGRESS,
     "operator.logLevel": "debug",
     "urza.logLevel": "debug",
     "operator.settings": {"operator": {"workers": 3}},
@@ -67,7 +75,7 @@ def changed(path: str) -> Any:
     if isinstance(default, str):
         return "other"
     if isinstance(default, list):
-        return ["other"] if path.endswith("namespaces") else [{"podSelector": {}}]
+        return ["other"] if path.lower().endswith("namespaces") else [{"podSelector": {}}]
     return {"podAffinity": {}} if path.endswith("affinity") else {"other": "value"}
 
 
@@ -86,7 +94,7 @@ def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_every_value_changes_what_is_rendered(path: str) -> None:
+def test_every_value_changes_what_is_rendered_to_something_valid(path: str) -> None:
     given = [
         values
         for start, values in WITH.items()
@@ -95,7 +103,12 @@ def test_every_value_changes_what_is_rendered(path: str) -> None:
     base = reduce(merged, given, BASE)
     if path == "operator.namespaces":
         base = merged(base, {"operator": {"namespaced": True}})
-    assert helm.render(merged(base, laid(path, changed(path)))) != helm.render(base)
+    before, after = helm.render(base), helm.render(merged(base, laid(path, changed(path))))
+    assert after != before
+    for each in after:
+        if each not in before and each["apiVersion"] not in OTHERS:
+            for release in (RELEASES[0], RELEASES[-1]):
+                kubernetes_validate.validate(each, release, strict=True)
 
 
 def test_the_schema_knows_the_values_and_no_others() -> None:

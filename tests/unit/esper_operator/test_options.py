@@ -18,7 +18,12 @@ def options(**settings: str) -> Options:
 
 
 def test_the_settings_defaults_are_the_options_own() -> None:
-    plain = Options(image="esper:latest", hub_url=PLACES["hub.url"], redis_url=PLACES["redis.url"])
+    plain = Options(
+        image="esper:latest",
+        hub_url=PLACES["hub.url"],
+        redis_url=PLACES["redis.url"],
+        own_namespace="esper-system",
+    )
     assert options() == plain
 
 
@@ -42,6 +47,14 @@ def test_resources_and_labels_are_pairs() -> None:
     assert found.compile_ttl_seconds == 0
 
 
+def test_what_is_the_installations_is_known() -> None:
+    found = options(
+        lease_namespace="team", reserved_secrets="keys,a.b", reserved_claims="hub,redis"
+    )
+    assert found.own_namespace == "team"
+    assert (found.own_secrets, found.own_claims) == (("keys", "a.b"), ("hub", "redis"))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -50,6 +63,8 @@ def test_resources_and_labels_are_pairs() -> None:
         ("compile_limits", "cpu=1,"),
         ("shared_memory", "much"),
         ("pod_labels", "a b=c"),
+        ("reserved_secrets", "a,"),
+        ("reserved_claims", "A"),
     ],
 )
 def test_what_is_no_amount_and_no_label_is_refused_with_its_field(name: str, value: str) -> None:

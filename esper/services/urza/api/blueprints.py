@@ -38,14 +38,21 @@ UsedBy = Annotated[
 
 @blueprints.get(
     "/",
-    **allowed(Permission.READ, documented({200: Page[SimpleBlueprintContract] | Page[Blueprint]})),
+    **allowed(Permission.LIST, documented({200: Page[SimpleBlueprintContract] | Page[Blueprint]})),
 )
 async def list_blueprints(request: Request, query: Annotated[BlueprintQuery, Query()]) -> Response:
-    """Blueprints that pass the filter, the oldest first; archived ones only where asked for."""
-    if query.session is not None and not await reaches(request, query.session):
-        return answer(Page[SimpleBlueprintContract](items=()))
+    """Blueprints that pass the filter, the oldest first; archived ones only where asked for.
+
+    A session's token lists what it uses, a token of a namespace what sessions in it use.
+    """
+    caller, where = caller_of(request), filter_of(query, BlueprintFilter)
+    user = where.session or caller.own_session
+    if user is not None:
+        if not await reaches(request, user):
+            return answer(Page[SimpleBlueprintContract](items=()))
+        where = where.model_copy(update={"session": user})
     found = await urza_of(request).hub.list_blueprints(
-        filter_of(query, BlueprintFilter), limit=query.limit, cursor=query.cursor
+        where, limit=query.limit, cursor=query.cursor, namespace=caller.own_namespace
     )
     if query.view == "full":
         return page(found, Page[Blueprint], lambda item: item)

@@ -60,16 +60,23 @@ _ARTIFACT: Responses = {
 @kernels.get(
     "/",
     **allowed(
-        Permission.READ,
+        Permission.LIST,
         documented({200: Page[SimpleCompiledKernelContract] | Page[CompiledKernel]}),
     ),
 )
 async def list_kernels(request: Request, query: Annotated[KernelQuery, Query()]) -> Response:
-    """Kernels that pass the filter, the oldest first; archived ones only where asked for."""
-    if query.session is not None and not await reaches(request, query.session):
-        return answer(Page[SimpleCompiledKernelContract](items=()))
+    """Kernels that pass the filter, the oldest first; archived ones only where asked for.
+
+    A session's token lists what it uses, a token of a namespace what sessions in it use.
+    """
+    caller, where = caller_of(request), filter_of(query, KernelFilter)
+    user = where.session or caller.own_session
+    if user is not None:
+        if not await reaches(request, user):
+            return answer(Page[SimpleCompiledKernelContract](items=()))
+        where = where.model_copy(update={"session": user})
     found = await urza_of(request).hub.list_kernels(
-        filter_of(query, KernelFilter), limit=query.limit, cursor=query.cursor
+        where, limit=query.limit, cursor=query.cursor, namespace=caller.own_namespace
     )
     if query.view == "full":
         return page(found, Page[CompiledKernel], lambda item: item)

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+from esper.cli.accelerators import require_accelerators, require_any_accelerator
 from esper.cli.outcomes import DONE, Outcome, Outcomes
 from esper.cli.rank import told
-from esper.cli.ranks import require_accelerators
 from esper.contracts.manifests import validate_resource
 from esper.contracts.resources import TrainingSession
 from esper.errors import (
@@ -85,3 +85,14 @@ def session_with(gpus):
     head = {"apiVersion": "esper.dev/v1alpha1", "kind": "TrainingSession"}
     data = head | {"metadata": {"name": "digits"}, "spec": spec}
     return validate_resource(data, TrainingSession)
+
+
+@pytest.mark.parametrize("shown", ["nvidia0", "nvidia-caps/nvidia-cap1", "dxg", "nvhost-gpu"])
+def test_where_the_system_shows_no_gpu_nothing_is_begun(tmp_path, shown):
+    (tmp_path / "nvidia-modeset").touch()
+    with pytest.raises(AcceleratorMissing, match="got 2; allowed: at most 0, as this"):
+        require_any_accelerator(session_with("2"), tmp_path)
+    require_any_accelerator(session_with(None), tmp_path)
+    (tmp_path / shown).parent.mkdir(exist_ok=True)
+    (tmp_path / shown).touch()
+    require_any_accelerator(session_with("2"), tmp_path)

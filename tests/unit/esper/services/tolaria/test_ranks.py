@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from esper.errors import (
     BadInput,
@@ -28,7 +29,7 @@ from esper.services.tolaria.distribution import (
     first_failure,
     raised_elsewhere,
 )
-from esper.services.tolaria.process_group import BEAT_SECONDS, ProcessGroup
+from esper.services.tolaria.process_group import BEAT_SECONDS, ProcessGroup, process_group
 from tests.ranks import RankFailure, run_ranks
 
 
@@ -211,3 +212,18 @@ def test_questions_come_now_and_then() -> None:
     for _ in range(5):
         assert slow.due()
         slow.asked(10 * CHECK_SECONDS)
+
+
+@pytest.mark.parametrize(("present", "backend"), [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_what_lies_on_gpus_goes_over_nccl(
+    monkeypatch: pytest.MonkeyPatch, present: bool, backend: str
+) -> None:
+    """No machine of these tests has a GPU: what is asked of PyTorch is looked at."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: present)
+    monkeypatch.setattr(dist, "init_process_group", lambda name, **_: asked.append(name))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    with process_group(timeout_seconds=1.0):
+        assert asked == [backend]

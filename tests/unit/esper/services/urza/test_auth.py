@@ -172,10 +172,10 @@ def test_without_a_key_there_are_no_tokens() -> None:
 
 MAY = {
     Role.COMPILER: "read, compile",
-    Role.READER: "read, see sessions",
-    Role.SESSION: "read, see sessions, propose, keep sessions",
-    Role.WORKER: "read, see sessions, propose, keep sessions, compile, work",
-    Role.ADMIN: "read, see sessions, propose, keep sessions, compile, work, administer",
+    Role.READER: "read, list, see sessions",
+    Role.SESSION: "read, list, see sessions, propose, keep sessions",
+    Role.WORKER: "read, list, see sessions, propose, keep sessions, compile, work",
+    Role.ADMIN: "read, list, see sessions, propose, keep sessions, compile, work, administer",
 }
 
 

@@ -11,10 +11,11 @@ from redis.exceptions import AuthenticationError
 from redis.exceptions import ConnectionError as RedisAway
 
 from esper.contracts.assets import MAX_SEEDS, Seed
+from esper.contracts.blueprints import builtin
 from esper.services.urza.api.lists import MAX_PAGE_SESSIONS
 from esper.services.urza.auth import Role
 from esper.services.urza.wire import LEASE_HEADER
-from tests.unit.esper.services.urza.hubs import DOCUMENT, UNKNOWN, requested
+from tests.unit.esper.services.urza.hubs import DOCUMENT, UNKNOWN, requested, target
 from tests.unit.esper.services.urza.issuing import BLUEPRINT, made, redis_of, until
 from tests.unit.esper.services.urza.serving import bearer, serving, settings, trained
 
@@ -124,6 +125,42 @@ def test_a_namespaces_token_reads_its_own_sessions_alone(place):
     asyncio.run(life())
 
 
+def test_nobody_lists_the_kernels_and_blueprints_that_others_work_on(place):
+    async def life() -> None:
+        async with serving(settings(place)) as client:
+            wanted = {}
+            for uid, namespace, inputs in (("u-1", "a", 4), ("u-2", "a", 5), ("u-3", "b", 6)):
+                session = trained(uid, namespace=namespace).to_wire()
+                assert (await client.post("/api/v1/sessions/", json=session)).status_code == 201
+                document = builtin("low-rank", {"rank": inputs})
+                await client.hub.put_blueprint(document, session=uid)
+                asked = await client.hub.request_kernel(
+                    document.digest, target(inputs), session=uid
+                )
+                wanted[uid] = {document.digest, asked.kernel}
+
+            async def seen(headers: dict[str, str], query: str = "") -> set[str]:
+                found = set()
+                for path, key in (("kernels", "kernel"), ("blueprints", "digest")):
+                    for view in ("outline", "full"):
+                        address = f"/api/v1/{path}/?view={view}&{query}"
+                        answer = await client.get(address, headers=headers)
+                        found |= {item[key] for item in answer.json()["items"]}
+                return found
+
+            everything = set().union(*wanted.values())
+            assert await seen(bearer(Role.ADMIN)) == await seen(bearer(Role.READER)) == everything
+            for uid, namespace in (("u-1", "a"), ("u-3", "b")):
+                own = bearer(Role.SESSION, uid, namespace)
+                assert await seen(own) == await seen(own, f"session={uid}") == wanted[uid]
+                assert await seen(own, "states=proposed&states=compiling") == wanted[uid]
+            assert await seen(bearer(Role.SESSION, "u-4", "a")) == set()
+            assert await seen(bearer(Role.READER, namespace="a")) == wanted["u-1"] | wanted["u-2"]
+            assert await seen(bearer(Role.READER, namespace="a"), "session=u-3") == set()
+
+    asyncio.run(life())
+
+
 def test_a_compilers_token_opens_the_work_on_its_own_kernel_alone(place):
     async def life() -> None:
         async with serving(settings(place)) as client:
@@ -160,6 +197,8 @@ def test_a_compilers_token_opens_the_work_on_its_own_kernel_alone(place):
                 ("POST", "/api/v1/sessions/", session),
                 ("GET", "/api/v1/sessions/uid-1/objects", None),
                 ("GET", "/api/v1/kernels/?session=uid-1", None),
+                ("GET", "/api/v1/kernels/", None),
+                ("GET", "/api/v1/blueprints/", None),
                 ("POST", "/api/v1/blueprints/", BLUEPRINT),
                 ("GET", work, None),
                 ("POST", f"{work}/claim", {"worker": "forge"}),

@@ -15,6 +15,7 @@ from esper.configs import HubConfig
 from esper.contracts.base import utc_now
 from esper.services.urza.api import internal
 from esper.services.urza.http_client import HttpUrza
+from esper_operator.scope import Scope
 from esper_operator.sweeping import Sweep
 from tests.unit.esper.services.urza.serving import serving, settings, token
 
@@ -65,7 +66,7 @@ def test_a_sweep_ends_what_was_gone_and_leaves_what_is_new_however_far_the_clock
                 earlier = timedelta(0)
                 cluster: Any = Cluster(hub)
                 heard: Any = Heard()
-                await Sweep(cluster, hub, heard, namespaces=(), every=60.0).once()
+                await Sweep(cluster, hub, heard, scope=Scope(), every=60.0).once()
             revoked = await client.hub.list_credentials("team", revoked=True)
             live = await client.hub.list_credentials("team", revoked=False)
             assert [row.uid for row in revoked] == ["gone"]
