@@ -16,8 +16,8 @@ from esper.configs import HubConfig
 from esper.services.tolaria.checkpoint_manifest import LOGS
 from esper.services.urza.auth import Role
 from esper.services.urza.http_objects import HubObjects
+from tools.chaos_checks import timeless
 from tools.chaos_ranks import MODEL, differences
-from tools.chaos_services import timeless
 from tools.local_cluster import LocalCluster
 from tools.rank_worker import Worker
 
