@@ -11,10 +11,13 @@ EXAMPLE = helm.ROOT / "examples" / "02-digits-cnn" / "session.yaml"
 SHORT = {
     "apiVersion": "esper.dev/v1alpha1",
     "kind": "TrainingSession",
-    "metadata": {"name": "spirals"},
+    "metadata": {"name": "digits"},
     "spec": {
-        "model": {"entrypoint": "esper.zoo.models:MLP"},
-        "data": {"entrypoint": "esper.zoo.data:spirals"},
+        "model": {
+            "entrypoint": "esper.zoo.models:MLP",
+            "arguments": {"inputs": 64, "hidden": [16], "outputs": 10},
+        },
+        "data": {"entrypoint": "esper.zoo.data:digits", "arguments": {"image": False}},
         "training": {"epochs": 8, "checkpoint": {"everyEpochs": 1}},
         "workers": {"replicas": 2},
     },
@@ -27,7 +30,7 @@ def example():
     return yaml.safe_load(EXAMPLE.read_text())
 
 
-def short(name="spirals", **spec):
+def short(name="digits", **spec):
     """A short session with sections of its spec replaced."""
     manifest = copy.deepcopy(SHORT)
     manifest["metadata"]["name"] = name
