@@ -5,11 +5,10 @@ beside any other; with `ESPER_CLUSTER_STATE` set it takes that one and leaves it
 """
 
 import os
-import uuid
 
 import pytest
 
-from tests.e2e.clusters import Pods, failed, module, until
+from tests.e2e.clusters import Pods, made_namespace, module
 from tools.cluster.containers.layout import STATE, layout
 from tools.cluster.containers.source import SourceCluster
 
@@ -61,13 +60,8 @@ def release(install):
 @pytest.fixture
 def namespace(cluster):
     """A namespace of the test's own."""
-    name = f"test-{uuid.uuid4().hex[:8]}"
-    cluster.kubectl("create", "namespace", name)
-    cluster.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
-    account = f"serviceaccount/default -n {name}".split()
-    until(lambda: not failed(cluster.kubectl, "get", *account))
-    yield name
-    cluster.kubectl("delete", "namespace", name, "--wait=false")
+    with made_namespace(cluster) as name:
+        yield name
 
 
 @pytest.fixture
