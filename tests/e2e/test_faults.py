@@ -16,8 +16,10 @@ from tools.images.recipes import RECIPES
 SAID_SECONDS = 30.0
 """From the kubelet's word, or the node controller's, to the session's."""
 ONE = {"replicas": 1}
-LONG = {"epochs": 60, "checkpoint": {"everyEpochs": 1}}
+LONG = {"epochs": 150, "checkpoint": {"everyEpochs": 5}}
 """Long enough to be interrupted."""
+ALONE = {"controller": {"policy": "none"}}
+"""Nothing grows, and nobody is asked."""
 RUNTIME = RECIPES["runtime"].image()
 IMAGE = "localhost/no-such-image:1"
 HUGE = {"inputs": 64, "hidden": [16000, 16000], "outputs": 10}
@@ -26,7 +28,12 @@ INTERRUPTED, KILLED = 75, 137
 CUT, LOST = "esper-2", "esper-3"
 """Nodes that stop answering: the one runs on, the other one does not."""
 SOON = [
-    {"key": f"node.kubernetes.io/{taint}", "operator": "Exists", "tolerationSeconds": 5}
+    {
+        "key": f"node.kubernetes.io/{taint}",
+        "operator": "Exists",
+        "effect": "NoExecute",
+        "tolerationSeconds": 5,
+    }
     for taint in ("not-ready", "unreachable")
 ]
 
@@ -57,17 +64,17 @@ def played(pods, story):
 def image_missing(pods):
     workers = ONE | {"image": IMAGE}
     return Session(
-        pods, short("no-image", workers=workers, runPolicy={"startupDeadlineSeconds": 15})
+        pods, plain("no-image", workers=workers, runPolicy={"startupDeadlineSeconds": 15})
     ).fails()
 
 
 def model_missing(pods):
     model = {"entrypoint": "no_such_module:Model"}
-    return Session(pods, short("no-model", model=model, workers=ONE)).fails()
+    return Session(pods, plain("no-model", model=model, workers=ONE)).fails()
 
 
 def memory_missing(pods):
-    manifest = short(
+    manifest = plain(
         "no-memory",
         model={"entrypoint": "esper.zoo.models:MLP", "arguments": HUGE},
         workers=ONE | {"resources": {"limits": {"memory": "768Mi"}}},
@@ -79,7 +86,7 @@ def memory_missing(pods):
 
 
 def killed(pods):
-    session = Session(pods, short("killed", training=LONG, workers=ONE))
+    session = Session(pods, plain("killed", training=LONG, workers=ONE))
     (pod,) = trains(session)
     container = pod["status"]["containerStatuses"][0]["containerID"].partition("://")[2]
     assert pods.cluster.node(pod["spec"]["nodeName"]).kill_container(container)
@@ -87,7 +94,7 @@ def killed(pods):
 
 
 def evicted(pods):
-    session = Session(pods, short("evicted", training=LONG, runPolicy={"backoffLimit": 0}))
+    session = Session(pods, plain("evicted", training=LONG, runPolicy={"backoffLimit": 0}))
     evict(pods, trains(session)[0])
     return session.succeeds()
 
@@ -127,7 +134,12 @@ def on_node(name, node):
         "tolerations": SOON,
         "terminationGracePeriodSeconds": 5,
     }
-    return short(name, training=LONG, workers=ONE | {"podTemplate": template})
+    return plain(name, training=LONG, workers=ONE | {"podTemplate": template})
+
+
+def plain(name, **spec):
+    """A short session that does not grow."""
+    return short(name, growth=ALONE, **spec)
 
 
 def trains(session, epoch=3):
