@@ -74,8 +74,6 @@ __all__ = [
 ]
 
 ENVIRONMENT_PREFIX = "ESPER_"
-_NO_SETTINGS = frozenset({"ESPER_CLUSTER_STATE"})
-"""Variables that begin so and are others': `make cluster` is told by it where its cluster lies."""
 DEFAULT_FILE = Path("esper.yaml")
 
 TORCHRUN = MappingProxyType(
@@ -308,7 +306,7 @@ def _from_environment(variables: Mapping[str, str]) -> dict[str, tuple[object, s
     for variable in sorted(variables):
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
         linked = name not in NAMES and _SERVICE_LINK.search(variable)
-        if not variable.startswith(ENVIRONMENT_PREFIX) or linked or variable in _NO_SETTINGS:
+        if not variable.startswith(ENVIRONMENT_PREFIX) or linked:
             continue
         given[name] = (_typed(variables[variable]), f"environment {variable}")
     return given

@@ -19,7 +19,6 @@ from esper.configs import (
 )
 from esper.errors import ConfigError, OutputError
 from esper.services.urza.store_sessions import MAX_CREDENTIAL_SECONDS
-from tools.cluster.containers.layout import STATE
 
 DEFAULTS = {
     "database.url": "sqlite+aiosqlite:///{run}/hub/urza.sqlite",
@@ -412,10 +411,6 @@ def test_variables_of_a_kubernetes_service_are_no_settings():
         "UNRELATED": "1",
     }
     assert load({}, environment) == EsperConfig()
-
-
-def test_where_the_cluster_of_this_machine_lies_is_no_setting():
-    assert load({}, {STATE: "/var/tmp/mine"}) == EsperConfig()
 
 
 def test_a_setting_that_ends_like_such_a_variable_is_read():
