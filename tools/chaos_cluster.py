@@ -137,6 +137,7 @@ def _disturb(
                 forget(real, kernels)
                 sessions.append(ClusterSession(real, manifest, f"{prefix}-{len(sessions)}"))
                 say(f"session {len(sessions) - 1} begins")
+                sessions[-1].await_progress()
             session = sessions[-1]
             time.sleep(chance.uniform(0.0, plan.longest))
             hit = faults.bring(fault, session.namespace, lambda s=session: s.running)
@@ -160,6 +161,8 @@ def shortened(manifest: Path) -> dict[str, Any]:
     spec["training"] |= SHORT["training"]
     spec["growth"]["gates"] |= SHORT["gates"]
     spec["runPolicy"] = {"backoffLimit": RETRIES}
+    # Without a share pods get next to nothing of a machine that is busy.
+    spec["workers"]["resources"] = {"requests": {"cpu": "200m"}}
     return document
 
 

@@ -43,6 +43,11 @@ class ClusterSession:
         """Whether its end is not known."""
         return condition(self.get(), "Succeeded").get("status") not in ("True", "False")
 
+    def await_progress(self) -> None:
+        """Wait until it has told of an epoch, or ended: before, there is nothing to lose."""
+        while self.running and not self.get().get("status", {}).get("epoch"):
+            time.sleep(LOOK_SECONDS)
+
     def wait(self) -> dict[str, Any]:
         """It, once it has ended.
 

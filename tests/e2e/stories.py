@@ -44,6 +44,11 @@ class Story:
         found = [entry for entry in self._heard if entry[0] == kind]
         return [(at, it) for _, at, it in found if it["metadata"]["name"].startswith(name)]
 
+    def last(self, kind, name):
+        """An object as it was last heard of; empty before."""
+        found = [it for _, it in self.heard(kind, name) if it["metadata"]["name"] == name]
+        return found[-1] if found else {}
+
     def first(self, kind, name, holds):
         """When it was first heard of an object that `holds` is true of, and that object."""
         for at, found in self.heard(kind, name):

@@ -5,6 +5,7 @@ All sessions of this file train at the same time; each test looks at its own.
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import pytest
 
@@ -15,7 +16,10 @@ from tools.images.recipes import RECIPES
 
 SAID_SECONDS = 30.0
 """From the kubelet's word, or the node controller's, to the session's."""
-ONE = {"replicas": 1}
+SHARE = {"requests": {"cpu": "100m"}}
+"""Without one a pod gets next to nothing of a machine that is busy."""
+ONE = {"replicas": 1, "resources": SHARE}
+TWO = ONE | {"replicas": 2}
 LONG = {"epochs": 150, "checkpoint": {"everyEpochs": 5}}
 """Long enough to be interrupted."""
 ALONE = {"controller": {"policy": "none"}}
@@ -27,6 +31,7 @@ HUGE = {"inputs": 64, "hidden": [16000, 16000], "outputs": 10}
 INTERRUPTED, KILLED = 75, 137
 CUT, LOST = "esper-2", "esper-3"
 """Nodes that stop answering: the one runs on, the other one does not."""
+JOINING = Lock()
 SOON = [
     {
         "key": f"node.kubernetes.io/{taint}",
@@ -55,54 +60,56 @@ def story(pods):
 def played(pods, story):
     """What became of each session, by the name of its fault."""
     with ThreadPoolExecutor() as pool:
-        futures = {fault.__name__: pool.submit(fault, pods) for fault in FAULTS}
+        futures = {fault.__name__: pool.submit(fault, pods, story) for fault in FAULTS}
         yield lambda fault: futures[fault.__name__].result()
     for node in (CUT, LOST):
         pods.cluster.remove_node(node)
 
 
-def image_missing(pods):
+def image_missing(pods, story):
     workers = ONE | {"image": IMAGE}
-    return Session(
-        pods, plain("no-image", workers=workers, runPolicy={"startupDeadlineSeconds": 15})
+    return Heard(
+        story, pods, plain("no-image", workers=workers, runPolicy={"startupDeadlineSeconds": 15})
     ).fails()
 
 
-def model_missing(pods):
+def model_missing(pods, story):
     model = {"entrypoint": "no_such_module:Model"}
-    return Session(pods, plain("no-model", model=model, workers=ONE)).fails()
+    return Heard(story, pods, plain("no-model", model=model, workers=ONE)).fails()
 
 
-def memory_missing(pods):
+def memory_missing(pods, story):
     manifest = plain(
         "no-memory",
         model={"entrypoint": "esper.zoo.models:MLP", "arguments": HUGE},
-        workers=ONE | {"resources": {"limits": {"memory": "768Mi"}}},
+        workers=ONE | {"resources": SHARE | {"limits": {"memory": "768Mi"}}},
         runPolicy={"backoffLimit": 1},
     )
-    session = Session(pods, manifest)
+    session = Heard(story, pods, manifest)
     session.fails()
     return session.status
 
 
-def killed(pods):
-    session = Session(pods, plain("killed", training=LONG, workers=ONE))
+def killed(pods, story):
+    session = Heard(story, pods, plain("killed", training=LONG, workers=ONE))
     (pod,) = trains(session)
     container = pod["status"]["containerStatuses"][0]["containerID"].partition("://")[2]
     assert pods.cluster.node(pod["spec"]["nodeName"]).kill_container(container)
     return session.succeeds()
 
 
-def evicted(pods):
-    session = Session(pods, plain("evicted", training=LONG, runPolicy={"backoffLimit": 0}))
+def evicted(pods, story):
+    session = Heard(
+        story, pods, plain("evicted", training=LONG, workers=TWO, runPolicy={"backoffLimit": 0})
+    )
     evict(pods, trains(session)[0])
     return session.succeeds()
 
 
-def node_cut(pods):
+def node_cut(pods, story):
     """Cut off, and joined again once the session goes on elsewhere: what ran on there ends."""
-    pods.cluster.add_node(CUT, [RUNTIME])
-    session = Session(pods, on_node("cut", CUT))
+    add(pods, CUT)
+    session = Heard(story, pods, on_node("cut", CUT))
     (pod,) = trains(session)
     assert pod["spec"]["nodeName"] == CUT
     pods.cluster.cut_node(CUT)
@@ -111,9 +118,9 @@ def node_cut(pods):
     return session.succeeds()
 
 
-def node_lost(pods):
-    pods.cluster.add_node(LOST, [RUNTIME])
-    session = Session(pods, on_node("lost", LOST))
+def node_lost(pods, story):
+    add(pods, LOST)
+    session = Heard(story, pods, on_node("lost", LOST))
     (pod,) = trains(session)
     assert pod["spec"]["nodeName"] == LOST
     pods.cluster.lose_node(LOST)
@@ -121,6 +128,12 @@ def node_lost(pods):
 
 
 FAULTS = (node_cut, node_lost, image_missing, model_missing, memory_missing, killed, evicted)
+
+
+def add(pods, node):
+    """One after the other: each is given the image, which is all that the machine can do."""
+    with JOINING:
+        pods.cluster.add_node(node, [RUNTIME])
 
 
 def on_node(name, node):
@@ -135,6 +148,18 @@ def on_node(name, node):
         "terminationGracePeriodSeconds": 5,
     }
     return plain(name, training=LONG, workers=ONE | {"podTemplate": template})
+
+
+class Heard(Session):
+    """A session whose status is what was heard of it: many that are asked for would be a load."""
+
+    def __init__(self, story, pods, manifest):
+        self._story = story
+        super().__init__(pods, manifest)
+
+    @property
+    def status(self):
+        return self._story.last("session", self.name).get("status", {})
 
 
 def plain(name, **spec):
