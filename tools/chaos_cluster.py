@@ -46,8 +46,8 @@ from tools.servers.process import ServerError
 
 EXAMPLE = helm.ROOT / "examples" / "02-digits-cnn" / "session.yaml"
 SHORT: dict[str, dict[str, Any]] = {
-    "training": {"epochs": 30, "checkpoint": {"everyEpochs": 3}},
-    "gates": {"dwellEpochs": 3, "ageEpochs": 5, "rampEpochs": 1, "holdEpochs": 1},
+    "training": {"checkpoint": {"everyEpochs": 3}},
+    "gates": {},
 }
 """Still six kernels are compiled, and a seed fossilises."""
 RETRIES = 1000

@@ -18,7 +18,8 @@ SAID_SECONDS = 30.0
 """From the kubelet's word, or the node controller's, to the session's."""
 SHARE = {"requests": {"cpu": "100m"}}
 """Without one a pod gets next to nothing of a machine that is busy."""
-ONE = {"replicas": 1, "resources": SHARE}
+STAYS = {"nodeSelector": {"kubernetes.io/hostname": "esper-1"}}
+ONE = {"replicas": 1, "resources": SHARE, "podTemplate": STAYS}
 TWO = ONE | {"replicas": 2}
 LONG = {"epochs": 150, "checkpoint": {"everyEpochs": 5}}
 """Long enough to be interrupted."""
@@ -256,9 +257,15 @@ def test_a_session_goes_on_elsewhere_when_its_node_stops_to_answer(played, story
     assert status["attempt"] == 2
     assert status["disruptions"] == 1
     assert not status.get("failures")
-    _, pod = story.first("pod", name, disruption)
+    # The node controller says so twice: of the pod's readiness, then as it evicts it.
+    _, event = story.first("event", name, lambda event: event["reason"] == "NodeNotReady")
     said, condition = story.said(name, summed_up("Interrupted"))
-    assert "1 pods were ended from outside" in condition["message"]
+    assert condition["message"].endswith("does not answer")
+    assert in_time(said, event["firstTimestamp"])
+    _, pod = story.first("pod", name, disruption)
+    said, _ = story.said(
+        name, lambda c: summed_up("Interrupted")(c) and "ended from outside" in c["message"]
+    )
     assert in_time(said, disruption(pod)["lastTransitionTime"])
     # To the bit what it would have come to on a node that stays.
     assert status["metrics"] == played(killed)["metrics"]
