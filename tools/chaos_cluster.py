@@ -36,7 +36,7 @@ import yaml
 from tools import helm
 from tools.chaos_checks import Outcome, check_kernels
 from tools.chaos_kernels import Notes, forget
-from tools.chaos_sessions import ClusterSession, check_session
+from tools.chaos_sessions import ClusterSession, check_session, kernels_of
 from tools.cluster.containers.layout import SOURCE, layout
 from tools.cluster.containers.source import SourceCluster
 from tools.cluster_demo import condition
@@ -90,7 +90,7 @@ def run(
         if ended["status"] != "True":
             raise ServerError(f"the undisturbed session: {ended['reason']}: {ended['message']}")
         undisturbed = first.fetch(folder)
-        kernels = sorted(each["metadata"]["name"] for each in first.items("compiledkernels"))
+        kernels = kernels_of(undisturbed)
         say(f"the undisturbed session has ended after {time.monotonic() - began:.0f} s")
         began = time.monotonic()
         seen = _disturb(cluster, real, manifest, prefix, kernels, plan, sessions, outcome, say)
@@ -130,8 +130,10 @@ def _disturb(
     chance = random.Random(plan.seed)
     faults = Faults(cluster, chance)
     for number, fault in enumerate(course(plan.faults, chance), start=1):
-        hit = None
+        hit, begun = None, len(sessions)
         while hit is None:
+            if len(sessions) > begun + 1:
+                raise ServerError(f"{fault}: there was none to hit while a session trained")
             if len(sessions) == 1 or not sessions[-1].running:
                 _await_release(real)
                 forget(real, kernels)

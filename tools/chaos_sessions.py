@@ -113,6 +113,12 @@ def check_session(
     }
 
 
+def kernels_of(place: Path) -> list[str]:
+    """The kernels of all seeds of a session, whoever has them compiled."""
+    told = lines(place / "events.jsonl")
+    return sorted({line["kernel"] for line in told if line.get("kernel")})
+
+
 def check_decisions(place: Path, outcome: Outcome) -> None:
     """No decision is twice in the record, and none that was applied led to two germinations."""
     decisions = lines(place / "decisions.jsonl")

@@ -182,9 +182,9 @@ class Faults:
     def _hits(self, fault: Fault, pod: Pod) -> bool:
         """Whether it came about: a pod may have ended before."""
         if fault.way == DELETE:
+            hit = pod in map(Pod.of, self._called(pod))
             words = ("--grace-period=0", "--force", "--wait=false", "--ignore-not-found")
-            said = self._cluster.kubectl("-n", pod.namespace, "delete", "pod", pod.name, *words)
-            hit = pod.name in said
+            self._cluster.kubectl("-n", pod.namespace, "delete", "pod", pod.name, *words)
         else:
             hit = self._cluster.node(pod.node).kill_container(pod.container)
             if hit:
@@ -193,14 +193,17 @@ class Faults:
             self._hit.append(pod.job)
         return hit
 
+    def _called(self, pod: Pod) -> list[Json]:
+        """The pod of that name, if there is one now."""
+        selector = f"--field-selector=metadata.name={pod.name}"
+        found: list[Json] = self._cluster.get("-n", pod.namespace, "pods", selector)["items"]
+        return found
+
     def _await_seen(self, pod: Pod) -> None:
         """Wait until the kubelet tells that the container was killed, or the pod is gone."""
         began = time.monotonic()
         while time.monotonic() < began + SEEN_SECONDS:
-            found = self._cluster.get(
-                *("-n", pod.namespace, "pods", "--field-selector", f"metadata.name={pod.name}")
-            )["items"]
-            if all(_tells(each, pod) for each in found):
+            if all(_tells(each, pod) for each in self._called(pod)):
                 self.seen.append(round(time.monotonic() - began, 1))
                 return
             time.sleep(0.2)
