@@ -175,6 +175,10 @@ chaos-ranks: setup ## Kill and stop ranks in trials, grafts and checkpoints; not
 chaos-operator: setup ## Kill the operator at every change that it makes in a session's life
 	@$(BIN)/python -m tools.chaos_operator $(ARGUMENTS)
 
+.PHONY: chaos-cluster
+chaos-cluster: setup ## Kill what sessions need, and their pods, on that cluster's kubelet; nothing is lost
+	@$(BIN)/python -m tools.chaos_cluster $(ARGUMENTS)
+
 .PHONY: clean
 clean: ## Remove what the commands above made: .venv, caches, runs/demo
 	@rm -rf $(VENV) $(DEMO) .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache \

@@ -34,7 +34,8 @@ import yaml
 from esper.cli.run_checkpoints import run_checkpoints
 from esper.configs import EsperConfig
 from esper.contracts.manifests import parse_manifest
-from tools.chaos_services import LOGS, Outcome, timeless
+from esper.services.tolaria.checkpoint_manifest import LOGS
+from tools.chaos_checks import Outcome, timeless
 from tools.rank_moments import Course, Moment, Phase, await_end, reach
 from tools.rank_session import write_session
 from tools.rank_worker import Worker, WorkerEnded, last_epoch, lost_epochs

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import json
 import os
 import random
@@ -28,32 +27,36 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self
 
 import yaml
 
 from esper.configs import EsperConfig
 from esper.contracts.blueprints import KernelTarget, LayerGeometry, builtin
-from esper.contracts.enums import BlueprintState, DecisionAction
+from esper.contracts.enums import DecisionAction
 from esper.contracts.messages import OonaMessage, TopicNames
-from esper.contracts.operational import SeedTransition
-from esper.errors import Unavailable
 from esper.services.oona_client import OonaClient
 from esper.services.urza.http_client import HttpUrza
+from tools.chaos_checks import (
+    Outcome,
+    check_kernels,
+    check_transitions,
+    compare,
+    lines,
+    patiently,
+)
 from tools.servers.postgres import PostgresServer
 from tools.servers.process import ServerProcess, dismiss, keeper_of
 from tools.stack import DATABASE, ENVIRONMENT, Stack
 
-LOGS = ("metrics.jsonl", "events.jsonl", "decisions.jsonl")
 FAULTS = ("kill", "freeze")
 IMPATIENT = 0.5
 SESSION_SECONDS = 1800.0
 WAITED = "waited for a decision"
-_OPEN = (BlueprintState.PROPOSED, BlueprintState.COMPILING)
 SETTINGS = {
     "tezzeret": {"poll_seconds": 0.2, "lease_seconds": 3},
     "tolaria": {"republish_seconds": 1, "kernel_poll_seconds": 0.2},
@@ -70,22 +73,6 @@ SETTINGS = {
     },
 }
 """Times short enough that faults of a second are felt."""
-
-Result = TypeVar("Result")
-
-
-@dataclass
-class Outcome:
-    """What a chaos run came to; `broken` names what did not hold, in a line each."""
-
-    faults: list[str] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
-
-    def check(self, holds: bool, what: str) -> None:
-        """Note `what` unless it holds."""
-        if not holds:
-            self.broken.append(what)
 
 
 @dataclass(frozen=True)
@@ -119,9 +106,9 @@ def run(
         outcome.check(sessions.wait(), "a disturbed session did not end well")
     say(f"the last disturbed session has ended after {time.monotonic() - started:.0f} s")
     for directory in sessions.directories:
-        _compare(folder / "undisturbed", directory, outcome)
-        asyncio.run(_check_news(config, directory, outcome))
-    asyncio.run(_check_kernels(config, kernels, outcome))
+        compare(folder / "undisturbed", directory, outcome)
+        check_transitions(asyncio.run(_heard(config, directory)), directory, outcome)
+    asyncio.run(check_kernels(config.hub, kernels, outcome))
     check_database(stack.postgres, outcome)
     outcome.figures |= {
         "seconds": round(time.monotonic() - started, 1),
@@ -274,20 +261,10 @@ async def _request_kernels(config: EsperConfig, widths: Iterable[int]) -> list[s
             document = builtin("bottleneck-mlp", {"units": width + 2})
             layer = LayerGeometry(kind="Linear", inputs=8 + width, outputs=4)
             target = KernelTarget(layer=layer, input_shape=(8 + width,), output_shape=(4,))
-            await _patiently(partial(hub.put_blueprint, document))
-            kernel = await _patiently(partial(hub.request_kernel, document.digest, target))
+            await patiently(partial(hub.put_blueprint, document))
+            kernel = await patiently(partial(hub.request_kernel, document.digest, target))
             asked.append(kernel.kernel)
     return asked
-
-
-async def _patiently(ask: Callable[[], Awaitable[Result]]) -> Result:
-    """What the hub answers, once it does."""
-    for _ in range(600):
-        try:
-            return await ask()
-        except Unavailable:
-            await asyncio.sleep(0.1)
-    return await ask()
 
 
 def _disturb(
@@ -354,65 +331,15 @@ def _fault(part: ServerProcess, fault: str, seconds: float) -> None:
         part.thaw()
 
 
-def _compare(undisturbed: Path, disturbed: Path, outcome: Outcome) -> None:
-    for name in LOGS:
-        one, two = (timeless(directory / name) for directory in (undisturbed, disturbed))
-        outcome.figures[name] = len(two)
-        pairs = enumerate(zip(one, two, strict=False))
-        first = next((n for n, (expected, found) in pairs if expected != found), None)
-        outcome.check(
-            one == two,
-            f"{disturbed.name}/{name}: {len(one)} lines without faults, {len(two)} with; "
-            f"the first difference: {first}",
-        )
-
-
-async def _check_kernels(config: EsperConfig, kernels: Sequence[str], outcome: Outcome) -> None:
-    """Wait for every kernel, and verify every artifact in the hub."""
-    async with HttpUrza(config.hub) as hub:
-        deadline = time.monotonic() + 120
-        for kernel in kernels:
-            state = BlueprintState.PROPOSED
-            while state in _OPEN and time.monotonic() < deadline:
-                state = (await _patiently(partial(hub.kernel, kernel))).state
-                await asyncio.sleep(0.05)
-            outcome.check(state is BlueprintState.CHARACTERIZED, f"kernel {kernel} is {state}")
-        compiled = await hub.kernels([BlueprintState.CHARACTERIZED])
-        for made in compiled:
-            data = await _patiently(partial(hub.artifact, made.kernel))
-            found = hashlib.sha256(data).hexdigest()
-            outcome.check(
-                found == made.artifact_digest,
-                f"kernel {made.kernel}: its artifact has digest {found}",
-            )
-        outcome.figures["kernels"] = len(compiled)
-
-
-async def _check_news(config: EsperConfig, directory: Path, outcome: Outcome) -> None:
-    """Every transition is on the bus, once for whoever drops what it has heard, and in order."""
+async def _heard(config: EsperConfig, directory: Path) -> list[OonaMessage]:
+    """Every transition of a run that the bus keeps, in its order, also those sent again."""
     annotations = yaml.safe_load((directory / "manifest.yaml").read_text().split("---\n")[0])
     uid = annotations["metadata"]["annotations"]["esper.dev/uid"]
     bus = OonaClient(config.redis, scope=uid)
-    heard: dict[str, OonaMessage] = {}
-    published = 0
     try:
-        async for message in bus.history({TopicNames.TRANSITIONS}, uid):
-            published += 1
-            heard.setdefault(message.id, message)
+        return [message async for message in bus.history({TopicNames.TRANSITIONS}, uid)]
     finally:
         await bus.close()
-    told = [
-        SeedTransition.model_validate(
-            {name: value for name, value in line.items() if name not in ("time", "type")}
-        )
-        for line in lines(directory / "events.jsonl")
-        if line["type"] == "transition"
-    ]
-    applied = [message.open() for message in heard.values()]
-    outcome.figures |= {"transitions": len(told), "transitionsPublished": published}
-    outcome.check(
-        applied == told, f"{len(told)} transitions were told, {len(applied)} arrived or in disorder"
-    )
 
 
 def note_results(postgres: PostgresServer) -> None:
@@ -451,21 +378,6 @@ def check_database(postgres: PostgresServer, outcome: Outcome) -> None:
         kernel, results = line.split("|")
         outcome.check(results == "1", f"kernel {kernel}: {results} accepted results of its lease")
     outcome.check(total == kernels, f"{total} results were accepted for {kernels} kernels")
-
-
-def timeless(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log, without when they were written."""
-    return [
-        {name: value for name, value in line.items() if name not in ("time", "seconds")}
-        for line in lines(path)
-    ]
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; a log that is not there has none."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

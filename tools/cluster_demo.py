@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import yaml
 
 from esper.services.tolaria.checkpoint_manifest import LOGS
+from tools.chaos_checks import timeless
 from tools.chaos_ranks import differences
-from tools.chaos_services import timeless
 from tools.cluster.programs import cluster_program
 from tools.rank_worker import AGENT, RANK, Worker
 

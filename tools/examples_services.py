@@ -11,7 +11,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.chaos_services import LOGS, timeless
+from esper.services.tolaria.checkpoint_manifest import LOGS
+from tools.chaos_checks import timeless
 from tools.stack import Stack
 
 EXAMPLES = ("01-mnist1d-mlp", "02-digits-cnn", "03-own-model")

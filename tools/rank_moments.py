@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from esper.contracts.enums import SeedState
-from tools.chaos_services import lines
+from tools.chaos_checks import lines
 from tools.rank_worker import LOOK_SECONDS, Worker, last_epoch, writing
 
 RECOVERY_TRIAL = "recovery trial"

@@ -57,6 +57,7 @@ class Reason(StrEnum):
     UNSCHEDULABLE = "Unschedulable"
     IMAGE_PULL_FAILED = "ImagePullFailed"
     CONTAINER_REFUSED = "ContainerRefused"
+    NODE_NOT_READY = "NodeNotReady"
     WORKERS_STARTING = "WorkersStarting"
     BACKING_OFF = "BackingOff"
     FINISHED = "Finished"

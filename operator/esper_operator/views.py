@@ -261,6 +261,8 @@ class PodView:
     ready: bool = False
     deleting: bool = False
     node: str = ""
+    unanswered: bool = False
+    """Whether its node does not answer: then others than the node say that it is not ready."""
     waiting: Said | None = None
     """Why its container does not run yet."""
     unschedulable: str = ""
@@ -301,6 +303,7 @@ class PodView:
             ready="Ready" in holding,
             deleting=meta.get("deletionTimestamp") is not None,
             node=intern(str((data.get("spec") or {}).get("nodeName") or "")),
+            unanswered=_is_unanswered(data, holding),
             waiting=None if waiting is None else Said.of(waiting),
             unschedulable=_unschedulable(status),
             exit_code=None if exit_code is None else int(exit_code),
@@ -331,6 +334,16 @@ def _container_state(status: Object) -> Object:
             found: Object = container.get("state") or {}
             return found
     return {}
+
+
+def _is_unanswered(data: Object, holding: Mapping[str, Object]) -> bool:
+    """Whether the node controller has marked a pod, of which its node said that all was well.
+
+    A node says both of a pod's conditions at once; who asks for further ones can't be told.
+    """
+    running = (data.get("status") or {}).get("phase") == "Running"
+    gated = bool((data.get("spec") or {}).get("readinessGates"))
+    return running and not gated and "ContainersReady" in holding and "Ready" not in holding
 
 
 def _controller_uid(meta: Object) -> str:

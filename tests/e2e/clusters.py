@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 
 from tools.cluster.containers.layout import STATE
 
@@ -22,6 +23,18 @@ def module(name, *words, state, check=True):
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@contextlib.contextmanager
+def made_namespace(cluster):
+    """A namespace that refuses pods that are not restricted."""
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    cluster.kubectl("create", "namespace", name)
+    cluster.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
+    account = f"serviceaccount/default -n {name}".split()
+    until(lambda: not failed(cluster.kubectl, "get", *account))
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 
 class Pods:

@@ -4,13 +4,11 @@
 beside any other; with `ESPER_CLUSTER_STATE` set it takes that one and leaves it up.
 """
 
-import contextlib
 import os
-import uuid
 
 import pytest
 
-from tests.e2e.clusters import Pods, failed, module, until
+from tests.e2e.clusters import Pods, made_namespace, module
 from tools.cluster.containers.layout import STATE, layout
 from tools.cluster.containers.source import SourceCluster
 
@@ -57,18 +55,6 @@ def install(cluster, images):
 def release(install):
     """The chart as `make install` leaves it; what that said."""
     return install()
-
-
-@contextlib.contextmanager
-def made_namespace(cluster):
-    """A namespace that refuses pods which are not restricted, until the end."""
-    name = f"test-{uuid.uuid4().hex[:8]}"
-    cluster.kubectl("create", "namespace", name)
-    cluster.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
-    account = f"serviceaccount/default -n {name}".split()
-    until(lambda: not failed(cluster.kubectl, "get", *account))
-    yield name
-    cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ from datetime import datetime
 
 import pytest
 
-from tests.e2e.clusters import Pods, until
-from tests.e2e.conftest import made_namespace
+from tests.e2e.clusters import Pods, made_namespace, until
 from tests.e2e.sessions import Session, short
 from tools.images.recipes import RECIPES
 

@@ -13,8 +13,7 @@ import pytest
 
 from esper.contracts.blueprints import KernelTarget, LayerGeometry, builtin, kernel_id
 from esper.contracts.messages import TopicNames
-from tests.e2e.clusters import Pods, failed, until
-from tests.e2e.conftest import made_namespace
+from tests.e2e.clusters import Pods, failed, made_namespace, until
 from tests.e2e.sessions import Session, short
 from tools import helm
 

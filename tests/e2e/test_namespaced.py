@@ -12,8 +12,7 @@ import yaml
 
 from esper.contracts.resources import KINDS
 from tests.e2e import elsewhere
-from tests.e2e.clusters import Pods
-from tests.e2e.conftest import made_namespace
+from tests.e2e.clusters import Pods, made_namespace
 from tests.e2e.sessions import Session, short
 from tools import helm
 from tools.cluster.programs import cluster_program

@@ -38,6 +38,8 @@ DISRUPTIONS_A_JOB = 3
 FOLLOWING = frozenset({Reason.RETRYING, Reason.INTERRUPTED})
 """Said of a session from the end of an attempt on until the next one's workers are ready."""
 
+OUT_OF_MEMORY = "OOMKilled"
+"""A kubelet's reason where the kernel has killed a process of a container for its memory."""
 _FAILED_BY_RULE = "PodFailurePolicy"
 _MAX_TEXT = 1024
 
@@ -289,10 +291,15 @@ def _with_cause(scene: Scene, job: JobView, cause: PodView) -> Scene:
 
 
 def _text(pod: PodView) -> str:
-    """Why a pod has failed, in its worker's words where it has left any."""
-    if pod.told is not None:
-        return f"{pod.told.reason}: {pod.told.message}"
+    """Why a pod has failed, in its worker's words where it has left any.
+
+    With control groups of version 1 a rank alone is killed that takes too much memory: its worker
+    tells of a signal, and the node why.
+    """
     said = pod.ended or Said("Error")
+    if pod.told is not None:
+        text = f"{pod.told.reason}: {pod.told.message}"
+        return f"{said.reason}: {text}" if said.reason == OUT_OF_MEMORY else text
     text = f"{said.reason or 'Error'}, exit code {pod.exit_code}"
     return f"{text}: {said.message}" if said.message else text
 

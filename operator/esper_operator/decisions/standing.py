@@ -75,6 +75,8 @@ def _summary(scene: Scene, workers: Readiness) -> tuple[str, str]:
     if scene.job is not None and scene.record.interrupted_pods:
         lost = len(scene.record.interrupted_pods)
         return Reason.INTERRUPTED, f"{lost} pods were ended from outside; {workers.message}"
+    if workers.reason == Reason.NODE_NOT_READY:
+        return Reason.INTERRUPTED, workers.message
     if before is not None and before.reason in attempts.FOLLOWING:
         return before.reason, before.message
     if scene.job is None and (before is None or before.reason == Reason.CREATED):

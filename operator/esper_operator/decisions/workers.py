@@ -214,6 +214,9 @@ def _trouble(pod: PodView, before: Readiness | None) -> Readiness | None:
         return Readiness("False", Reason.IMAGE_PULL_FAILED, _waiting_text(pod, pod.waiting))
     if pod.waiting is not None and pod.waiting.reason in CONTAINER_REASONS:
         return Readiness("False", Reason.CONTAINER_REFUSED, _waiting_text(pod, pod.waiting))
+    if pod.unanswered:
+        text = f"pod {pod.name}: node {pod.node} does not answer"
+        return Readiness("False", Reason.NODE_NOT_READY, text)
     if pod.unschedulable and not pod.node:
         return Readiness("False", Reason.UNSCHEDULABLE, f"pod {pod.name}: {pod.unschedulable}")
     return None

@@ -160,6 +160,7 @@ def pod_object(
     created: float = NOW - 30,
     phase: str = "Running",
     ready: bool = False,
+    unanswered: bool = False,
     node: str = "node-1",
     waiting: tuple[str, str] | None = None,
     unschedulable: str = "",
@@ -185,6 +186,9 @@ def pod_object(
     conditions = []
     if ready:
         conditions.append({"type": "Ready", "status": "True"})
+    if unanswered:  # as a node controller leaves what a kubelet has said
+        conditions.append({"type": "ContainersReady", "status": "True"})
+        conditions.append({"type": "Ready", "status": "False"})
     if disrupted:
         conditions.append({"type": "DisruptionTarget", "status": "True", "reason": disrupted})
     if unschedulable:

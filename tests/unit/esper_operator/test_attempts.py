@@ -50,6 +50,16 @@ def after(pods: list[dict[str, Any]], **fields: Any) -> Plan:
             [{"exit_code": 1, "said": '{"reason": "LossNotFinite", "message": "after 3"}'}],
             "LossNotFinite: after 3",
         ),
+        (
+            [
+                {
+                    "exit_code": 1,
+                    "why": "OOMKilled",
+                    "said": '{"reason": "RankCrashed", "message": "rank 0 was killed by SIGKILL"}',
+                }
+            ],
+            "OOMKilled: RankCrashed: rank 0 was killed by SIGKILL",
+        ),
         ([{"exit_code": 1, "said": "no JSON"}], "Error, exit code 1: no JSON"),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from esper_operator.conditions import Kind
 from esper_operator.decisions.lost import MARGIN_SECONDS
 from esper_operator.plans import Deletion, Plan
 from esper_operator.times import text_of
@@ -14,6 +15,7 @@ from tests.unit.esper_operator.objects import (
     COMPLETE,
     NOW,
     applied,
+    condition_of,
     decided,
     deleted,
     job,
@@ -52,6 +54,19 @@ def after(*pods: PodView, **fields: Any) -> Plan:
 
 def forced(plan: Plan) -> list[str]:
     return [item.name for item in plan.delete if item.kind == "Pod" and item.grace_seconds == 0]
+
+
+def test_a_node_that_does_not_answer_is_said_before_its_pod_is_evicted() -> None:
+    silent = pod(session(), 1, unanswered=True)
+    plan = after(silent)
+    told = f"pod {silent.name}: node node-1 does not answer"
+    assert condition_of(plan, Kind.WORKERS_READY) == ("False", "NodeNotReady", told)
+    assert condition_of(plan, Kind.SUCCEEDED) == ("Unknown", "Interrupted", told)
+    assert [notice.reason for notice in plan.notices] == ["Interrupted"]
+    status = written(plan)
+    # It may come back as it was.
+    assert (status.attempt, status.disruptions, status.failed_attempts) == (1, 0, 0)
+    assert (deleted(plan), applied(plan)) == ([], [])
 
 
 def test_a_lost_pod_is_deleted_without_grace_and_another_attempt_goes_on() -> None:

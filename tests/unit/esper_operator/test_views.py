@@ -98,6 +98,9 @@ def test_a_suspended_job_has_not_started() -> None:
             {"exit_code": 1, "said": "Traceback"},
             {"told": None, "ended": Said("Error", "Traceback")},
         ),
+        ({"unanswered": True}, {"unanswered": True, "ready": False, "alive": True}),
+        ({"unanswered": True, "exit_code": 1}, {"unanswered": False}),
+        ({"unanswered": True, "ready": True}, {"unanswered": False}),
         ({"disrupted": "Preemption"}, {"disrupted": Said("Preemption")}),
         ({"deleting": True}, {"deleting": True, "alive": False, "over": False}),
         ({"status_reason": "Evicted"}, {"ended": Said("Evicted"), "exit_code": None, "over": True}),
@@ -110,6 +113,13 @@ def test_a_pod(fields: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found.role == "worker"
     for name, value in expected.items():
         assert getattr(found, name) == value, name
+
+
+def test_a_pod_that_others_have_a_say_in_is_not_known_to_be_unanswered() -> None:
+    data = pod_object(session(), unanswered=True)
+    assert PodView.of(data).unanswered
+    data["spec"]["readinessGates"] = [{"conditionType": "example.org/gate"}]
+    assert not PodView.of(data).unanswered
 
 
 def test_only_the_workers_own_container_counts() -> None:

@@ -6,7 +6,8 @@ import time
 
 from tests.alive import alive
 from tools import chaos_services
-from tools.chaos_services import Outcome, Session, check_database, note_results
+from tools.chaos_checks import Outcome
+from tools.chaos_services import Session, check_database, note_results
 from tools.stack import DATABASE
 
 ROWS = """CREATE TABLE compiled_kernels

@@ -158,6 +158,11 @@ def list_images(node: Node) -> list[str]:
     return [*_ctr(node), "images", "ls", "--quiet"]
 
 
+def list_tasks(node: Node) -> list[str]:
+    """Lists a node's containers with their main processes, by the ids that those have on it."""
+    return [*_ctr(node), "tasks", "ls"]
+
+
 def _ctr(node: Node) -> list[str]:
     return ["ctr", f"--address={node.socket}", "--namespace=k8s.io"]
 

@@ -134,6 +134,24 @@ class ClusterNode:
         """The names of its images."""
         return set(run(commands.list_images(self.node)).split())
 
+    def kill_container(self, container: str) -> bool:
+        """Kill the main process of a container (SIGKILL); False where it has none any more.
+
+        Nobody is told: the kubelet hears of it from containerd, as of any process that ends.
+
+        Args:
+            container: its id, without the ``containerd://`` of a pod's status.
+        """
+        tasks = run(commands.list_tasks(self.node)).splitlines()[1:]
+        running = {name: pid for name, pid, state in map(str.split, tasks) if state == "RUNNING"}
+        if container not in running:
+            return False
+        try:
+            self.machine.run(["sh", "-c", f"kill -KILL {int(running[container])}"])
+        except ServerError:  # it has ended meanwhile
+            return False
+        return True
+
     def _serves(self) -> bool:
         try:
             run(commands.list_images(self.node))

@@ -1,0 +1,164 @@
+"""What `make chaos-cluster` does to whom, and that it finds what is lost or done twice."""
+
+import json
+import random
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+from esper.contracts.enums import ComponentType
+from esper.contracts.messages import OonaMessage, TopicNames
+from esper.contracts.operational import SeedTransition
+from tools import chaos_kernels
+from tools.chaos_checks import Outcome, check_transitions
+from tools.chaos_cluster import EXAMPLE, shortened
+from tools.chaos_kernels import Notes
+from tools.chaos_sessions import check_decisions, check_seeds
+from tools.cluster_faults import DELETE, WAYS, Fault, Pod, course
+
+EVERY = {Fault(part, way) for part, ways in WAYS.items() for way in ways}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_part_is_hit_first_and_then_in_each_of_its_ways(seed):
+    faults = course(20, random.Random(seed))
+    assert {fault.part for fault in faults[: len(WAYS)]} == set(WAYS)
+    assert set(faults[: len(EVERY)]) == EVERY
+    assert len(faults) == 20
+    assert faults == course(20, random.Random(seed))
+    assert len(course(5, random.Random(seed))) == 5
+
+
+def test_no_pod_of_a_stateful_set_is_deleted_before_it_has_ended():
+    assert EVERY.isdisjoint({Fault("urza", DELETE), Fault("redis", DELETE)})
+
+
+def pod(state, **meta):
+    return {
+        "metadata": {"namespace": "n", "name": "p", "uid": "u", "labels": {}, **meta},
+        "spec": {"nodeName": "esper-1"},
+        "status": {"containerStatuses": [{"state": state, "containerID": "containerd://c0ffee"}]},
+    }
+
+
+def test_only_a_pod_that_runs_can_be_hit():
+    assert Pod.of(pod({"running": {}})).container == "c0ffee"
+    assert Pod.of(pod({"waiting": {}})) is None
+    assert Pod.of(pod({"running": {}}, deletionTimestamp="2026-01-01T00:00:00Z")) is None
+    assert Pod.of({"metadata": {}, "status": {}}) is None
+
+
+def test_a_shortened_session_may_fail_as_often_as_it_is_killed():
+    document = shortened(EXAMPLE)
+    assert document["spec"]["runPolicy"]["backoffLimit"] >= 100
+    assert document["spec"]["training"]["epochs"] < 60
+    assert document["spec"]["workers"]["replicas"] == 2
+
+
+TRANSITION = {
+    "session": "s",
+    "epoch": 3,
+    "layer": "head",
+    "slot": 0,
+    "cycle": 0,
+    "previous": "dormant",
+    "current": "germinated",
+    "reason": "why",
+}
+
+
+def written(folder, *, decisions=(), transitions=()):
+    for name, found in (("decisions", decisions), ("events", transitions)):
+        text = "".join(json.dumps(line) + "\n" for line in found)
+        (folder / f"{name}.jsonl").write_text(text)
+    return folder
+
+
+def transition(**changes):
+    return {"type": "transition", "time": "t", **TRANSITION, **changes}
+
+
+def decision(identity, **changes):
+    return {"id": identity, "action": "germinate", "applied": True, **changes}
+
+
+def broken(check, *words):
+    outcome = Outcome()
+    check(*words, outcome)
+    return outcome.broken
+
+
+def test_a_decision_that_was_applied_twice_is_found(tmp_path):
+    once = written(tmp_path, decisions=[decision("a")], transitions=[transition()])
+    assert broken(check_decisions, once) == []
+    twice = written(tmp_path, decisions=[decision("a")] * 2, transitions=[transition()])
+    assert any("a are recorded twice" in line for line in broken(check_decisions, twice))
+    same = written(tmp_path, decisions=[decision("a")], transitions=[transition()] * 2)
+    assert any("2 seeds germinated in 1 slots" in line for line in broken(check_decisions, same))
+    other = [transition(), transition(slot=1)]
+    more = written(tmp_path, decisions=[decision("a")], transitions=other)
+    assert any("1 decisions to germinate" in line for line in broken(check_decisions, more))
+
+
+def test_a_seed_that_is_not_as_the_log_tells_is_found(tmp_path):
+    told = [transition(), transition(previous="germinated", current="training")]
+    place = written(tmp_path, transitions=told)
+    seed = {"spec": {"layer": "head", "slot": 0}, "status": {"state": "training"}}
+    assert broken(check_seeds, [seed], place) == []
+    assert broken(check_seeds, [], place)
+    assert broken(check_seeds, [seed | {"status": {"state": "germinated"}}], place)
+
+
+def published(*transitions):
+    return [
+        OonaMessage.carrying(
+            TopicNames.TRANSITIONS, SeedTransition.model_validate(found), ComponentType.TOLARIA
+        ).model_copy(update={"id": identity})
+        for identity, found in transitions
+    ]
+
+
+def test_a_transition_that_is_lost_or_in_disorder_is_found(tmp_path):
+    first, second = TRANSITION, TRANSITION | {"slot": 1}
+    place = written(tmp_path, transitions=[transition(), transition(slot=1)])
+    again = published(("1", first), ("2", second), ("1", first))
+    assert broken(check_transitions, again, place) == []
+    assert broken(check_transitions, published(("1", first)), place)
+    assert broken(check_transitions, published(("2", second), ("1", first)), place)
+    assert broken(check_transitions, published(("1", first), ("2", second), ("3", second)), place)
+
+
+class Here:
+    """A hub's pod that is this process's own machine."""
+
+    def kubectl(self, *words):
+        command = [sys.executable, *words[words.index("python") + 1 :]]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_second_accepted_result_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(chaos_kernels, "DATABASE", str(tmp_path / "urza.sqlite"))
+    with sqlite3.connect(tmp_path / "urza.sqlite") as db:
+        db.execute("CREATE TABLE compiled_kernels (id, kernel, state, lease_token)")
+        db.execute("INSERT INTO compiled_kernels VALUES ('1', 'a', 'proposed', NULL)")
+
+    def accept(lease):
+        with sqlite3.connect(tmp_path / "urza.sqlite") as db:
+            values = f"state = 'characterized', lease_token = '{lease}'"
+            db.execute(f"UPDATE compiled_kernels SET {values}")
+
+    notes = Notes(Here())
+    notes.begin()
+    assert broken(notes.check, ["a"]) == ["no result was accepted for kernels a"]
+    accept("one")
+    assert broken(notes.check, ["a"]) == []
+    assert broken(notes.check, ["a", "b"]) == ["no result was accepted for kernels b"]
+    accept("two")
+    assert any("2 results were accepted" in line for line in broken(notes.check, ["a"]))
+    notes.end()
+    with sqlite3.connect(tmp_path / "urza.sqlite") as db:
+        assert [row[0] for row in db.execute("SELECT name FROM sqlite_master")] == [
+            "compiled_kernels"
+        ]

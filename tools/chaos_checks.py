@@ -1,0 +1,121 @@
+"""What must hold of a session that was disturbed: the same logs, and all that was said of it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from esper.configs import HubConfig
+from esper.contracts.enums import BlueprintState
+from esper.contracts.messages import OonaMessage
+from esper.contracts.operational import SeedTransition
+from esper.errors import Unavailable
+from esper.services.tolaria.checkpoint_manifest import LOGS
+from esper.services.urza.http_client import HttpUrza
+
+_OPEN = (BlueprintState.PROPOSED, BlueprintState.COMPILING)
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Outcome:
+    """What a chaos run came to; `broken` names what did not hold, in a line each."""
+
+    faults: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, holds: bool, what: str) -> None:
+        """Note `what` unless it holds."""
+        if not holds:
+            self.broken.append(what)
+
+
+def compare(undisturbed: Path, disturbed: Path, outcome: Outcome) -> None:
+    """The logs of both are the same, line by line, but for times."""
+    for name in LOGS:
+        one, two = (timeless(directory / name) for directory in (undisturbed, disturbed))
+        outcome.figures[name] = len(two)
+        pairs = enumerate(zip(one, two, strict=False))
+        first = next((n for n, (expected, found) in pairs if expected != found), None)
+        outcome.check(
+            one == two,
+            f"{disturbed.name}/{name}: {len(one)} lines without faults, {len(two)} with; "
+            f"the first difference: {first}",
+        )
+
+
+def check_transitions(published: Sequence[OonaMessage], directory: Path, outcome: Outcome) -> None:
+    """What the bus keeps is what the log tells, once for whoever drops what it has heard already.
+
+    And in order.
+    """
+    heard: dict[str, OonaMessage] = {}
+    for message in published:
+        heard.setdefault(message.id, message)
+    told = [
+        SeedTransition.model_validate(
+            {name: value for name, value in line.items() if name not in ("time", "type")}
+        )
+        for line in lines(directory / "events.jsonl")
+        if line["type"] == "transition"
+    ]
+    applied = [message.open() for message in heard.values()]
+    outcome.figures |= {"transitions": len(told), "transitionsPublished": len(published)}
+    outcome.check(
+        applied == told, f"{len(told)} transitions were told, {len(applied)} arrived or in disorder"
+    )
+
+
+async def check_kernels(config: HubConfig, kernels: Sequence[str], outcome: Outcome) -> None:
+    """Wait for every kernel, and verify every artifact in the hub."""
+    async with HttpUrza(config) as hub:
+        deadline = time.monotonic() + 120
+        for kernel in kernels:
+            state = BlueprintState.PROPOSED
+            while state in _OPEN and time.monotonic() < deadline:
+                state = (await patiently(partial(hub.kernel, kernel))).state
+                await asyncio.sleep(0.05)
+            outcome.check(state is BlueprintState.CHARACTERIZED, f"kernel {kernel} is {state}")
+        compiled = await hub.kernels([BlueprintState.CHARACTERIZED])
+        for made in compiled:
+            data = await patiently(partial(hub.artifact, made.kernel))
+            found = hashlib.sha256(data).hexdigest()
+            outcome.check(
+                found == made.artifact_digest,
+                f"kernel {made.kernel}: its artifact has digest {found}",
+            )
+        outcome.figures["kernels"] = len(compiled)
+
+
+async def patiently(ask: Callable[[], Awaitable[Result]]) -> Result:
+    """What the hub answers, once it does."""
+    for _ in range(600):
+        try:
+            return await ask()
+        except Unavailable:
+            await asyncio.sleep(0.1)
+    return await ask()
+
+
+def timeless(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log, without when they were written."""
+    return [
+        {name: value for name, value in line.items() if name not in ("time", "seconds")}
+        for line in lines(path)
+    ]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log; a log that is not there has none."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
