@@ -16,6 +16,7 @@ CAMPAIGNS = {
     "make test": ".ci/run",
     "make chaos-services": "tests/integration/test_chaos_services.py",
     "make chaos-ranks": "tests/integration/test_ranks_chaos.py",
+    "make chaos-cluster": "tests/e2e/test_chaos.py",
     "make bench-growth": "tests/unit/test_benchmark_growth.py",
     "make bench-execution": "tests/unit/test_benchmark_execution.py",
     "make bench-distributed": "tests/unit/test_benchmark_distributed.py",
