@@ -21,7 +21,7 @@ SHARE = {"requests": {"cpu": "100m"}}
 STAYS = {"nodeSelector": {"kubernetes.io/hostname": "esper-1"}}
 ONE = {"replicas": 1, "resources": SHARE, "podTemplate": STAYS}
 TWO = ONE | {"replicas": 2}
-LONG = {"epochs": 150, "checkpoint": {"everyEpochs": 5}}
+LONG = {"epochs": 400, "checkpoint": {"everyEpochs": 5}}
 """Long enough to be interrupted."""
 ALONE = {"controller": {"policy": "none"}}
 """Nothing grows, and nobody is asked."""
@@ -60,7 +60,7 @@ def story(pods):
 @pytest.fixture(scope="module")
 def played(pods, story):
     """What became of each session, by the name of its fault."""
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(len(FAULTS)) as pool:
         futures = {fault.__name__: pool.submit(fault, pods, story) for fault in FAULTS}
         yield lambda fault: futures[fault.__name__].result()
     for node in (CUT, LOST):
@@ -114,7 +114,7 @@ def node_cut(pods, story):
     (pod,) = trains(session)
     assert pod["spec"]["nodeName"] == CUT
     pods.cluster.cut_node(CUT)
-    until(lambda: session.status["attempt"] == 2, seconds=180.0)
+    until(lambda: session.status["attempt"] == 2, seconds=600.0)
     pods.cluster.cut_node(CUT, joined=True)
     return session.succeeds()
 
@@ -170,7 +170,7 @@ def plain(name, **spec):
 
 def trains(session, epoch=3):
     """Its workers, once it has trained for some epochs."""
-    until(lambda: session.status.get("epoch", 0) >= epoch, seconds=180.0)
+    until(lambda: session.status.get("epoch", 0) >= epoch, seconds=600.0)
     return session.workers()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,9 @@ def make_authority(folder: Path) -> None:
 
 
 def issue(folder: Path, name: str, subject: str, alternatives: Sequence[str]) -> None:
-    """Write `<name>.key` and `<name>.crt`, for servers and clients.
+    """Write `<name>.key` and `<name>.crt`, for servers and clients; the latter once it is whole.
+
+    Several may be issued at once: their numbers are by chance, none is counted.
 
     Args:
         folder: the authority's.
@@ -33,6 +36,7 @@ def issue(folder: Path, name: str, subject: str, alternatives: Sequence[str]) ->
         alternatives: what the holder is called, such as ``IP:127.0.0.1`` and ``DNS:localhost``.
     """
     request, extensions = folder / f"{name}.csr", folder / f"{name}.ext"
+    made = folder / f"{name}.crt.partial"
     extensions.write_text(
         f"subjectAltName={','.join(alternatives)}\nextendedKeyUsage=serverAuth,clientAuth\n"
     )
@@ -45,9 +49,11 @@ def issue(folder: Path, name: str, subject: str, alternatives: Sequence[str]) ->
     run(
         [
             *("openssl", "x509", "-req", "-in", str(request), "-days", str(DAYS)),
-            *("-CA", str(folder / "ca.crt"), "-CAkey", str(folder / "ca.key"), "-CAcreateserial"),
-            *("-out", str(folder / f"{name}.crt"), "-extfile", str(extensions)),
+            *("-CA", str(folder / "ca.crt"), "-CAkey", str(folder / "ca.key")),
+            *("-set_serial", f"0x{secrets.token_hex(16)}"),
+            *("-out", str(made), "-extfile", str(extensions)),
         ]
     )
+    made.rename(folder / f"{name}.crt")
     request.unlink()
     extensions.unlink()
