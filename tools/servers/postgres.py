@@ -138,7 +138,8 @@ def _as_nobody() -> list[str]:
     """How a command of Postgres begins: it refuses to run as root.
 
     As root it becomes nobody, who keeps the right to pass through folders that only root may enter
-    (a home, pytest's temporary folders), so that no folder's permissions have to be changed.
+    (a home, pytest's temporary folders), so that no folder's permissions have to be changed. With
+    `no_setuid_fixup` access(2), which initdb asks whether it may run `postgres`, counts that too.
     """
     if os.geteuid() != 0:
         return []
@@ -147,4 +148,5 @@ def _as_nobody() -> list[str]:
         raise ServerError("postgres can't run as root without setpriv; install util-linux")
     kept = "-all,+dac_override"
     identity = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    return [program, *identity, f"--inh-caps={kept}", f"--ambient-caps={kept}"]
+    kept_by = ("--securebits=+no_setuid_fixup", f"--inh-caps={kept}", f"--ambient-caps={kept}")
+    return [program, *identity, *kept_by]

