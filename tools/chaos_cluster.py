@@ -1,8 +1,8 @@
 """`make chaos-cluster`: sessions train on a real kubelet while what they need is killed.
 
 Operator leader, Tamiyo, Urza, Redis, a worker, a compile pod: each is killed on its node, or its
-pod deleted without grace (`tools/cluster_faults.py`), while equal sessions of example 02, made
-shorter, train one after the other until the faults are used up. Each has a namespace of its own,
+pod deleted without grace (`tools/cluster_faults.py`), while equal sessions of example 02
+train one after the other until the faults are used up. Each has a namespace of its own,
 and before each the kernels of the first are deleted from the hub, so that all are compiled anew. In
 the end nothing may be lost or done twice:
 
@@ -45,11 +45,7 @@ from tools.real_cluster import HUB, REDIS, RealCluster
 from tools.servers.process import ServerError
 
 EXAMPLE = helm.ROOT / "examples" / "02-digits-cnn" / "session.yaml"
-SHORT: dict[str, dict[str, Any]] = {
-    "training": {"checkpoint": {"everyEpochs": 3}},
-    "gates": {},
-}
-"""Still six kernels are compiled, and a seed fossilises."""
+CHECKPOINT = {"everyEpochs": 3}
 RETRIES = 1000
 """A worker that is killed is a failure, which `runPolicy.backoffLimit` bounds."""
 READY_SECONDS = 180
@@ -156,12 +152,11 @@ def _await_release(cluster: RealCluster) -> None:
         cluster.kubectl("-n", helm.NAMESPACE, *words)
 
 
-def shortened(manifest: Path) -> dict[str, Any]:
-    """The session, shorter, of two workers that may fail as often as they are killed."""
+def prepared(manifest: Path) -> dict[str, Any]:
+    """The session, with more checkpoints, of workers that may fail as often as they are killed."""
     document: dict[str, Any] = next(yaml.safe_load_all(manifest.read_text()))
     spec = document["spec"]
-    spec["training"] |= SHORT["training"]
-    spec["growth"]["gates"] |= SHORT["gates"]
+    spec["training"]["checkpoint"] = CHECKPOINT
     spec["runPolicy"] = {"backoffLimit": RETRIES}
     # Without a share pods get next to nothing of a machine that is busy.
     spec["workers"]["resources"] = {"requests": {"cpu": "200m"}}
@@ -173,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make chaos-cluster", description=__doc__)
     parser.add_argument("--faults", type=int, default=Plan.faults)
     parser.add_argument("--seed", type=int, default=Plan.seed, help="what chance starts with")
-    parser.add_argument("--session", type=Path, default=EXAMPLE, help="is shortened")
+    parser.add_argument("--session", type=Path, default=EXAMPLE, help="that of the campaign")
     parser.add_argument("--folder", type=Path, help="kept; by default a temporary one")
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -185,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="chaos-cluster-") as temporary:
             folder = (arguments.folder or Path(temporary)).resolve()
             folder.mkdir(parents=True, exist_ok=True)
-            document = shortened(arguments.session)
+            document = prepared(arguments.session)
             outcome = run(SourceCluster(place), document, folder, plan, _say)
     except ServerError as error:
         sys.stderr.write(f"make chaos-cluster: {error}\n")
