@@ -178,9 +178,9 @@ class Demo:
         A session asks only for kernels that the hub does not have: where one like it has trained
         before it may have needed none.
         """
-        said = [condition(kernel, "Ready") for kernel in self._get("ck")["items"]]
-        ready = [one for one in said if one.get("status") == "True"]
-        made = [one for one in ready if one.get("message", "").startswith("Job ")]
+        said = self._get("ck")["items"]
+        ready = [one for one in said if condition(one, "Ready").get("status") == "True"]
+        made = [one for one in ready if was_compiled(one)]
         self._kernels = {"ready": len(ready), "compiledByJobs": len(made)}
         if not said:
             self._say("no kernel had to be compiled: the hub has those of an earlier session")
@@ -268,6 +268,13 @@ class Demo:
         began = time.monotonic()
         yield
         self._seconds[step] = round(time.monotonic() - began, 1)
+
+
+def was_compiled(kernel: dict[str, Any]) -> bool:
+    """Whether a CompiledKernel is ready and a Job made it: else its message says who had it."""
+    ready = condition(kernel, "Ready")
+    made: bool = ready.get("message", "").startswith("Job ")
+    return made and ready.get("status") == "True"
 
 
 def condition(found: dict[str, Any], kind: str) -> dict[str, Any]:

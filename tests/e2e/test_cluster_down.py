@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.e2e.clusters import module
+from tests.e2e.clusters import SECONDS, module
 from tools.cluster.containers.kernel import NOTES, TUNED
 from tools.cluster.containers.layout import layout
 from tools.cluster.containers.source import SourceCluster
@@ -97,7 +97,7 @@ def test_nothing_is_left(tmp_path):
         module("tools.cluster.containers", "up", "--way=source", state=state)
         cluster.add_node("esper-2")
         cluster.kubectl("apply", "-f", "-", given=POD)
-        cluster.kubectl("wait", "pod/waiting", "--for=condition=Ready", "--timeout=60s")
+        cluster.kubectl("wait", "pod/waiting", "--for=condition=Ready", f"--timeout={SECONDS:g}s")
         during = left(before)
         here = {os.readlink(f"/proc/self/ns/{kind}") for kind in KINDS}
         running = processes(cluster.layout)

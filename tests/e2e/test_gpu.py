@@ -84,7 +84,7 @@ def test_gpus_are_limits_processes_and_shared_memory_and_one_that_is_not_there_i
     assert three.workers()[0]["spec"].get("nodeName") is None
     place.kubectl("delete", "trainingsession", "three", "--wait=false")
 
-    end = two.fails(seconds=240)
+    end = two.fails()
     assert end["reason"] == "AcceleratorMissing"
     assert f"limits[{GPU}]: got 2; allowed: at most 0" in end["message"]
     (pod,) = two.workers()
@@ -213,7 +213,7 @@ def test_all_that_a_template_says_reaches_a_pod_that_trains_on_data_of_a_claim(p
             )
             assert "untolerated taint" in turned_away["message"]
             place.kubectl("delete", "trainingsession", "bare", "--wait=false")
-            status = pooled.succeeds(seconds=240)
+            status = pooled.succeeds()
     finally:
         place.kubectl("delete", "runtimeclass,priorityclass", name)
     assert status["epoch"] == 2

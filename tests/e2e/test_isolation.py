@@ -146,7 +146,7 @@ def closed(said, *, but=()):
 def test_a_compile_pod_opens_the_work_on_its_own_kernel(places, attack):
     here, there = places
     kernel = compiled_here(here.pods)
-    pod = until(lambda: here.pod("compile"), seconds=120)
+    pod = until(lambda: here.pod("compile"))
     unknown = {"uid": "0" * 8, "name": "nobodys", "pod": "nobodys-1", "object": ATTEMPT}
     victims = [unknown | {"namespace": place.pods.namespace} for place in (here, there)]
     said = attack(
@@ -172,7 +172,7 @@ def test_a_worker_opens_its_own_session(places, attack):
     (elsewhere,) = (there.about(session) for session in there.sessions)
     packets, ready = keys_of(own, TopicNames.PACKETS, TopicNames.KERNEL_READY)
     decisions, status = keys_of(own, TopicNames.DECISIONS, TopicNames.STATUS)
-    foreign = until(lambda: kernels_of(there), seconds=300)
+    foreign = until(lambda: kernels_of(there))
     said = attack(
         here.pod("worker"),
         victims=[beside, elsewhere],
@@ -217,7 +217,7 @@ def test_a_tamiyo_opens_its_own_namespace(places, attack):
         until(lambda: here.pod("tamiyo")),
         victims=[elsewhere],
         own=own,
-        kernel=until(lambda: kernels_of(there), seconds=300)[0],
+        kernel=until(lambda: kernels_of(there))[0],
         kernel_is_foreign=True,
         serves_namespace=True,
         own_commands=[["XREVRANGE", packets, "+", "-", "COUNT", 1], ["XLEN", decisions]],
@@ -253,7 +253,7 @@ def test_no_session_takes_a_secret_by_its_manifest(cluster, places):
     volumes = [{"name": "v", "secret": {"secretName": "esper-credentials"}}]
     thief = Session(beside_it, short("thief", workers={"podTemplate": {"volumes": volumes}}))
     try:
-        end = thief.fails(seconds=60)
+        end = thief.fails()
         assert end["reason"] == "InvalidSpec"
         assert "volumes[0].secret.secretName: got esper-credentials" in end["message"]
         assert thief.workers() == []
@@ -265,6 +265,6 @@ def test_afterwards_everybody_trains_on(places):
     for place in places:
         before = {session.name: session.status["epoch"] for session in place.sessions}
         for session in place.sessions:
-            until(lambda s=session, b=before: s.status["epoch"] > b[s.name], seconds=300)
+            until(lambda s=session, b=before: s.status["epoch"] > b[s.name])
             assert session.status["attempt"] == 1
             assert not session.status.get("failures")

@@ -16,6 +16,7 @@ from tools.chaos_checks import Outcome, check_transitions
 from tools.chaos_cluster import EXAMPLE, prepared
 from tools.chaos_kernels import Notes
 from tools.chaos_sessions import check_decisions, check_seeds
+from tools.cluster_demo import was_compiled
 from tools.cluster_faults import DELETE, WAYS, Fault, Pod, course
 
 EVERY = {Fault(part, way) for part, ways in WAYS.items() for way in ways}
@@ -161,3 +162,17 @@ def test_a_second_accepted_result_is_found(tmp_path, monkeypatch):
         assert [row[0] for row in db.execute("SELECT name FROM sqlite_master")] == [
             "compiled_kernels"
         ]
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "made"),
+    [
+        ("True", "Job kernel-0a1b", True),
+        ("True", "the hub had it", False),
+        ("Unknown", "Job kernel-0a1b", False),
+    ],
+)
+def test_a_kernel_that_the_hub_had_was_compiled_by_no_job(status, message, made):
+    ready = {"type": "Ready", "status": status, "message": message}
+    assert was_compiled({"status": {"conditions": [ready]}}) is made
+    assert not was_compiled({})
