@@ -10,6 +10,16 @@ import uuid
 
 from tools.cluster.containers.layout import STATE
 
+SOON = [
+    {
+        "key": f"node.kubernetes.io/{taint}",
+        "operator": "Exists",
+        "effect": "NoExecute",
+        "tolerationSeconds": 5,
+    }
+    for taint in ("not-ready", "unreachable")
+]
+"""Tolerations of a pod that leaves a node soon which does not answer."""
 SECONDS = 300.0
 """For what takes seconds where the machine has nothing else to do. What has to be quick is measured
 by the times that objects bear, not by how long a test may wait."""
@@ -57,7 +67,7 @@ class Pods:
             given=json.dumps({"apiVersion": "v1", "kind": "List", "items": documents}),
         )
 
-    def start(self, name, image, command, *, node=None, claim=None, labels=None):
+    def start(self, name, image, command, *, node=None, claim=None, labels=None, tolerations=()):
         """Make a pod; it has /tmp, and a claim's volume at /data."""
         volumes = [{"name": "tmp", "emptyDir": {}}]
         if claim:
@@ -72,6 +82,7 @@ class Pods:
                     "restartPolicy": "Never",
                     "automountServiceAccountToken": False,
                     "terminationGracePeriodSeconds": 1,
+                    "tolerations": list(tolerations),
                     "nodeSelector": {"kubernetes.io/hostname": node} if node else {},
                     "securityContext": {
                         "runAsNonRoot": True,

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from tests.e2e.clusters import failed, module, until
+from tests.e2e.clusters import SOON, failed, module, until
 from tools.cluster.containers.layout import STORAGE_CLASS
 from tools.images.recipes import RECIPES
 
@@ -128,7 +128,7 @@ def test_a_second_node_runs_pods_which_reach_those_of_the_first(pods, second_nod
 
 def test_a_node_that_is_lost_is_noticed_and_comes_back(pods, second_node):
     cluster = pods.cluster
-    pods.start("waiting", REDIS, WAIT, node=second_node)
+    pods.start("waiting", REDIS, WAIT, node=second_node, tolerations=SOON)
     pods.running("waiting")
     cluster.lose_node(second_node)
     until(lambda: ready(cluster, second_node) == "Unknown")
