@@ -93,6 +93,10 @@ def test_gpus_are_limits_processes_and_shared_memory_and_one_that_is_not_there_i
     # Of a resource of that kind the API server makes a request of each limit.
     assert container["resources"]["limits"][GPU] == container["resources"]["requests"][GPU] == "2"
     assert container["args"][container["args"].index("--processes") + 1] == "2"
+    # No GPU is there to launch them on; what would have been is known up to there.
+    assert "not launched: 2 processes over cpu:gloo,cuda:nccl" in place.kubectl(
+        "logs", pod["metadata"]["name"]
+    )
     (memory,) = [v for v in pod["spec"]["volumes"] if v["name"] == "esper-shm"]
     assert memory["emptyDir"] == {"medium": "Memory", "sizeLimit": "1Gi"}
     mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
