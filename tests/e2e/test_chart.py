@@ -1,9 +1,12 @@
 """The chart on a real cluster: a session trains on through an upgrade, and while it is away."""
 
+import pytest
+
 from esper.contracts.resources import KINDS
-from tests.e2e.clusters import until
+from tests.e2e.clusters import Pods, until
 from tests.e2e.sessions import Session, example
 from tools import helm
+from tools.servers.process import ServerError
 
 UPGRADE = ("operator.logLevel=debug", "urza.logLevel=debug", "images.runtime.pullPolicy=Never")
 
@@ -44,6 +47,21 @@ def credentials(cluster):
     return cluster.get("-n", helm.NAMESPACE, "secret", "esper-credentials")["data"]
 
 
+def drain_operators(cluster):
+    """Evict the operator's pods as the drain of their node would: one goes, the other one stays."""
+    budget = ("-n", helm.NAMESPACE, "pdb", "esper-operator")
+    until(lambda: cluster.get(*budget)["status"]["disruptionsAllowed"] == 1)
+    chosen = "app.kubernetes.io/component=operator"
+    found = cluster.get("-n", helm.NAMESPACE, "pods", "-l", chosen)["items"]
+    staying = [pod["metadata"] for pod in found if "deletionTimestamp" not in pod["metadata"]]
+    one, other = (meta["name"] for meta in staying)
+    place = Pods(cluster, helm.NAMESPACE)
+    place.evict(one)
+    with pytest.raises(ServerError, match="disruption budget"):
+        place.evict(other)
+    assert "deletionTimestamp" not in place.get(other)["metadata"]
+
+
 def test_a_session_trains_on_through_an_upgrade_and_while_the_release_is_away(
     cluster, install, pods
 ):
@@ -61,6 +79,7 @@ def test_a_session_trains_on_through_an_upgrade_and_while_the_release_is_away(
     assert first["seeds"]
     assert first["compiledkernels"]
 
+    drain_operators(cluster)
     install(*UPGRADE)
     assert restarts(session) == before
     assert holds(kept(cluster, pods.namespace), first)

@@ -4,7 +4,6 @@ All sessions of this file train at the same time; each test looks at its own. Th
 interrupted would train for days, however fast the machine is: they are ended once enough was seen.
 """
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 
@@ -130,7 +129,7 @@ def killed(pods, story):
 def evicted(pods, story):
     manifest = endless("evicted", replicas=2, runPolicy={"backoffLimit": 0})
     session = Heard(story, pods, manifest)
-    evict(pods, session.trains()[0])
+    pods.evict(session.trains()[0]["metadata"]["name"])
     session.goes_on()
     session.delete()
     return session
@@ -253,14 +252,6 @@ def endless(name, *, template=STAYS, replicas=1, **spec):
     workers = {"replicas": replicas, "resources": SHARE, "podTemplate": CODE | template}
     data = {"entrypoint": "paced:digits"}
     return plain(name, data=data, training=LONG, workers=workers, **spec)
-
-
-def evict(pods, pod):
-    """Through the Eviction API, as a drain does it."""
-    meta = {"name": pod["metadata"]["name"], "namespace": pods.namespace}
-    eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": meta}
-    path = f"/api/v1/namespaces/{pods.namespace}/pods/{meta['name']}/eviction"
-    pods.cluster.kubectl("create", "--raw", path, "-f", "-", given=json.dumps(eviction))
 
 
 def in_time(said, reported):
