@@ -22,6 +22,8 @@ class Groups:
 
     def pytest_fixture_setup(self, fixturedef, request):
         if fixturedef.argname == group.__name__:
+            # `finish` is internal to pytest, which offers no other way to end a fixture before its
+            # scope does; pyproject.toml holds pytest below 9.2, with which this has been tried.
             self._end = partial(fixturedef.finish, request)
 
     @pytest.hookimpl(trylast=True)
