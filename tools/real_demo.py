@@ -97,6 +97,7 @@ def _told(
     cluster: Layout, arguments: argparse.Namespace, seconds: dict[str, float]
 ) -> dict[str, object]:
     began = time.monotonic()
+    clusters.way_to_make(cluster)  # who can't is told before programs are built for minutes
     with _step("programs", seconds):
         for name in ("kubectl", "helm"):
             cluster_program(name)
