@@ -7,6 +7,8 @@ import subprocess
 import pytest
 
 from tests.readme import CAMPAIGNS, README, ROOT, STAY, blocks, commands, readers, sections
+from tools.cluster.containers.source import PROGRAMS
+from tools.cluster.programs import SETS
 
 PLAYERS = ("tests/integration/test_readme.py", "tests/e2e/test_readme.py", "tests/e2e/test_demo.py")
 """Tests that play sections: those of `make test`, and those of `make e2e`."""
@@ -52,6 +54,16 @@ def test_all_that_play_are_run_before_a_change_lands():
     assert {"make test", "make e2e"} <= set(steps)
     assert "--ignore=tests/e2e" in recipe("test")[1]
     assert "tests/e2e" in recipe("e2e")[1]
+
+
+def test_what_takes_long_is_made_before_tests_need_it():
+    lines = recipe("e2e")[1].splitlines()
+    (programs,) = (line for line in lines if "tools.cluster.programs" in line)
+    built = {name for each in SETS if each in programs.split() for name in SETS[each].packages}
+    assert {*PROGRAMS, "helm"} <= built
+    (images,) = (line for line in lines if "tools.images" in line)
+    (tests,) = (line for line in lines if "tests/e2e" in line)
+    assert lines.index(programs) < lines.index(tests) > lines.index(images)
 
 
 def test_whatever_is_to_be_typed_is_found():

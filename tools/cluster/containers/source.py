@@ -39,7 +39,7 @@ ADMIN, PROVISIONER = "admin", "hostpath-provisioner"
 READY_SECONDS = 120.0
 KUBECTL_SECONDS = 600.0
 _CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
-_PROGRAMS = (*_CONTROL_PLANE, "kubelet", "kube-proxy", "kubectl", "coredns", "pause")
+PROGRAMS = (*_CONTROL_PLANE, "kubelet", "kube-proxy", "kubectl", "coredns", "pause")
 _ROOT = Path(__file__).parents[3]
 
 Say = Callable[[str], None]
@@ -90,7 +90,7 @@ class SourceCluster:
         """
         require_root()
         install(NODE, self._say)
-        for name in _PROGRAMS:
+        for name in PROGRAMS:
             cluster_program(name)
         first = self.node(self.layout.first)
         if self.running and self._answers():

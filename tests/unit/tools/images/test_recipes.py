@@ -3,9 +3,11 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tools.images import __main__ as images
 from tools.images.__main__ import main
 from tools.images.building import ROOT, build
 from tools.images.recipes import RECIPES, Buildah, arguments, debian, docker_build
@@ -108,6 +110,16 @@ def test_an_image_that_there_is_not_is_refused(name, capsys):
     assert main([name]) == 1
     allowed = "runtime, control, redis"
     assert capsys.readouterr().out == f"error: NAME: got {name}; allowed: {allowed}\n"
+
+
+@pytest.mark.parametrize("way", ["kind", "source"])
+def test_images_for_a_cluster_to_come_are_loaded_into_none(way, monkeypatch):
+    asked, builder = [], Builder()  # whose `load` fails
+    monkeypatch.setattr(images, "_images", lambda way: asked.append(way) or builder)
+    monkeypatch.setattr(images, "layout", lambda _: SimpleNamespace(way="source"))  # one runs
+    assert main([f"--build-for={way}"]) == 0
+    assert asked == [way]
+    assert len(builder.built) == len(RECIPES)
 
 
 def test_layers_come_the_lowest_first():
