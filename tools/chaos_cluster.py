@@ -34,12 +34,11 @@ from typing import Any
 import yaml
 
 from tools import helm
-from tools.chaos_checks import Outcome, check_kernels
+from tools.chaos_checks import Outcome, check_kernels, condition, kernels_of
 from tools.chaos_kernels import Notes, forget
-from tools.chaos_sessions import ClusterSession, check_session, kernels_of
+from tools.chaos_sessions import ClusterSession, check_session
 from tools.cluster.containers.layout import SOURCE, layout
 from tools.cluster.containers.source import SourceCluster
-from tools.cluster_demo import condition
 from tools.cluster_faults import Faults, course
 from tools.real_cluster import HUB, REDIS, RealCluster
 from tools.servers.process import ServerError

@@ -17,8 +17,7 @@ from typing import Any, Protocol
 import yaml
 
 from esper.services.tolaria.checkpoint_manifest import LOGS
-from tools.chaos_checks import timeless
-from tools.chaos_ranks import differences
+from tools.chaos_checks import condition, differences, timeless
 from tools.cluster.programs import cluster_program
 from tools.rank_worker import AGENT, RANK, Worker
 
@@ -268,9 +267,3 @@ class Demo:
         began = time.monotonic()
         yield
         self._seconds[step] = round(time.monotonic() - began, 1)
-
-
-def condition(found: dict[str, Any], kind: str) -> dict[str, Any]:
-    """A condition of an object; empty where it has none of that kind."""
-    conditions = found.get("status", {}).get("conditions", ())
-    return next((item for item in conditions if item["type"] == kind), {})

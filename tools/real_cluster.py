@@ -26,7 +26,7 @@ from esper.services.tolaria.checkpoint_manifest import LOGS
 from esper.services.urza.http_client import HttpUrza
 from esper.services.urza.http_objects import HubObjects
 from tools import helm
-from tools.chaos_ranks import MODEL
+from tools.chaos_checks import MODEL
 from tools.cluster.programs import cluster_program
 from tools.servers.process import HOST, ServerError, dismiss, keeper_of
 
