@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -66,10 +67,9 @@ class LocalCluster:
         """The same."""
         return None
 
-    @property
-    def used(self) -> bool:
-        """Never: each start begins with nothing."""
-        return False
+    def forget(self, kernels: Sequence[str]) -> list[str]:
+        """All of them: each start begins with nothing."""
+        return list(kernels)
 
     def kubectl(self, *words: str, given: str | None = None) -> str:
         """What kubectl prints; see `DemoCluster.kubectl`."""
