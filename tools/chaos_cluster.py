@@ -28,6 +28,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,12 @@ def run(
         # The one after the last may have come as far as its namespace.
         names = [f"{prefix}-{name}" for name in (UNDISTURBED, *range(1, len(sessions) + 1))]
         words = ("delete", "namespace", *names, "--ignore-not-found", "--wait=false")
-        for step in (
-            lambda: _await_release(real),  # the hub may just be away
+        steps: list[Callable[[], object]] = [
+            partial(_await_release, real),  # the hub may just be away
             notes.end,
-            lambda: real.kubectl(*words),
-        ):
+            partial(real.kubectl, *words),
+        ]
+        for step in steps:
             try:
                 step()
             except ServerError as error:  # not in place of what has ended the campaign

@@ -10,6 +10,7 @@ from pathlib import Path
 from tools.cluster.containers.kind import docker_answers
 from tools.cluster.containers.layout import KIND, SOURCE, BadState, layout
 from tools.images.building import BuildahImages, DockerImages, Images, build, remove
+from tools.images.loaded import note
 from tools.images.recipes import ACCELERATORS, RECIPES, TAG
 from tools.servers.process import ServerError
 
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         for image in built:
             images.load(image, cluster)
+            note(cluster, image, images.identity(image))
     except (ServerError, BadState) as error:
         _say(f"error: {error}")
         return 1

@@ -149,6 +149,7 @@ def test_an_image_is_read_from_the_store_as_it_is(tmp_path, monkeypatch):
     store = ImageStore(tmp_path)
     assert store.has("localhost/one:dev")
     assert not store.has("localhost/two:dev")
+    assert store.identity("localhost/one:dev") == "sha256:i1"
     image = store.image("localhost/one:dev")
     assert image.config == b"config of i1 sha256:i1"
     assert [(layer.digest, layer.size) for layer in image.layers] == [
