@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tools import kubectl
 from tools.chaos_checks import (
     MODEL,
     Outcome,
@@ -73,12 +74,9 @@ class ClusterSession:
         return found
 
     def fetch(self, folder: Path) -> Path:
-        """Its logs and its model, as the hub keeps them, in a folder called as its namespace."""
-        place = folder / self.namespace
-        place.mkdir()
-        uid = self.get()["metadata"]["uid"]
-        for name, content in asyncio.run(self.cluster.results(uid)).items():
-            (place / name).write_bytes(content)
+        """What it has left, once it has succeeded, in a folder called as its namespace."""
+        place, config = folder / self.namespace, self.cluster.kubeconfig
+        kubectl.fetch(self.name, place, namespace=self.namespace, kubeconfig=config)
         return place
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +17,8 @@ import yaml
 from esper.contracts.manifests import load_manifest
 from esper.errors import BadInput
 from esper.services.tolaria.checkpoint_manifest import LOGS
+from tools import kubectl
 from tools.chaos_checks import condition, differences, kernels_of, timeless
-from tools.cluster.programs import cluster_program
 from tools.rank_worker import AGENT, RANK, Worker
 from tools.servers.process import ServerError
 
@@ -316,21 +313,10 @@ class Demo:
 
     def _fetched(self, directory: Path) -> None:
         """Fetch what the session has left, as a person would."""
-        words = ["esper", "fetch", self._name, f"--output-dir={directory}", "--overwrite"]
-        if self._cluster.namespace is not None:
-            words.append(f"--namespace={self._cluster.namespace}")
-        self._say(f"$ {' '.join(words)}")
-        own = {"KUBECONFIG": str(self._cluster.kubeconfig)}
-        path = f"{cluster_program('kubectl').parent}{os.pathsep}{os.environ['PATH']}"
-        done = subprocess.run(
-            [sys.executable, "-m", *words],
-            env=os.environ | own | {"PATH": path},
-            capture_output=True,
-            text=True,
-        )
-        self._say((done.stdout + done.stderr).rstrip())
-        if done.returncode:
-            raise DemoFailed(f"esper fetch {self._name} ended with {done.returncode}")
+        namespace, config = self._cluster.namespace, self._cluster.kubeconfig
+        self._say(f"$ esper fetch {self._name} --output-dir={directory}")
+        said = kubectl.fetch(self._name, directory, namespace=namespace, kubeconfig=config)
+        self._say(said)
 
     @property
     def _outside(self) -> Path:
