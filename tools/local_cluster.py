@@ -76,10 +76,14 @@ class LocalCluster:
         return self.plane.kubectl(*words, given=given)
 
     def processes(self, pod: str) -> list[str]:
-        """The command lines of all that runs in a pod."""
-        first = psutil.Process(self.kubelet.pid_of(NAMESPACE, pod))
+        """The command lines of all that runs in a pod; see `DemoCluster.processes`."""
+        try:
+            first = psutil.Process(self.kubelet.pid_of(NAMESPACE, pod))
+            every = (first, *first.children(recursive=True))
+        except psutil.Error as error:
+            raise ServerError(f"{pod}: {error}") from error
         found = []
-        for process in (first, *first.children(recursive=True)):
+        for process in every:
             with suppress(psutil.Error):
                 found.append(" ".join(process.cmdline()))
         return found
