@@ -56,7 +56,7 @@ PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 TORCHINDUCTOR_CACHE_
 MEASURED := contracts services/tamiyo services/tolaria
 MEASURED_TESTS := $(MEASURED:%=tests/unit/esper/%) tests/unit/esper_operator
 
-# Built before the tests run: within one, its time would be up.
+# Built before tests run, programs and images: within one, its time would be up.
 .PHONY: programs
 programs: setup ## Build the programs of a Kubernetes control plane, and Helm (once, minutes)
 	@$(BIN)/python -m tools.cluster.programs control-plane helm >/dev/null
@@ -152,6 +152,8 @@ cluster-demo: setup ## All of it: cluster, images, install, then example 02 is t
 
 .PHONY: e2e
 e2e: setup ## Run the tests that need a real cluster, on one of their own (root, minutes)
+	@$(BIN)/python -m tools.cluster.programs control-plane node dns pause helm >/dev/null
+	@$(BIN)/python -m tools.images --build-for=source
 	@$(BIN)/pytest --timeout=900 --durations=0 --durations-min=1 tests/e2e $(ARGUMENTS)
 
 .PHONY: examples-services
