@@ -126,6 +126,13 @@ def condition(found: dict[str, Any], kind: str) -> dict[str, Any]:
     return next((item for item in conditions if item["type"] == kind), {})
 
 
+def was_compiled(kernel: dict[str, Any]) -> bool:
+    """Whether a CompiledKernel is ready and a Job made it: else its message says who had it."""
+    ready = condition(kernel, "Ready")
+    made: bool = ready.get("message", "").startswith("Job ")
+    return made and ready.get("status") == "True"
+
+
 def kernels_of(place: Path) -> list[str]:
     """The kernels of all seeds of a session, whoever has them compiled."""
     told = lines(place / "events.jsonl")

@@ -18,7 +18,7 @@ from esper.contracts.manifests import load_manifest
 from esper.errors import BadInput
 from esper.services.tolaria.checkpoint_manifest import LOGS
 from tools import kubectl
-from tools.chaos_checks import condition, differences, kernels_of, timeless
+from tools.chaos_checks import condition, differences, kernels_of, timeless, was_compiled
 from tools.rank_worker import AGENT, RANK, Worker
 from tools.servers.process import ServerError
 
@@ -257,9 +257,8 @@ class Demo:
         """Whether a Job has compiled one of the kernels that were to be made anew."""
         found = self._get("ck")["items"]
         own = [kernel for kernel in found if kernel["metadata"]["name"] in self._anew]
-        said = [condition(kernel, "Ready") for kernel in own]
-        ready = [one for one in said if one.get("status") == "True"]
-        made = [one for one in ready if one.get("message", "").startswith("Job ")]
+        ready = [one for one in own if condition(one, "Ready").get("status") == "True"]
+        made = [one for one in ready if was_compiled(one)]
         self._kernels = {"ready": len(ready), "compiledByJobs": len(made)}
         return bool(made)
 

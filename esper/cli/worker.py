@@ -92,14 +92,20 @@ def _supervised(arguments: argparse.Namespace, config: EsperConfig, requests: Re
     from esper.cli.accelerators import require_any_accelerator
     from esper.cli.supervising import Supervisor
     from esper.contracts.manifests import load_manifest
-    from esper.errors import BadInput
+    from esper.errors import AcceleratorMissing, BadInput
+    from esper.services.tolaria.backends import backend
 
     if find_spec("torch") is None:
         raise BadInput("torch", "not installed", "with it: pip install 'esper[runtime]'")
     session = load_manifest(arguments.file).session
-    require_any_accelerator(session)
     given = _given(arguments)
     placement = placement_of(session, given)
+    try:
+        require_any_accelerator(session)
+    except AcceleratorMissing:
+        over = backend(gpus=True)
+        sys.stderr.write(f"esper: not launched: {placement.processes} processes over {over}\n")
+        raise
     supervisor = Supervisor(
         placement,
         rank_program(arguments),

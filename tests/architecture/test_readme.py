@@ -10,7 +10,10 @@ from tests.readme import CAMPAIGNS, README, ROOT, STAY, blocks, commands, reader
 from tools.cluster.containers.source import PROGRAMS
 from tools.cluster.programs import SETS
 
-PLAYERS = ("tests/integration/test_readme.py", "tests/e2e/test_readme.py", "tests/e2e/test_demo.py")
+PLAYERS = (
+    "tests/integration/test_readme.py",
+    *(f"tests/e2e/test_{name}.py" for name in ("readme", "demo", "cluster_down")),
+)
 """Tests that play sections: those of `make test`, and those of `make e2e`."""
 TEXT = README.read_text()
 

@@ -10,7 +10,19 @@ import uuid
 
 from tools.cluster.containers.layout import STATE
 
-SECONDS = 60.0
+SOON = [
+    {
+        "key": f"node.kubernetes.io/{taint}",
+        "operator": "Exists",
+        "effect": "NoExecute",
+        "tolerationSeconds": 5,
+    }
+    for taint in ("not-ready", "unreachable")
+]
+"""Tolerations of a pod that leaves a node soon which does not answer."""
+SECONDS = 300.0
+"""For what takes seconds where the machine has nothing else to do. What has to be quick is measured
+by the times that objects bear, not by how long a test may wait."""
 
 
 def module(name, *words, state, check=True):
@@ -55,7 +67,7 @@ class Pods:
             given=json.dumps({"apiVersion": "v1", "kind": "List", "items": documents}),
         )
 
-    def start(self, name, image, command, *, node=None, claim=None, labels=None):
+    def start(self, name, image, command, *, node=None, claim=None, labels=None, tolerations=()):
         """Make a pod; it has /tmp, and a claim's volume at /data."""
         volumes = [{"name": "tmp", "emptyDir": {}}]
         if claim:
@@ -70,6 +82,7 @@ class Pods:
                     "restartPolicy": "Never",
                     "automountServiceAccountToken": False,
                     "terminationGracePeriodSeconds": 1,
+                    "tolerations": list(tolerations),
                     "nodeSelector": {"kubernetes.io/hostname": node} if node else {},
                     "securityContext": {
                         "runAsNonRoot": True,
@@ -101,13 +114,13 @@ class Pods:
 
     def running(self, name):
         """Wait until a pod is ready."""
-        self.kubectl("wait", f"pod/{name}", "--for=condition=Ready", "--timeout=60s")
+        self.kubectl("wait", f"pod/{name}", "--for=condition=Ready", f"--timeout={SECONDS:g}s")
 
-    def run(self, name, image, command, *, seconds=SECONDS, **options):
+    def run(self, name, image, command, **options):
         """What a pod prints that runs to its end; it must succeed."""
         self.start(name, image, command, **options)
         ended = {"Succeeded", "Failed"}
-        until(lambda: self.get(name)["status"]["phase"] in ended, seconds=seconds)
+        until(lambda: self.get(name)["status"]["phase"] in ended)
         said = self.kubectl("logs", name)
         assert self.get(name)["status"]["phase"] == "Succeeded", said
         return said

@@ -5,6 +5,7 @@ beside any other; with `ESPER_CLUSTER_STATE` set it takes that one and leaves it
 """
 
 import os
+import signal
 
 import pytest
 
@@ -17,6 +18,19 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "/e2e/" in str(item.path):
             item.add_marker(pytest.mark.e2e)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ended_by_a_signal():
+    """SIGTERM is as Ctrl-C: fixtures end what they have begun, the cluster at last."""
+
+    def interrupt(number, _frame):
+        signal.signal(number, signal.SIG_IGN)  # a second one would break their ends off
+        raise KeyboardInterrupt(signal.strsignal(number))
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

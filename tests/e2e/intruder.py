@@ -1,8 +1,9 @@
 """What a worker's code might try against others. It runs in a pod, with that pod's own files.
 
 Given on standard input to the image's Python, with whom to attack as JSON; it writes as JSON what
-came of each attempt: a text that begins with "open" or with "refused". What is the pod's own stands
-beside it, under "own": if that is not open, nothing here proves anything.
+came of each attempt: status and text of an HTTP answer, what Redis answered, or an error. What that
+means is for `verdicts.py` to say. What is the pod's own stands beside it, under "own": if that is
+not opened, nothing here proves anything.
 """
 
 import base64
@@ -16,14 +17,13 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import redis
-from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
-from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 
 from esper.configs import EsperConfig
 from esper.contracts.messages import TopicNames
 
 TOLD = json.loads(sys.argv[1])
-SETTINGS = Path("/etc/esper")
+SETTINGS = Path(TOLD.get("settings", "/etc/esper"))
 CONFIG = EsperConfig.load(file=SETTINGS / "esper.yaml", environment={})
 TOKEN = (SETTINGS / "hub-token").read_text().strip()
 SECONDS = 5.0
@@ -32,7 +32,7 @@ UNVERIFIED = ssl._create_unverified_context()
 
 
 def asked(url, method="GET", body=None, token=TOKEN):
-    """The status and the body of an answer; the path goes out as it is written."""
+    """An answer's status and text, or the error; the path goes out as it is written."""
     parts = urlsplit(url)
     kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
     given = {"context": UNVERIFIED} if parts.scheme == "https" else {}
@@ -44,18 +44,20 @@ def asked(url, method="GET", body=None, token=TOKEN):
     try:
         client.request(method, target, None if body is None else json.dumps(body), headers)
         answer = client.getresponse()
-        return answer.status, answer.read(2**20).decode(errors="replace")
-    except OSError as error:
-        return 599, type(error).__name__
+        return {"status": answer.status, "text": answer.read(2**20).decode(errors="replace")}
+    except (OSError, http.client.HTTPException) as error:
+        return failure(error)
     finally:
         client.close()
 
 
-def outcome(answered):
-    status, text = answered
-    if text == '{"items":[]}':
-        return "refused: what is another's is as if it was not there"
-    return f"{'open' if status < 400 else 'refused'}: {status} {text[:160]}"
+def failure(error):
+    return {"error": type(error).__name__, "text": str(error)}
+
+
+def told(came):
+    """As it is written: what a text begins with is enough to know it by."""
+    return came | {"text": came["text"][:160]}
 
 
 # The API server, the node, and files
@@ -214,31 +216,30 @@ def hub():
 def listed():
     """What the hub lists for this pod's token: ids, and uids of sessions."""
     for path, key in (("sessions", "uid"), ("kernels", "kernel"), ("blueprints", "digest")):
-        status, text = asked(f"{CONFIG.hub.url}/api/v1/{path}/?limit=100")
-        yield path, [item[key] for item in json.loads(text)["items"]] if status == 200 else status
+        came = asked(f"{CONFIG.hub.url}/api/v1/{path}/?limit=100")
+        found = came.get("status")
+        ids = [each[key] for each in json.loads(came["text"])["items"]] if found == 200 else None
+        yield path, found if ids is None else ids
 
 
 def told_by_metrics():
     """Names, uids or passwords of others that are told to whoever asks for metrics."""
     secrets = [v[key] for v in TOLD["victims"] for key in ("uid", "name", "namespace", "pod")]
     for url in TOLD["metrics"]:
-        status, text = asked(url, token=None)
-        yield url, {"status": status, "told": [each for each in secrets if each in text]}
+        came = asked(url, token=None)
+        found = [each for each in secrets if each in came["text"]]
+        yield url, {"status": came.get("status"), "told": found}
 
 
 # The bus
 
 
 def commanded(client, *words):
-    """What came of a command: refused, or open, where Redis took it up whatever it answered."""
+    """What Redis answered to a command, or its error; the client takes an error's code out."""
     try:
-        return f"open: {client.execute_command(*words)!r:.120}"
-    except (NoPermissionError, AuthenticationError, RedisConnectionError) as error:
-        return f"refused: {error}"
-    except ResponseError as error:
-        words = ("NOPERM", "NOAUTH", "unknown command", "command not allowed")
-        refused = any(word in str(error) for word in words)
-        return f"{'refused' if refused else 'open'}: {error}"
+        return {"answer": f"{client.execute_command(*words)!r:.120}"}
+    except RedisError as error:
+        return failure(error) | {"code": error.status_code}
 
 
 def connected(url=None):
@@ -304,10 +305,11 @@ def bus():
     with client.pipeline(transaction=True) as pipe:
         try:
             pipe.execute_command(*read)
-            yield "in a transaction", f"open: {pipe.execute()!r:.120}"
+            yield "in a transaction", {"answer": f"{pipe.execute()!r:.120}"}
         except RedisError as error:
-            yield "in a transaction", f"refused: {error}"
-    host = connected().connection_pool.connection_kwargs["host"]
+            yield "in a transaction", failure(error) | {"code": error.status_code}
+    where = connected().connection_pool.connection_kwargs
+    server = f"{where['host']}:{where['port']}"
     passwords = {
         *("", "none", "esper-hub", "redis", TOKEN),
         urlsplit(CONFIG.redis.url or "").password or "password",
@@ -319,22 +321,22 @@ def bus():
     for user in users:
         if CONFIG.redis.url and quote(user, safe="") == urlsplit(CONFIG.redis.url).username:
             continue  # this pod's own
-        for password in sorted(passwords):
-            address = f"redis://{quote(user, safe='')}:{quote(password, safe='')}@{host}:6379/0"
-            yield f"as {user} with a guess", commanded(connected(address), *read)
-    yield "without a user", commanded(connected(f"redis://{host}:6379/0"), *read)
+        for number, password in enumerate(sorted(passwords)):
+            address = f"redis://{quote(user, safe='')}:{quote(password, safe='')}@{server}/0"
+            yield f"as {user} by guess {number}", commanded(connected(address), *read)
+    yield "without a user", commanded(connected(f"redis://{server}/0"), *read)
 
 
 def main():
     attempts = {
-        **{f"api server {name}": outcome(came) for name, came in api_server()},
-        **{f"node {name}": outcome(came) for name, came in node()},
-        **{f"hub {name}": outcome(came) for name, came in hub()},
+        **{f"api server {name}": told(came) for name, came in api_server()},
+        **{f"node {name}": told(came) for name, came in node()},
+        **{f"hub {name}": told(came) for name, came in hub()},
         **{f"bus {name}": came for name, came in bus()},
     }
     client = connected()
     own = {" ".join(map(str, words)): commanded(client, *words) for words in TOLD["own_commands"]}
-    own |= {path: outcome(asked(f"{CONFIG.hub.url}{path}")) for path in TOLD["own_paths"]}
+    own |= {path: told(asked(f"{CONFIG.hub.url}{path}")) for path in TOLD["own_paths"]}
     said = {
         "attempts": attempts,
         "own": own,
@@ -345,4 +347,5 @@ def main():
     sys.stdout.write(json.dumps(said))
 
 
-main()
+if __name__ == "__main__":
+    main()

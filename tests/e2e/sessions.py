@@ -7,6 +7,8 @@ import yaml
 from tests.e2e.clusters import until
 from tools import helm
 
+SECONDS = 900.0
+"""For a session to end."""
 EXAMPLE = helm.ROOT / "examples" / "02-digits-cnn" / "session.yaml"
 SHORT = {
     "apiVersion": "esper.dev/v1alpha1",
@@ -72,20 +74,20 @@ class Session:
         labels = f"esper.dev/session={self.name},esper.dev/role=worker"
         return self.get("pods", "-l", labels)["items"]
 
-    def ends(self, *, seconds=900.0):
+    def ends(self):
         """Wait for its end; returns the condition that says how."""
         ended = {"True", "False"}
-        until(lambda: self.condition("Succeeded").get("status") in ended, seconds=seconds)
+        until(lambda: self.condition("Succeeded").get("status") in ended, seconds=SECONDS)
         return self.condition("Succeeded")
 
-    def succeeds(self, *, seconds=900.0):
+    def succeeds(self):
         """Wait for its end, which has to be a good one; returns its status."""
-        end = self.ends(seconds=seconds)
+        end = self.ends()
         assert end["status"] == "True", end
         return self.status
 
-    def fails(self, *, seconds=900.0):
+    def fails(self):
         """Wait for its end, which has to be a bad one; returns the condition that says so."""
-        end = self.ends(seconds=seconds)
+        end = self.ends()
         assert end["status"] == "False", end
         return end

@@ -51,8 +51,8 @@ def test_a_session_trains_on_through_an_upgrade_and_while_the_release_is_away(
     assert "/readyz ready" in said  # of the operator, asked by Helm's test
     made = credentials(cluster)
     session = Session(pods, example())
-    until(lambda: session.status.get("epoch", 0) >= 3, seconds=300.0)
-    until(lambda: session.get("seeds")["items"], seconds=300.0)
+    until(lambda: session.status.get("epoch", 0) >= 3)
+    until(lambda: session.get("seeds")["items"])
     before = restarts(session)
     assert list(before.values()) == [0, 0]
 

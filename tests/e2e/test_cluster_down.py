@@ -1,4 +1,4 @@
-"""`make cluster-down`: the machine is as it was."""
+"""`make cluster-down`, as the README has it: the machine is as it was."""
 
 import os
 import subprocess
@@ -6,9 +6,10 @@ from pathlib import Path
 
 import psutil
 
-from tests.e2e.clusters import module
+from tests.e2e.clusters import SECONDS, module
+from tests.readme import checkout, play
 from tools.cluster.containers.kernel import NOTES, TUNED
-from tools.cluster.containers.layout import layout
+from tools.cluster.containers.layout import STATE, layout
 from tools.cluster.containers.source import SourceCluster
 
 PLACES = ("/run", "/var/lib", "/var/log", "/opt", "/etc", "/usr/libexec", "/tmp")
@@ -97,14 +98,16 @@ def test_nothing_is_left(tmp_path):
         module("tools.cluster.containers", "up", "--way=source", state=state)
         cluster.add_node("esper-2")
         cluster.kubectl("apply", "-f", "-", given=POD)
-        cluster.kubectl("wait", "pod/waiting", "--for=condition=Ready", "--timeout=60s")
+        cluster.kubectl("wait", "pod/waiting", "--for=condition=Ready", f"--timeout={SECONDS:g}s")
         during = left(before)
         here = {os.readlink(f"/proc/self/ns/{kind}") for kind in KINDS}
         running = processes(cluster.layout)
         namespaces = frozenset().union(*running.values()) - here
         assert groups(cluster.layout)
+        folder = checkout(tmp_path / "esper")
+        (said,) = play("Its end", folder, **{STATE: str(state)}).values()
     finally:
-        said = module("tools.cluster.containers", "down", state=state)
+        again = module("tools.cluster.containers", "down", state=state)
     assert f"nothing is left of it: {state}" in said
     # Of the control plane four, of each node three, of two pods three each, and two beside them.
     assert len(running) >= 16
@@ -117,7 +120,7 @@ def test_nothing_is_left(tmp_path):
     assert not groups(cluster.layout)
     assert not processes(cluster.layout, namespaces)
     assert not state.exists()
-    assert "no cluster" in module("tools.cluster.containers", "down", state=state)
+    assert "no cluster" in again
 
 
 def test_a_folder_with_other_files_is_not_touched(tmp_path):

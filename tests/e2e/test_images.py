@@ -15,8 +15,6 @@ from tools.servers.process import ServerError
 
 RUNTIME, CONTROL, REDIS = (RECIPES[name].image() for name in ("runtime", "control", "redis"))
 SMALL_BYTES = 20_000_000
-QUICK_SECONDS = 60.0
-"""A machine that does other work too is given time; docs/guides/local-clusters.md has figures."""
 
 TRAINS = """
 import torch, torch.distributed as dist
@@ -50,7 +48,7 @@ def test_each_image_is_built_and_loaded(images):
 
 
 def test_the_runtime_trains_and_compiles_as_nobody_on_a_root_that_can_not_be_written(pods):
-    said = pods.run("trains", RUNTIME, ["python", "-c", TRAINS], seconds=240)
+    said = pods.run("trains", RUNTIME, ["python", "-c", TRAINS])
     assert said.splitlines()[-1] == "trains"
     assert "no GPU: " in said
     assert pods.run("who", RUNTIME, ["python", "-c", WHO]).strip() == "65532 65532 True"
@@ -94,13 +92,10 @@ def test_a_change_of_the_code_rebuilds_and_loads_little(cluster, tmp_path):
     given = arguments(
         recipe, base=builder.base_of(recipe), accelerator="cpu", environment=os.environ
     )
-    began = time.monotonic()
     builder.build(recipe.file, recipe.image("changed"), context, given)
     builder.load(recipe.image("changed"), cluster.layout)
-    seconds = time.monotonic() - began
     (megabytes,) = re.findall(r"changed: ([\d.]+) MB were new", "\n".join(said))
     assert 0 < float(megabytes) * 1e6 < SMALL_BYTES
-    assert seconds < QUICK_SECONDS, said
 
 
 def test_users_models_come_as_an_image_on_the_runtime(cluster, pods):

@@ -91,7 +91,7 @@ def test_it_trains_beside_the_clusters_own_and_takes_nothing_beyond_its_namespac
     values["crds"] = {"install": False}
     team.helm(
         *("upgrade", "--install", RELEASE, str(helm.CHART), "--values", str(helm.LOCAL_VALUES)),
-        *("--wait", "--timeout", "3m"),
+        *("--wait", "--timeout", "5m"),
         values=values,
     )
     said = team.helm("test", RELEASE, "--logs")
@@ -101,7 +101,7 @@ def test_it_trains_beside_the_clusters_own_and_takes_nothing_beyond_its_namespac
 
     training = {"epochs": 2, "checkpoint": {"everyEpochs": 1}}
     session = Session(team, short("ours", training=training, workers={"replicas": 1}))
-    status = session.succeeds(seconds=240)
+    status = session.succeeds()
     assert status["attempt"] == 1
     assert not status.get("disruptions")
     assert not status.get("failures")

@@ -1,14 +1,13 @@
-"""The README on a cluster: what it says to type, typed."""
+"""The README on a cluster: what it says to type, typed. Its end is in `test_cluster_down.py`."""
 
 import os
 import re
 
 import pytest
 
-from tests.e2e.clusters import module
 from tests.readme import blocks, checkout, play
 from tools import helm
-from tools.cluster.containers.layout import STATE, layout
+from tools.cluster.containers.layout import STATE
 from tools.cluster.programs import cluster_program
 
 EPOCHS = 6
@@ -28,14 +27,6 @@ def test_by_hand(cluster, release, folder):
     fetched = folder / "runs" / "digits-cnn"
     assert {"grown.py", "model.safetensors", "report.html"} <= {p.name for p in fetched.iterdir()}
     cluster.kubectl("delete", "ts", "digits-cnn")
-
-
-def test_its_end(tmp_path, folder):
-    state = tmp_path / "c"
-    module("tools.cluster.containers", "up", "--way=source", state=state)
-    (said,) = play("Its end", folder, **{STATE: str(state)}).values()
-    assert f"nothing is left of it: {state}" in said
-    assert layout(state).way is None
 
 
 def test_a_cluster_of_ones_own(cluster, release, folder):

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from esper.errors import Unavailable, one_line
+from esper.services.tolaria.backends import backend
 from esper.services.tolaria.distribution import Rhythm, as_wire, raised_elsewhere
 
 BEAT_SECONDS = 0.5
@@ -37,9 +38,9 @@ def process_group(
     Raises:
         Unavailable: the ranks did not find each other in that time.
     """
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    over = backend(gpus=torch.cuda.is_available())
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        dist.init_process_group(over, timeout=timedelta(seconds=timeout_seconds))
     except (RuntimeError, ValueError) as error:
         raise Unavailable(f"the ranks did not meet: {one_line(str(error))}") from error
     try:

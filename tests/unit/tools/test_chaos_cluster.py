@@ -17,7 +17,7 @@ from esper.contracts.enums import ComponentType
 from esper.contracts.messages import OonaMessage, TopicNames
 from esper.contracts.operational import SeedTransition
 from tools import chaos_cluster, chaos_kernels
-from tools.chaos_checks import Outcome, check_transitions
+from tools.chaos_checks import Outcome, check_transitions, was_compiled
 from tools.chaos_cluster import EXAMPLE, Plan, main, prepared, run
 from tools.chaos_kernels import Notes, forget
 from tools.chaos_sessions import check_decisions, check_seeds
@@ -267,3 +267,17 @@ def test_ctrl_c_is_told_in_a_line(capsys, monkeypatch):
     monkeypatch.setattr(chaos_cluster.signal, "signal", lambda *_: None)
     assert main([]) == 130
     assert capsys.readouterr().err == "make chaos-cluster: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "made"),
+    [
+        ("True", "Job kernel-0a1b", True),
+        ("True", "the hub had it", False),
+        ("Unknown", "Job kernel-0a1b", False),
+    ],
+)
+def test_a_kernel_that_the_hub_had_was_compiled_by_no_job(status, message, made):
+    ready = {"type": "Ready", "status": status, "message": message}
+    assert was_compiled({"status": {"conditions": [ready]}}) is made
+    assert not was_compiled({})

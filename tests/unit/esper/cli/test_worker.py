@@ -107,6 +107,22 @@ def test_bad_input_is_told_and_left_for_the_cluster(
     assert not (tmp_path / "run").exists()
 
 
+def test_where_there_is_no_gpu_it_says_what_would_have_been_launched(
+    manifest, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("esper.cli.accelerators._FILES", ())  # as of a system that shows none
+    workers = MANIFEST["spec"]["workers"] | {"resources": {"limits": {"nvidia.com/gpu": "4"}}}
+    spec = MANIFEST["spec"] | {"workers": workers}
+    manifest.write_text(yaml.safe_dump(MANIFEST | {"spec": spec}))
+    log = tmp_path / "log"
+    words = ["worker", "session.yaml", "--output-dir", "run", "--termination-log", str(log)]
+    assert main([*words, "--nodes", "1", "--processes", "2"]) == 78
+    said, refusal = capsys.readouterr().err.splitlines()
+    assert said == "esper: not launched: 2 processes over cpu:gloo,cuda:nccl"
+    assert "limits[nvidia.com/gpu]: got 4; allowed: at most 0" in refusal
+    assert json.loads(log.read_text())["reason"] == "AcceleratorMissing"
+
+
 def test_a_log_that_can_not_be_written_changes_no_exit_code(manifest, tmp_path, capsys):
     argv = ["worker", "none.yaml", "--output-dir", "run", "--termination-log", str(tmp_path)]
     assert main(argv) == 78
