@@ -40,6 +40,8 @@ def asked(url, method="GET", body=None, token=TOKEN):
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     if body is not None:
         headers["Content-Type"] = "application/json"
+    elif method == "PUT":
+        headers["Content-Type"] = "application/octet-stream"
     target = url[len(f"{parts.scheme}://{parts.netloc}") :]
     try:
         client.request(method, target, None if body is None else json.dumps(body), headers)
