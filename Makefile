@@ -49,14 +49,14 @@ demo: setup ## Train example 01 until it has grown; the report is runs/demo/repo
 
 # What inductor has compiled is kept for the next time.
 COMPILED := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/esper/inductor
-# Workers share two cores, so each computes, and compiles, on one thread.
+# Two workers share two cores, so each computes, and compiles, on one thread.
 PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 TORCHINDUCTOR_CACHE_DIR='$(COMPILED)' \
-	$(BIN)/pytest --dist loadgroup --timeout=900
+	$(BIN)/pytest -n 2 --dist loadgroup --timeout=900
 # Being measured slows all Python down, so only the tests of what is measured are.
 MEASURED := contracts services/tamiyo services/tolaria
 MEASURED_TESTS := $(MEASURED:%=tests/unit/esper/%) tests/unit/esper_operator
 
-# Built before the tests run: within one, its time would be up.
+# Built before tests run, programs and images: within one, its time would be up.
 .PHONY: programs
 programs: setup ## Build the programs of a Kubernetes control plane, and Helm (once, minutes)
 	@$(BIN)/python -m tools.cluster.programs control-plane helm >/dev/null
@@ -64,14 +64,13 @@ programs: setup ## Build the programs of a Kubernetes control plane, and Helm (o
 .PHONY: test
 test: programs ## Run every test; unit coverage of contracts, decisions and gates must reach 90 %
 	@rm -f .coverage .coverage.*
-	@$(PYTEST) -n 2 --cov-report= $(MEASURED:%=--cov=esper/%) --cov=esper_operator $(MEASURED_TESTS)
+	@$(PYTEST) --cov-report= $(MEASURED:%=--cov=esper/%) --cov=esper_operator $(MEASURED_TESTS)
 	@$(BIN)/coverage report
 	@$(BIN)/coverage report --include='esper/contracts/*' --fail-under=90
 	@$(BIN)/coverage report --include='esper/services/tamiyo/*' --fail-under=90
 	@$(BIN)/coverage report --include='esper/services/tolaria/gates.py' --fail-under=90
 	@$(BIN)/coverage report --include='operator/esper_operator/decisions/*' --fail-under=90
-	@# Half of what is left waits: for servers, leases, pods, nodes that are lost.
-	@$(PYTEST) -n 4 $(MEASURED_TESTS:%=--ignore=%) --ignore=tests/e2e tests
+	@$(PYTEST) $(MEASURED_TESTS:%=--ignore=%) --ignore=tests/e2e tests
 
 .PHONY: verify
 verify: setup ## Check format, lint, types, layers, spelling, generated files and what is committed
@@ -153,6 +152,8 @@ cluster-demo: setup ## All of it: cluster, images, install, then example 02 is t
 
 .PHONY: e2e
 e2e: setup ## Run the tests that need a real cluster, on one of their own (root, minutes)
+	@$(BIN)/python -m tools.cluster.programs control-plane node dns pause helm >/dev/null
+	@$(BIN)/python -m tools.images --build-for=source
 	@$(BIN)/pytest --timeout=900 --durations=0 --durations-min=1 tests/e2e $(ARGUMENTS)
 
 .PHONY: examples-services

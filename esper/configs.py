@@ -74,8 +74,8 @@ __all__ = [
 ]
 
 ENVIRONMENT_PREFIX = "ESPER_"
-NO_SETTINGS = frozenset({"ESPER_CLUSTER_STATE"})
-"""Variables of that prefix that are for `make cluster`, whose shell may call `esper`, too."""
+IGNORED_VARIABLES = frozenset({"ESPER_CLUSTER_STATE"})
+"""Of that prefix, and no settings: for `make cluster`, whose shell may call `esper`, too."""
 DEFAULT_FILE = Path("esper.yaml")
 
 TORCHRUN = MappingProxyType(
@@ -308,7 +308,7 @@ def _from_environment(variables: Mapping[str, str]) -> dict[str, tuple[object, s
     for variable in sorted(variables):
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
         linked = name not in NAMES and _SERVICE_LINK.search(variable)
-        if not variable.startswith(ENVIRONMENT_PREFIX) or linked or variable in NO_SETTINGS:
+        if not variable.startswith(ENVIRONMENT_PREFIX) or linked or variable in IGNORED_VARIABLES:
             continue
         given[name] = (_typed(variables[variable]), f"environment {variable}")
     return given

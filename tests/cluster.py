@@ -1,10 +1,8 @@
 """A real control plane for tests, a node that runs pods as processes, a namespace a test.
 
-Tests that use them are of a group, so that one worker has them for all of it, such as
-``pytestmark = pytest.mark.xdist_group("cluster")``. Each group has a control plane of its own:
-`cluster`, `operator` and `operators` (with operators of their own), which mostly wait, go on at
-the same time. A test that kills, freezes or restarts a part asks for a `private_…` one, and leaves
-all that it has touched at work.
+Tests that use them are of the group `cluster`, so that one worker has them:
+``pytestmark = pytest.mark.xdist_group("cluster")``. A test that kills, freezes or restarts a part
+asks for a `private_…` one, and leaves all that it has touched at work.
 """
 
 import uuid
@@ -22,7 +20,7 @@ UNTHROTTLED = ("--kube-api-qps=1000", "--kube-api-burst=1000")
 
 
 @pytest.fixture(scope="session")
-def control_plane(group, tmp_path_factory):
+def control_plane(tmp_path_factory):
     """A control plane that all tests of the group share; what it is asked is audited."""
     folder = tmp_path_factory.mktemp("control-plane")
     with ControlPlane(folder, audit=True, manager_arguments=UNTHROTTLED) as running:

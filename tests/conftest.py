@@ -19,7 +19,6 @@ from tests.cluster import (  # noqa: F401
     private_namespace,
     shared_kubelet,
 )
-from tests.groups import Groups, group  # noqa: F401
 from tests.servers import (  # noqa: F401
     any_redis,
     postgres_server,
@@ -77,4 +76,3 @@ class Freezing:
 
 def pytest_configure(config):
     config.pluginmanager.register(Freezing())
-    config.pluginmanager.register(Groups())

@@ -23,6 +23,8 @@ CAMPAIGNS = {
 }
 """Commands that last too long for a test, or hold the tests, each with what runs it instead: the
 script that must pass before a change lands, or a test of the same module in a quick form."""
+MAKE = {"MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "ARGUMENTS"}
+"""What a make that runs these tests gives to one below it: a reader's is below none."""
 STAY = {"make services": "Ctrl-C stops", "make cluster-api": "Ctrl-C stops"}
 """Commands that stay until Ctrl-C, with what they say once they are ready."""
 
@@ -63,6 +65,11 @@ def checkout(folder):
     return folder
 
 
+def readers(environment):
+    """The variables of these tests as a reader has them, and further ones."""
+    return {n: value for n, value in os.environ.items() if n not in MAKE} | environment
+
+
 def play(section, folder, **environment):
     """Run the commands of a section in `folder`; returns what each printed.
 
@@ -92,7 +99,7 @@ def play(section, folder, **environment):
     done = subprocess.run(
         ["bash", "-c", "\n".join(script)],
         cwd=folder,
-        env=os.environ | environment,
+        env=readers(environment),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -22,6 +22,8 @@ from esper.services.urza.http_client import HttpUrza
 
 _OPEN = (BlueprintState.PROPOSED, BlueprintState.COMPILING)
 
+MODEL = "model.safetensors"
+
 Result = TypeVar("Result")
 
 
@@ -51,6 +53,18 @@ def compare(undisturbed: Path, disturbed: Path, outcome: Outcome) -> None:
             f"{disturbed.name}/{name}: {len(one)} lines without faults, {len(two)} with; "
             f"the first difference: {first}",
         )
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Which files of two finished runs differ."""
+    differing = [name for name in LOGS if timeless(one / name) != timeless(other / name)]
+    return differing if same_model(one, other) else [*differing, MODEL]
+
+
+def same_model(one: Path, other: Path) -> bool:
+    """Whether two finished runs have left a model, to the bit the same."""
+    models = [path / MODEL for path in (one, other)]
+    return all(path.exists() for path in models) and len({p.read_bytes() for p in models}) == 1
 
 
 def check_transitions(published: Sequence[OonaMessage], directory: Path, outcome: Outcome) -> None:
@@ -104,6 +118,25 @@ async def patiently(ask: Callable[[], Awaitable[Result]]) -> Result:
         except Unavailable:
             await asyncio.sleep(0.1)
     return await ask()
+
+
+def condition(found: dict[str, Any], kind: str) -> dict[str, Any]:
+    """A condition of an object; empty where it has none of that kind."""
+    conditions = found.get("status", {}).get("conditions", ())
+    return next((item for item in conditions if item["type"] == kind), {})
+
+
+def was_compiled(kernel: dict[str, Any]) -> bool:
+    """Whether a CompiledKernel is ready and a Job made it: else its message says who had it."""
+    ready = condition(kernel, "Ready")
+    made: bool = ready.get("message", "").startswith("Job ")
+    return made and ready.get("status") == "True"
+
+
+def kernels_of(place: Path) -> list[str]:
+    """The kernels of all seeds of a session, whoever has them compiled."""
+    told = lines(place / "events.jsonl")
+    return sorted({line["kernel"] for line in told if line.get("kernel")})
 
 
 def timeless(path: Path) -> list[dict[str, Any]]:

@@ -3,8 +3,8 @@
 Operator leader, Tamiyo, Urza, Redis, a worker, a compile pod: each is killed on its node, or its
 pod deleted without grace (`tools/cluster_faults.py`), while equal sessions of example 02
 train one after the other until the faults are used up. Each has a namespace of its own,
-and before each the kernels of the first are deleted from the hub, so that all are compiled anew. In
-the end nothing may be lost or done twice:
+and before each the kernels of the first are deleted from the hub, so that all are compiled anew but
+those that somebody else's session uses. In the end nothing may be lost or done twice:
 
 - every session has succeeded, its model and its logs are to the bit those of one that nobody
   disturbed, and its Seeds stand as its log tells;
@@ -28,18 +28,18 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tools import helm
-from tools.chaos_checks import Outcome, check_kernels
+from tools.chaos_checks import Outcome, check_kernels, condition, kernels_of
 from tools.chaos_kernels import Notes, forget
-from tools.chaos_sessions import ClusterSession, check_session, kernels_of
-from tools.cluster.containers.layout import SOURCE, layout
+from tools.chaos_sessions import ClusterSession, check_session
+from tools.cluster.containers.layout import SOURCE, BadState, Layout, layout
 from tools.cluster.containers.source import SourceCluster
-from tools.cluster_demo import condition
 from tools.cluster_faults import Faults, course
 from tools.real_cluster import HUB, REDIS, RealCluster
 from tools.servers.process import ServerError
@@ -49,6 +49,8 @@ CHECKPOINT = {"everyEpochs": 3}
 RETRIES = 1000
 """A worker that is killed is a failure, which `runPolicy.backoffLimit` bounds."""
 READY_SECONDS = 180
+UNDISTURBED = "undisturbed"
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def run(
     sessions: list[ClusterSession] = []
     try:
         began = time.monotonic()
-        first = ClusterSession(real, manifest, f"{prefix}-undisturbed")
+        first = ClusterSession(real, manifest, f"{prefix}-{UNDISTURBED}")
         sessions.append(first)
         ended = condition(first.wait(), "Succeeded")
         if ended["status"] != "True":
@@ -89,7 +91,9 @@ def run(
         kernels = kernels_of(undisturbed)
         say(f"the undisturbed session has ended after {time.monotonic() - began:.0f} s")
         began = time.monotonic()
-        seen = _disturb(cluster, real, manifest, prefix, kernels, plan, sessions, outcome, say)
+        seen, anew = _disturb(
+            cluster, real, manifest, prefix, kernels, plan, sessions, outcome, say
+        )
         for session in sessions[1:]:
             session.wait()
         say(f"the last disturbed session has ended after {time.monotonic() - began:.0f} s")
@@ -103,11 +107,22 @@ def run(
         outcome.figures["perSession"] = told
         with real.hub() as hub:
             asyncio.run(check_kernels(hub, kernels, outcome))
-        notes.check(kernels, outcome)
+        notes.check(sorted(anew), outcome)
     finally:
-        notes.end()
-        for session in sessions:
-            real.kubectl("delete", "namespace", session.namespace, "--wait=false")
+        # The one after the last may have come as far as its namespace.
+        names = [f"{prefix}-{name}" for name in (UNDISTURBED, *range(1, len(sessions) + 1))]
+        words = ("delete", "namespace", *names, "--ignore-not-found", "--wait=false")
+        steps: list[Callable[[], object]] = [
+            partial(_await_release, real),  # the hub may just be away
+            notes.end,
+            partial(real.kubectl, *words),
+        ]
+        for step in steps:
+            try:
+                step()
+            except ServerError as error:  # not in place of what has ended the campaign
+                say(f"something is left behind: {error}")
+                outcome.check(False, f"something is left behind: {error}")
     return outcome
 
 
@@ -121,8 +136,13 @@ def _disturb(
     sessions: list[ClusterSession],
     outcome: Outcome,
     say: Callable[[str], None],
-) -> list[float]:
-    """The faults, one after the other, while a session trains; how soon the kubelet saw each."""
+) -> tuple[list[float], set[str]]:
+    """The faults, one after the other, while a session trains.
+
+    Returns:
+        How soon the kubelet saw each, and the kernels that were to be compiled anew.
+    """
+    anew: set[str] = set()
     chance = random.Random(plan.seed)
     faults = Faults(cluster, chance)
     for number, fault in enumerate(course(plan.faults, chance), start=1):
@@ -132,7 +152,10 @@ def _disturb(
                 raise ServerError(f"{fault}: there was none to hit while a session trained")
             if len(sessions) == 1 or not sessions[-1].running:
                 _await_release(real)
-                forget(real, kernels)
+                gone = forget(real, kernels)
+                if kept := set(kernels) - set(gone):
+                    say(f"others train with {len(kept)} of {len(kernels)} kernels, which stay")
+                anew.update(gone)
                 sessions.append(ClusterSession(real, manifest, f"{prefix}-{len(sessions)}"))
                 say(f"session {len(sessions) - 1} begins")
                 sessions[-1].await_progress()
@@ -142,7 +165,7 @@ def _disturb(
         epoch = session.get().get("status", {}).get("epoch", 0)
         say(f"fault {number} of {plan.faults}: {fault}: {hit} (epoch {epoch})")
         outcome.faults.append(str(fault))
-    return faults.seen
+    return faults.seen, anew
 
 
 def _await_release(cluster: RealCluster) -> None:
@@ -173,21 +196,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     plan = replace(Plan(), faults=arguments.faults, seed=arguments.seed)
-    place = layout()
     try:
+        place = layout()
         if place.way != SOURCE:
-            raise ServerError(f"{place.state}: got {place.way or 'no cluster'}; allowed: {SOURCE}")
+            raise ServerError(_refused(place))
         with tempfile.TemporaryDirectory(prefix="chaos-cluster-") as temporary:
             folder = (arguments.folder or Path(temporary)).resolve()
             folder.mkdir(parents=True, exist_ok=True)
             document = prepared(arguments.session)
             outcome = run(SourceCluster(place), document, folder, plan, _say)
-    except ServerError as error:
+    except (ServerError, BadState) as error:
         sys.stderr.write(f"make chaos-cluster: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("make chaos-cluster: interrupted\n")
+        return INTERRUPTED
     told = {"faults": outcome.faults, "figures": outcome.figures, "broken": outcome.broken}
     sys.stdout.write(json.dumps(told) + "\n")
     return 1 if outcome.broken else 0
+
+
+def _refused(place: Layout) -> str:
+    """Why the cluster is not one whose containers can be killed, and the way out."""
+    before = "make cluster-down, then " if place.way else ""
+    said = f"{place.state}: got {f'a cluster of {place.way}' if place.way else 'no cluster'}"
+    return f"{said}; allowed: one from {SOURCE} ({before}make cluster ARGUMENTS=--way={SOURCE})"
 
 
 def _say(line: str) -> None:

@@ -16,21 +16,33 @@ DATABASE = "/var/lib/esper/urza.sqlite"
 """In the hub's pod."""
 
 
-def forget(cluster: RealCluster, kernels: Sequence[str]) -> None:
-    """Delete kernels from the hub, and every object of them: whoever asks has them made anew."""
+def forget(cluster: RealCluster, kernels: Sequence[str]) -> list[str]:
+    """Delete kernels from the hub; whoever asks for them next has them made anew.
+
+    Those that a live session uses stay. So do CompiledKernels, which are people's: in a namespace
+    that has them, what they tell of is there again once anybody has asked.
+
+    Returns:
+        Those that the hub does not have any more.
+
+    Raises:
+        ServerError: the hub refuses one for another reason, or does not answer.
+    """
+    gone = []
     with cluster.hub() as hub:
         assert hub.token is not None
         headers = {"Authorization": f"Bearer {hub.token.get_secret_value()}"}
         for kernel in kernels:
             url = f"{hub.url}/api/v1/kernels/{kernel}"
-            answer = httpx.delete(url, headers=headers, trust_env=False)
-            if answer.status_code not in (httpx.codes.NO_CONTENT, httpx.codes.NOT_FOUND):
+            try:
+                answer = httpx.delete(url, headers=headers, trust_env=False)
+            except httpx.HTTPError as error:
+                raise ServerError(f"kernel {kernel} can't be deleted: {error}") from error
+            if answer.status_code in (httpx.codes.NO_CONTENT, httpx.codes.NOT_FOUND):
+                gone.append(kernel)
+            elif answer.status_code != httpx.codes.CONFLICT:
                 raise ServerError(f"kernel {kernel} can't be deleted: {answer.text}")
-    for item in cluster.get("compiledkernels", "-A")["items"]:
-        meta = item["metadata"]
-        if meta["name"] in kernels:
-            words = ("compiledkernel", meta["name"], "--ignore-not-found")
-            cluster.kubectl("-n", meta["namespace"], "delete", *words)
+    return gone
 
 
 class Notes:

@@ -34,8 +34,7 @@ import yaml
 from esper.cli.run_checkpoints import run_checkpoints
 from esper.configs import EsperConfig
 from esper.contracts.manifests import parse_manifest
-from esper.services.tolaria.checkpoint_manifest import LOGS
-from tools.chaos_checks import Outcome, timeless
+from tools.chaos_checks import Outcome, differences
 from tools.rank_moments import Course, Moment, Phase, await_end, reach
 from tools.rank_session import write_session
 from tools.rank_worker import Worker, WorkerEnded, last_epoch, lost_epochs
@@ -48,7 +47,6 @@ LEAVE_SECONDS = 10.0
 """For the processes of a worker that was killed."""
 RESTARTS = 10
 """Moments are where chance puts them, also several within one checkpoint's epochs."""
-MODEL = "model.safetensors"
 INTERRUPTED = 75
 SCENARIOS = ("kills", "stops", "sizes")
 
@@ -107,15 +105,6 @@ def train_alone(manifest: Path, directory: Path) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
     )
-
-
-def differences(one: Path, other: Path) -> list[str]:
-    """Which files of two finished runs differ."""
-    differing = [name for name in LOGS if timeless(one / name) != timeless(other / name)]
-    models = [path / MODEL for path in (one, other)]
-    if not all(path.exists() for path in models) or len({p.read_bytes() for p in models}) > 1:
-        differing.append(MODEL)
-    return differing
 
 
 def kills(trial: Trial, folder: Path, number: int, chance: random.Random) -> Outcome:

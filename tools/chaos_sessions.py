@@ -10,9 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.chaos_checks import Outcome, check_transitions, compare, lines
-from tools.chaos_ranks import MODEL, differences
-from tools.cluster_demo import condition, was_compiled
+from tools import kubectl
+from tools.chaos_checks import (
+    MODEL,
+    Outcome,
+    check_transitions,
+    compare,
+    condition,
+    lines,
+    same_model,
+    was_compiled,
+)
 from tools.real_cluster import RealCluster
 from tools.servers.process import ServerError
 
@@ -67,12 +75,9 @@ class ClusterSession:
         return found
 
     def fetch(self, folder: Path) -> Path:
-        """Its logs and its model, as the hub keeps them, in a folder called as its namespace."""
-        place = folder / self.namespace
-        place.mkdir()
-        uid = self.get()["metadata"]["uid"]
-        for name, content in asyncio.run(self.cluster.results(uid)).items():
-            (place / name).write_bytes(content)
+        """What it has left, once it has succeeded, in a folder called as its namespace."""
+        place, config = folder / self.namespace, self.cluster.kubeconfig
+        kubectl.fetch(self.name, place, namespace=self.namespace, kubeconfig=config)
         return place
 
 
@@ -89,7 +94,7 @@ def check_session(
         return {"namespace": where, "ended": ended["reason"]}
     place = session.fetch(folder)
     compare(undisturbed, place, outcome)
-    outcome.check(not differences(undisturbed, place), f"{where}: logs or {MODEL} differ")
+    outcome.check(same_model(undisturbed, place), f"{where}: {MODEL} differs")
     uid = found["metadata"]["uid"]
     published = asyncio.run(session.cluster.transitions(where, uid))
     check_transitions(published, place, outcome)
@@ -111,12 +116,6 @@ def check_session(
         "transitions": outcome.figures["transitions"],
         "transitionsPublished": outcome.figures["transitionsPublished"],
     }
-
-
-def kernels_of(place: Path) -> list[str]:
-    """The kernels of all seeds of a session, whoever has them compiled."""
-    told = lines(place / "events.jsonl")
-    return sorted({line["kernel"] for line in told if line.get("kernel")})
 
 
 def check_decisions(place: Path, outcome: Outcome) -> None:

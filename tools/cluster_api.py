@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools.cluster.programs import cluster_program
-from tools.cluster_demo import Demo, DemoFailed
+from tools.cluster_demo import Demo, DemoFailed, DemoSession
 from tools.local_cluster import LocalCluster
 from tools.servers.process import ServerError
 
@@ -35,11 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     told: dict[str, object] | None = None
     try:
+        session = DemoSession.read(arguments.session) if arguments.demo else None
         _say(f"starting a control plane, the hub, the operator and a node in {arguments.folder}")
         with LocalCluster(arguments.folder) as cluster:
             _show(cluster)
-            if arguments.demo:
-                told = Demo(cluster, arguments.session, _say, stop).run()
+            if session is not None:
+                told = Demo(cluster, session, _say, stop).run()
             else:
                 _say("Ctrl-C stops everything")
                 _watch(cluster, stop)

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import yaml
 
+from esper.contracts.manifests import load_manifest
+from esper.errors import BadInput
 from esper.services.tolaria.checkpoint_manifest import LOGS
-from tools.chaos_checks import timeless
-from tools.chaos_ranks import differences
-from tools.cluster.programs import cluster_program
+from tools import kubectl
+from tools.chaos_checks import condition, differences, kernels_of, timeless, was_compiled
 from tools.rank_worker import AGENT, RANK, Worker
+from tools.servers.process import ServerError
 
 SHOWN_SECONDS = 5.0
+LOOK_SECONDS = 1.0
+"""Until all pods were seen at work: a short session has soon ended."""
 SECONDS = 3600.0
 GONE_SECONDS = 120.0
+INDEX = "batch.kubernetes.io/job-completion-index"
+"""Which worker a pod is of, also where it is not the first."""
 COLUMNS = {
     "ts": "NAME STATE EPOCH METRIC PARAMS SEEDS FOSSILIZED WORKERS AGE",
     "seeds": "NAME SESSION LAYER STATE BLUEPRINT ALPHA HEALTH GAIN AGE",
@@ -36,6 +40,48 @@ COLUMNS = {
 
 class DemoFailed(RuntimeError):  # noqa: N818
     """The demonstration could not go on; the message says why."""
+
+
+@dataclass(frozen=True)
+class DemoSession:
+    """The session that is demonstrated.
+
+    Attributes:
+        manifest: its file.
+        name: its own.
+        pods: those that train.
+        ranks: of all pods.
+    """
+
+    manifest: Path
+    name: str
+    pods: int
+    ranks: int
+
+    @classmethod
+    def read(cls, manifest: Path) -> Self:
+        """The one of a manifest.
+
+        Raises:
+            DemoFailed: it can't be read, or is refused.
+        """
+        try:
+            session = load_manifest(manifest).session
+        except BadInput as error:
+            raise DemoFailed(str(error)) from error
+        workers = session.spec.workers
+        return cls(manifest, session.metadata.name, workers.replicas, workers.processes)
+
+    def suspended(self, name: str) -> dict[str, Any]:
+        """The same under another name, which does not begin, and fits any number of pods."""
+        documents = yaml.safe_load_all(self.manifest.read_text())
+        document: dict[str, Any] = next(
+            each for each in documents if each and each["kind"] == "TrainingSession"
+        )
+        document["metadata"]["name"] = name
+        document["spec"]["runPolicy"] = {"suspend": True}
+        document["spec"].get("training", {}).pop("logicalShards", None)
+        return document
 
 
 class DemoCluster(Protocol):
@@ -57,10 +103,6 @@ class DemoCluster(Protocol):
     def catalogue(self) -> str | None:
         """Where the catalogue's Blueprints are; None as for `namespace`."""
 
-    @property
-    def used(self) -> bool:
-        """Whether sessions have trained there before, so that the hub may have all kernels."""
-
     def kubectl(self, *words: str, given: str | None = None) -> str:
         """What kubectl prints; `given` is its standard input.
 
@@ -68,8 +110,19 @@ class DemoCluster(Protocol):
             ServerError: it ended with an error.
         """
 
+    def forget(self, kernels: Sequence[str]) -> list[str]:
+        """Have kernels made anew for the session; those that another one uses are left out.
+
+        Raises:
+            ServerError: the hub refuses, or does not answer.
+        """
+
     def processes(self, pod: str) -> list[str]:
-        """The command lines of all that runs in a pod."""
+        """The command lines of all that runs in a pod.
+
+        Raises:
+            ServerError: nothing can be seen in it, as where it has just ended.
+        """
 
     def mend(self) -> bool:
         """Start what has ended and does not come back by itself; whether anything had."""
@@ -81,22 +134,21 @@ class Demo:
     def __init__(
         self,
         cluster: DemoCluster,
-        manifest: Path,
+        session: DemoSession,
         say: Callable[[str], None],
         stop: threading.Event,
     ) -> None:
         """`say` shows a line; `stop` breaks the demonstration off."""
         self._cluster = cluster
-        self._manifest = manifest
+        self._session = session
+        self._name = session.name
         self._say = say
         self._stop = stop
         self._checks: dict[str, bool] = {}
         self._seconds: dict[str, float] = {}
-        self._trained: set[str] = set()
+        self._trained: dict[str, str] = {}
+        self._anew: list[str] = []
         self._kernels: dict[str, int] = {}
-        document = next(yaml.safe_load_all(manifest.read_text()))
-        self._name = str(document["metadata"]["name"])
-        self._ranks = int(document["spec"]["workers"]["replicas"])
 
     def run(self) -> dict[str, object]:
         """What was checked, by its command; `holds` says whether all of it does.
@@ -106,16 +158,19 @@ class Demo:
             ServerError: kubectl failed.
         """
         self._removed()
+        with self._timed("outside"):
+            self._trained_outside()
+        self._forgotten()
         with self._timed("session"):
-            self._kubectl("apply", "-f", str(self._manifest))
+            self._kubectl("apply", "-f", str(self._session.manifest))
             session = self._followed()
         self._kubectl("wait", "--for=condition=Succeeded", "--timeout=10s", f"ts/{self._name}")
         self._listed()
-        self._checks[f"{self._ranks} pods under torchrun"] = len(self._trained) == self._ranks
+        pods = self._session.pods
+        self._checks[f"{pods} pods under torchrun"] = len(self._trained) == pods
         self._described()
         self._scaled()
-        with self._timed("outside"):
-            differing = self._differing()
+        differing = self._differing()
         self._checks["equal to esper worker to the bit"] = not differing
         status = session["status"]
         return {
@@ -133,11 +188,36 @@ class Demo:
 
     def _removed(self) -> None:
         """Take away what an earlier demonstration has left, the Seeds and pods of it too."""
-        self._cluster.kubectl("delete", "ts", self._name, "--ignore-not-found")
+        for name in (self._name, self._suspended):
+            self._cluster.kubectl("delete", "ts", name, "--ignore-not-found")
         end = time.monotonic() + GONE_SECONDS
         while self._of_session("seeds") or self._of_session("pods"):
             if time.monotonic() > end or self._stop.wait(1.0):
                 raise DemoFailed(f"an earlier {self._name} has not gone")
+
+    def _trained_outside(self) -> None:
+        """Train it without a cluster."""
+        outside, ranks = self._outside, self._session.ranks
+        self._say(f"the same session by `esper worker` with {ranks} ranks, no cluster")
+        if (outside / "manifest.yaml").is_file():
+            shutil.rmtree(outside)  # that of an earlier demonstration, which has ended
+        log = outside.with_suffix(".log")
+        with Worker(self._session.manifest, outside, ranks, log) as worker:
+            if worker.wait() != 0:
+                raise DemoFailed(f"outside of the cluster: {worker.log.read_text()[-1000:]}")
+
+    def _forgotten(self) -> None:
+        """Have the hub forget the kernels of its seeds, those that the run outside has told of.
+
+        It keeps them, also for sessions that have ended: of this one nothing would be compiled.
+        """
+        kernels = kernels_of(self._outside)
+        if not kernels:
+            raise DemoFailed(f"{self._name}: no seed of it germinates; allowed: one that grows")
+        self._anew = self._cluster.forget(kernels)
+        if not self._anew:
+            raise DemoFailed(f"{self._name}: others train with all of its kernels; await their end")
+        self._say(f"{len(self._anew)} of {len(kernels)} kernels are to be compiled anew")
 
     def _followed(self) -> dict[str, Any]:
         """The session once it has succeeded; how it stands is shown meanwhile."""
@@ -150,22 +230,23 @@ class Demo:
             if line.rsplit(maxsplit=1)[0] != shown:  # without its age
                 shown = line.rsplit(maxsplit=1)[0]
                 self._say(line)
-            if session.get("status", {}).get("epoch", 0) > 0 and not self._trained:
+            if missing := len(self._trained) < self._session.pods:
                 self._look()
             found = condition(session, "Succeeded")
             if found.get("status") == "True":
+                self._told_of_pods()
                 return session
             if found.get("status") == "False":
                 raise DemoFailed(f"{self._name}: {found['reason']}: {found['message']}")
-            if time.monotonic() > deadline or self._stop.wait(SHOWN_SECONDS):
+            pause = LOOK_SECONDS if missing else SHOWN_SECONDS
+            if time.monotonic() > deadline or self._stop.wait(pause):
                 raise DemoFailed(f"{self._name} has not ended")
 
     def _listed(self) -> None:
         for kind, columns in COLUMNS.items():
             within = self._cluster.catalogue if kind == "bp" else self._cluster.namespace
             text = self._kubectl("get", kind, within=within)
-            if text or kind != "ck":  # whose check is `_compiled`
-                self._checks[f"get {kind}"] = text.partition("\n")[0].split() == columns.split()
+            self._checks[f"get {kind}"] = text.partition("\n")[0].split() == columns.split()
         self._checks["a kernel made by a compile Job"] = self._compiled()
         selected = f"--field-selector=spec.session={self._name},status.state=fossilized"
         seeds = self._kubectl("get", "seeds", selected, "-o", "name").split()
@@ -173,28 +254,37 @@ class Demo:
         self._checks["get seeds --field-selector"] = 0 < len(seeds) == counted
 
     def _compiled(self) -> bool:
-        """Whether a kernel that is ready was compiled by a Job.
-
-        A session asks only for kernels that the hub does not have: where one like it has trained
-        before it may have needed none.
-        """
-        said = self._get("ck")["items"]
-        ready = [one for one in said if condition(one, "Ready").get("status") == "True"]
+        """Whether a Job has compiled one of the kernels that were to be made anew."""
+        found = self._get("ck")["items"]
+        own = [kernel for kernel in found if kernel["metadata"]["name"] in self._anew]
+        ready = [one for one in own if condition(one, "Ready").get("status") == "True"]
         made = [one for one in ready if was_compiled(one)]
         self._kernels = {"ready": len(ready), "compiledByJobs": len(made)}
-        if not said:
-            self._say("no kernel had to be compiled: the hub has those of an earlier session")
-        return bool(made) or (self._cluster.used and not said)
+        return bool(made)
 
     def _look(self) -> None:
-        """See which worker pods have torchrun and a rank of it at work."""
+        """See which workers' pods have torchrun and a rank of it at work."""
         for pod in self._of_session("pods"):
-            name = pod["metadata"]["name"]
-            if pod["metadata"]["labels"].get("esper.dev/role") == "worker":
+            meta = pod["metadata"]
+            name, number = meta["name"], meta.get("annotations", {}).get(INDEX, "")
+            trains = meta["labels"].get("esper.dev/role") == "worker"
+            runs = pod["status"].get("phase") == "Running"
+            if not trains or not runs or number in self._trained:
+                continue
+            try:
                 found = self._cluster.processes(name)
-                if all(any(part in words for words in found) for part in (AGENT, RANK)):
-                    self._trained.add(name)
-        self._say(f"torchrun and a rank are at work in {', '.join(sorted(self._trained))}")
+            except ServerError:  # it has ended meanwhile, or is about to begin
+                continue
+            if all(any(part in words for words in found) for part in (AGENT, RANK)):
+                self._trained[number] = name
+                self._say(f"torchrun and a rank are at work in {name}")
+
+    def _told_of_pods(self) -> None:
+        if len(self._trained) < self._session.pods:
+            self._say(
+                f"torchrun was seen in {len(self._trained)} of {self._session.pods} pods: one that "
+                f"trains for no more than {LOOK_SECONDS:g} s is too short to be watched"
+            )
 
     def _described(self) -> None:
         text = self._kubectl("describe", "ts", self._name)
@@ -204,47 +294,38 @@ class Demo:
 
     def _scaled(self) -> None:
         """`kubectl scale` of a session that is suspended, which alone may be resized."""
-        name = f"{self._name}-suspended"
-        document = next(yaml.safe_load_all(self._manifest.read_text()))
-        document["metadata"]["name"] = name
-        document["spec"]["runPolicy"] = {"suspend": True}
+        name, pods = self._suspended, self._session.pods + 1
+        document = self._session.suspended(name)
         self._cluster.kubectl("apply", "-f", "-", given=yaml.safe_dump(document))
-        self._kubectl("scale", f"ts/{name}", f"--replicas={self._ranks + 1}")
+        self._kubectl("scale", f"ts/{name}", f"--replicas={pods}")
         scaled = self._get("ts", name)["spec"]["workers"]["replicas"]
-        self._checks["scale"] = scaled == self._ranks + 1
+        self._checks["scale"] = scaled == pods
         self._kubectl("delete", "ts", name)
 
     def _differing(self) -> list[str]:
         """Which files of the run differ from those of one outside of the cluster."""
-        inside, outside = self._cluster.folder / "inside", self._cluster.folder / "outside"
+        inside = self._cluster.folder / "inside"
         self._fetched(inside)
-        self._say(f"the same session by `esper worker` with {self._ranks} ranks, no cluster")
-        if (outside / "manifest.yaml").is_file():
-            shutil.rmtree(outside)  # that of an earlier demonstration, which has ended
-        with Worker(self._manifest, outside, self._ranks, outside.with_suffix(".log")) as worker:
-            if worker.wait() != 0:
-                raise DemoFailed(f"outside of the cluster: {worker.log.read_text()[-1000:]}")
         if not timeless(inside / LOGS[0]):
             raise DemoFailed("the hub has no metrics of the session")
-        return differences(outside, inside)
+        return differences(self._outside, inside)
 
     def _fetched(self, directory: Path) -> None:
         """Fetch what the session has left, as a person would."""
-        words = ["esper", "fetch", self._name, f"--output-dir={directory}", "--overwrite"]
-        if self._cluster.namespace is not None:
-            words.append(f"--namespace={self._cluster.namespace}")
-        self._say(f"$ {' '.join(words)}")
-        own = {"KUBECONFIG": str(self._cluster.kubeconfig)}
-        path = f"{cluster_program('kubectl').parent}{os.pathsep}{os.environ['PATH']}"
-        done = subprocess.run(
-            [sys.executable, "-m", *words],
-            env=os.environ | own | {"PATH": path},
-            capture_output=True,
-            text=True,
-        )
-        self._say((done.stdout + done.stderr).rstrip())
-        if done.returncode:
-            raise DemoFailed(f"esper fetch {self._name} ended with {done.returncode}")
+        namespace, config = self._cluster.namespace, self._cluster.kubeconfig
+        self._say(f"$ esper fetch {self._name} --output-dir={directory}")
+        said = kubectl.fetch(self._name, directory, namespace=namespace, kubeconfig=config)
+        self._say(said)
+
+    @property
+    def _outside(self) -> Path:
+        """The run without a cluster."""
+        return self._cluster.folder / "outside"
+
+    @property
+    def _suspended(self) -> str:
+        """The session that is only resized."""
+        return f"{self._name}-suspended"
 
     def _of_session(self, kind: str) -> list[dict[str, Any]]:
         """The objects of a kind that belong to the session."""
@@ -268,16 +349,3 @@ class Demo:
         began = time.monotonic()
         yield
         self._seconds[step] = round(time.monotonic() - began, 1)
-
-
-def was_compiled(kernel: dict[str, Any]) -> bool:
-    """Whether a CompiledKernel is ready and a Job made it: else its message says who had it."""
-    ready = condition(kernel, "Ready")
-    made: bool = ready.get("message", "").startswith("Job ")
-    return made and ready.get("status") == "True"
-
-
-def condition(found: dict[str, Any], kind: str) -> dict[str, Any]:
-    """A condition of an object; empty where it has none of that kind."""
-    conditions = found.get("status", {}).get("conditions", ())
-    return next((item for item in conditions if item["type"] == kind), {})

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from tools.chaos_checks import timeless
-from tools.chaos_ranks import SHARDS, differences, train_alone
+from tools.chaos_checks import differences, timeless
+from tools.chaos_ranks import SHARDS, train_alone
 from tools.rank_worker import Worker, WorkerEnded
 
 EXAMPLES = ("01-mnist1d-mlp", "02-digits-cnn")

@@ -1,7 +1,8 @@
 """`make install`: the chart in a cluster, with the images of `make images`.
 
 The cluster is that of KUBECONFIG, else the one of `make cluster`. The chart is installed, or
-upgraded, and waited for; then Helm's own test of it runs. Further arguments are Helm's: `make
+upgraded, and waited for: in the cluster of `make cluster` pods whose image is another one under the
+same tag are made anew. Then Helm's own test of it runs. Further arguments are Helm's: `make
 install ARGUMENTS="--set operator.logLevel=debug"`.
 """
 
@@ -12,13 +13,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from tools import helm, kubectl
 from tools.cluster.containers.layout import STATE, BadState, layout
 from tools.cluster.containers.standing import runs
+from tools.images.loaded import loaded
 from tools.servers.process import ServerError
 
 CONFIG = "KUBECONFIG"
 WAIT = "5m"
+IMAGE = "esper.dev/image"
+"""Annotation of pods: which image they were made for, so that another one has them made anew."""
+IMAGES = {"operator": "control", "urza": "control", "redis": "redis"}
+"""Whose pods, and the chart's name of their image."""
 LABELS = (
     "pod-security.kubernetes.io/enforce=restricted",
     "pod-security.kubernetes.io/warn=restricted",
@@ -68,10 +76,28 @@ def install(arguments: Sequence[str], kubeconfig: Path | None) -> str:
         *("upgrade", "--install", helm.RELEASE, str(helm.CHART)),
         *("--namespace", helm.NAMESPACE, "--values", str(helm.LOCAL_VALUES)),
         *("--wait", "--timeout", WAIT, *arguments),
+        values=annotations(kubeconfig),
         kubeconfig=kubeconfig,
     )
     words = ("test", helm.RELEASE, "--namespace", helm.NAMESPACE, "--logs")
     return helm.run(*words, kubeconfig=kubeconfig)
+
+
+def annotations(kubeconfig: Path | None) -> helm.Values:
+    """The chart's values by which pods tell their image; none for a cluster that is not ours."""
+    try:
+        cluster = layout()
+    except BadState:  # of which a cluster elsewhere needs none
+        return {}
+    config = kubeconfig or Path(os.environ.get(CONFIG, ""))
+    known = loaded(cluster) if config.resolve() == cluster.admin else {}
+    names = yaml.safe_load(helm.LOCAL_VALUES.read_text())["images"]
+    found = {part: "{repository}:{tag}".format(**names[image]) for part, image in IMAGES.items()}
+    return {
+        part: {"podAnnotations": {IMAGE: known[name]}}
+        for part, name in found.items()
+        if name in known
+    }
 
 
 def restricted(namespace: str, kubeconfig: Path | None) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +14,39 @@ from tools.cluster.programs import cluster_program
 from tools.servers.process import ServerError
 
 SECONDS = 600.0
+_LOGGED = re.compile(r"[EWI]\d{4} ")
+"""How a line begins that kubectl's libraries log, again and again of a server that is away."""
 
 
-def run(*words: str, kubeconfig: Path | None = None, given: str | None = None) -> str:
+def run(
+    *words: str,
+    kubeconfig: Path | None = None,
+    given: str | None = None,
+    seconds: float = SECONDS,
+) -> str:
     """What kubectl prints; `given` is its standard input.
 
     Without a kubeconfig that of the environment is used.
 
     Raises:
-        ServerError: it ended with an error; the message is the last line of its own.
+        ServerError: it ended with an error, of which the message tells what is for people, or not
+            within so many seconds.
     """
     config = [] if kubeconfig is None else [f"--kubeconfig={kubeconfig}"]
-    done = subprocess.run(
-        [str(cluster_program("kubectl")), *config, *words],
-        input=given or "",
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    command = f"kubectl {' '.join(words)}"
+    try:
+        done = subprocess.run(
+            [str(cluster_program("kubectl")), *config, *words],
+            input=given or "",
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ServerError(f"{command}: it has not ended after {seconds:g} s") from error
     if done.returncode:
-        # A server that does not answer is told in many lines, of which the last is for people.
-        said = done.stderr.strip().rpartition("\n")[2]
-        raise ServerError(f"kubectl {' '.join(words)}: {said}")
+        said = [line for line in done.stderr.splitlines() if not _LOGGED.match(line)]
+        raise ServerError(f"{command}: {'; '.join(said) or done.stderr.strip()}")
     return done.stdout
 
 
@@ -43,3 +57,26 @@ def get(*words: str, kubeconfig: Path | None = None) -> Any:
         ServerError: it ended with an error.
     """
     return json.loads(run("get", *words, "-o", "json", kubeconfig=kubeconfig))
+
+
+def fetch(session: str, directory: Path, *, namespace: str | None, kubeconfig: Path) -> str:
+    """What `esper fetch` says, which puts what a session has left into a folder, as for a person.
+
+    Raises:
+        ServerError: it ended with an error.
+    """
+    words = ["esper", "fetch", session, f"--output-dir={directory}", "--overwrite"]
+    if namespace is not None:
+        words.append(f"--namespace={namespace}")
+    path = f"{cluster_program('kubectl').parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "-m", *words],
+        env=os.environ | {"KUBECONFIG": str(kubeconfig), "PATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    said = (done.stdout + done.stderr).rstrip()
+    if done.returncode:
+        raise ServerError(f"{' '.join(words)}: exit code {done.returncode}: {said}")
+    return said

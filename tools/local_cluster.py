@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -66,20 +67,23 @@ class LocalCluster:
         """The same."""
         return None
 
-    @property
-    def used(self) -> bool:
-        """Never: each start begins with nothing."""
-        return False
+    def forget(self, kernels: Sequence[str]) -> list[str]:
+        """All of them: each start begins with nothing."""
+        return list(kernels)
 
     def kubectl(self, *words: str, given: str | None = None) -> str:
         """What kubectl prints; see `DemoCluster.kubectl`."""
         return self.plane.kubectl(*words, given=given)
 
     def processes(self, pod: str) -> list[str]:
-        """The command lines of all that runs in a pod."""
-        first = psutil.Process(self.kubelet.pid_of(NAMESPACE, pod))
+        """The command lines of all that runs in a pod; see `DemoCluster.processes`."""
+        try:
+            first = psutil.Process(self.kubelet.pid_of(NAMESPACE, pod))
+            every = (first, *first.children(recursive=True))
+        except psutil.Error as error:
+            raise ServerError(f"{pod}: {error}") from error
         found = []
-        for process in (first, *first.children(recursive=True)):
+        for process in every:
             with suppress(psutil.Error):
                 found.append(" ".join(process.cmdline()))
         return found

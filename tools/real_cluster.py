@@ -7,7 +7,6 @@ of the loopback to the release's Services, whose tokens stand in the release's S
 from __future__ import annotations
 
 import base64
-import json
 import re
 import subprocess
 import tempfile
@@ -22,19 +21,14 @@ from pydantic import SecretStr
 from esper.configs import HubConfig, RedisConfig
 from esper.contracts.messages import OonaMessage, TopicNames
 from esper.services.oona_client import OonaClient
-from esper.services.tolaria.checkpoint_manifest import LOGS
 from esper.services.urza.http_client import HttpUrza
-from esper.services.urza.http_objects import HubObjects
-from tools import helm
-from tools.chaos_ranks import MODEL
+from tools import helm, kubectl
 from tools.cluster.programs import cluster_program
 from tools.servers.process import HOST, ServerError, dismiss, keeper_of
 
 HUB, REDIS = f"{helm.RELEASE}-urza", f"{helm.RELEASE}-redis"
 HUB_PORT, REDIS_PORT = 8000, 6379
 CREDENTIALS = f"{helm.RELEASE}-credentials"
-RESULTS = "results"
-KUBECTL_SECONDS = 120.0
 FORWARD_SECONDS = 30.0
 _FORWARDED = re.compile(rf"^Forwarding from {re.escape(HOST)}:(\d+) -> ", re.MULTILINE)
 
@@ -47,28 +41,19 @@ class RealCluster:
     """
 
     def __init__(self, kubeconfig: Path) -> None:
-        self._kubectl = [str(cluster_program("kubectl")), f"--kubeconfig={kubeconfig}"]
+        self.kubeconfig = kubeconfig
 
     def kubectl(self, *words: str, given: str | None = None) -> str:
         """What kubectl prints; `given` is its standard input.
 
         Raises:
-            ServerError: it ended with an error, which the message tells.
+            ServerError: it ended with an error, which the message tells, or not at all.
         """
-        done = subprocess.run(
-            [*self._kubectl, *words],
-            input=given or "",
-            capture_output=True,
-            text=True,
-            timeout=KUBECTL_SECONDS,
-        )
-        if done.returncode:
-            raise ServerError(f"kubectl {' '.join(words)}: {done.stderr.strip()}")
-        return done.stdout
+        return kubectl.run(*words, kubeconfig=self.kubeconfig, given=given)
 
     def get(self, *words: str) -> Any:
         """What `kubectl get WORDS` finds, as an object."""
-        return json.loads(self.kubectl("get", *words, "-o", "json"))
+        return kubectl.get(*words, kubeconfig=self.kubeconfig)
 
     @contextmanager
     def forwarded(self, service: str, port: int) -> Iterator[int]:
@@ -80,7 +65,8 @@ class RealCluster:
             ServerError: the Service has no pod that is ready, or there is no such one.
         """
         words = ("port-forward", f"--address={HOST}", f"service/{service}", f":{port}")
-        command = [*self._kubectl, f"--namespace={helm.NAMESPACE}", *words]
+        config = (f"--kubeconfig={self.kubeconfig}", f"--namespace={helm.NAMESPACE}")
+        command = [str(cluster_program("kubectl")), *config, *words]
         with tempfile.TemporaryFile() as said:
             process = subprocess.Popen(command, stdout=said, stderr=said)
             keeper = keeper_of(process)
@@ -102,14 +88,6 @@ class RealCluster:
         token = SecretStr(base64.b64decode(secret).decode())
         with self.forwarded(HUB, HUB_PORT) as port:
             yield HubConfig(url=f"http://{HOST}:{port}", token=token)
-
-    async def results(self, uid: str) -> dict[str, bytes]:
-        """The logs and the model of a session that has ended, as the hub keeps them, by name."""
-        with self.hub() as config:
-            objects = HubObjects(config, uid)
-            found = {name: await objects.get(f"{RESULTS}/{name}") for name in (*LOGS, MODEL)}
-            await objects.close()
-        return {name: content for name, content in found.items() if content is not None}
 
     async def transitions(self, namespace: str, uid: str) -> list[OonaMessage]:
         """Every transition of a session that the bus keeps, in its order, also those sent again."""

@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools import helm, kubectl
+from tools.chaos_kernels import forget
 from tools.cluster.containers import __main__ as clusters
 from tools.cluster.containers.layout import BadState, Layout, layout
 from tools.cluster.programs import cluster_program
-from tools.cluster_demo import Demo, DemoFailed
+from tools.cluster_demo import Demo, DemoFailed, DemoSession
 from tools.images import __main__ as images
 from tools.install import install, restricted
+from tools.real_cluster import RealCluster
 from tools.servers.process import ServerError
 
 FOLDER = Path("runs/cluster-demo")
@@ -41,14 +43,12 @@ class InstalledCluster:
     Attributes:
         layout: the cluster.
         folder: where what is fetched from it goes.
-        used: whether sessions may have trained there before.
         namespace: where the session goes.
         catalogue: where the release has its Blueprints.
     """
 
     layout: Layout
     folder: Path
-    used: bool
     namespace: str = NAMESPACE
     catalogue: str = helm.NAMESPACE
 
@@ -61,6 +61,13 @@ class InstalledCluster:
         """What kubectl prints in the namespace; see `DemoCluster.kubectl`."""
         own = f"--namespace={self.namespace}"
         return kubectl.run(own, *words, kubeconfig=self.kubeconfig, given=given)
+
+    def forget(self, kernels: Sequence[str]) -> list[str]:
+        """Have kernels made anew, but those in use; see `DemoCluster.forget`."""
+        gone = forget(RealCluster(self.kubeconfig), kernels)
+        if gone:  # where an object says that one is ready, nobody has it made
+            self.kubectl("delete", "ck", *gone, "--ignore-not-found", "--cascade=foreground")
+        return gone
 
     def processes(self, pod: str) -> list[str]:
         """The command lines of all that runs in a pod."""
@@ -97,6 +104,8 @@ def _told(
     cluster: Layout, arguments: argparse.Namespace, seconds: dict[str, float]
 ) -> dict[str, object]:
     began = time.monotonic()
+    clusters.way_to_make(cluster)  # who can't is told before programs are built for minutes
+    session = DemoSession.read(arguments.session)
     with _step("programs", seconds):
         for name in ("kubectl", "helm"):
             cluster_program(name)
@@ -104,14 +113,13 @@ def _told(
         _run(clusters.main, ["up"], "make cluster")
     with _step("images", seconds):
         _run(images.main, [], "make images")
-    used = bool(kubectl.get("pvc", "-n", helm.NAMESPACE, kubeconfig=cluster.admin)["items"])
     with _step("install", seconds):
         _say(install((), cluster.admin).rstrip())
     restricted(NAMESPACE, cluster.admin)
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    installed = InstalledCluster(cluster, arguments.folder, used)
+    installed = InstalledCluster(cluster, arguments.folder)
     with _step("demo", seconds):
-        told = Demo(installed, arguments.session, _say, threading.Event()).run()
+        told = Demo(installed, session, _say, threading.Event()).run()
     seconds["all"] = round(time.monotonic() - began, 1)
     return {"way": cluster.way, "namespace": NAMESPACE, **told, "steps": seconds}
 

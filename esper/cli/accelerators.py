@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import ctypes
 
 from esper.contracts.resources import TrainingSession
 from esper.contracts.resources.cluster import GPU
 from esper.errors import AcceleratorMissing
 
-_FILES = ("nvidia[0-9]*", "nvidia-caps/*", "dxg", "nvhost*", "nvmap", "nvgpu/*")
-"""By which CUDA reaches a GPU: of a driver, a part of one, Windows' and Tegra's."""
+DRIVER = "libcuda.so.1"
+"""The library of NVIDIA's driver, on WSL and Tegra too. Without it PyTorch counts no GPU."""
 
 
 def require_accelerators(session: TrainingSession, present: int) -> None:
@@ -25,13 +25,16 @@ def require_accelerators(session: TrainingSession, present: int) -> None:
         )
 
 
-def require_any_accelerator(session: TrainingSession, devices: Path = Path("/dev")) -> None:
-    """Refuse a session that asks for GPUs where the system shows none, before anything is imported.
+def require_any_accelerator(session: TrainingSession, driver: str = DRIVER) -> None:
+    """Refuse a session that asks for GPUs where CUDA has no driver, before anything is imported.
 
-    Ranks count them with PyTorch, which they have only once they have found each other.
+    Ranks count them with PyTorch, which they have only once they have found each other. Files of
+    devices decide nothing: their names are the system's matter.
 
     Raises:
         AcceleratorMissing: there is none.
     """
-    if not any(True for pattern in _FILES for _ in devices.glob(pattern)):
+    try:
+        ctypes.CDLL(driver)
+    except OSError:
         require_accelerators(session, 0)

@@ -124,6 +124,10 @@ class Session:
         """The settings with which the hub answers here, while it lasts.
 
         `--hub` is stronger than the address that pods have; one of a Service is forwarded to.
+
+        Raises:
+            BadInput: it is a Service's with TLS, whose certificate does not hold here.
+            HubUnavailable: kubectl can't forward.
         """
         from esper.cli.kubectl import forwarded
 
@@ -136,8 +140,14 @@ class Session:
         if service is None:
             yield self._opened(config, url)
             return
+        if parts.scheme == "https":
+            raise BadInput(
+                f"hub of session {self.name}",
+                url,
+                "http within a cluster; or --hub URL, an address that its certificate names",
+            )
         with forwarded(service[1], service[2], parts.port or 80) as port:
-            yield self._opened(config, f"{parts.scheme}://127.0.0.1:{port}")
+            yield self._opened(config, f"http://127.0.0.1:{port}{parts.path}")
 
     def results(self, config: EsperConfig, directory: Path) -> dict[str, bytes]:
         """What it has left, by the names of files.

@@ -9,13 +9,13 @@ from esper.contracts.assets import Blueprint, CompiledKernel
 from esper.contracts.kernels import KernelFigures
 from esper.contracts.messages import KernelRequested
 from esper.contracts.operational import SessionSnapshot
+from esper_operator.pod_view import PodView
 from esper_operator.views import (
     BlueprintView,
     DeploymentView,
     JobView,
     KernelView,
     MetaView,
-    PodView,
     Said,
     SessionView,
 )

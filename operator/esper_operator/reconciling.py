@@ -42,8 +42,9 @@ from esper_operator.observed import (
 )
 from esper_operator.options import Options
 from esper_operator.plans import KernelOrder, Manifest, Plan
+from esper_operator.pod_view import PodView
 from esper_operator.store import NAMESPACE, Store
-from esper_operator.views import JobView, KernelView, MetaView, PodView, Said, SessionView
+from esper_operator.views import JobView, KernelView, MetaView, Said, SessionView
 from esper_operator.work import Key, WorkQueue
 
 NO_STATUS = b"{}"

@@ -29,13 +29,13 @@ from esper_operator.kinds import (
     Kind,
 )
 from esper_operator.ownership import ownership
+from esper_operator.pod_view import PodView
 from esper_operator.views import (
     BlueprintView,
     DeploymentView,
     JobView,
     KernelView,
     MetaView,
-    PodView,
     Said,
     SessionView,
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from sys import intern
@@ -21,10 +20,16 @@ from esper.contracts.resources import (
     CompiledKernelSpec,
     TrainingSessionSpec,
 )
+from esper_operator.reading import (
+    Object,
+    annotation_of,
+    holding_conditions,
+    label_of,
+    meta_of,
+    moment_of,
+    number_of,
+)
 from esper_operator.times import seconds_of
-
-Object = Mapping[str, Any]
-"""An object as JSON, with the API's own names."""
 
 SESSION_LABEL = "esper.dev/session"
 UID_LABEL = "esper.dev/session-uid"
@@ -37,37 +42,6 @@ POLICY_ANNOTATION = "esper.dev/deletion-policy"
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 CONTAINER = "worker"
 """The name of the container that works, in every pod that the operator has made."""
-
-
-def _meta(data: Object) -> Object:
-    found: Object = data["metadata"]
-    return found
-
-
-def _label(data: Object, name: str) -> str:
-    return intern(str((_meta(data).get("labels") or {}).get(name, "")))
-
-
-def _annotation(data: Object, name: str) -> str:
-    return str((_meta(data).get("annotations") or {}).get(name, ""))
-
-
-def _time(text: str) -> float:
-    """The time in an annotation, which anybody may have written; 0 where it is none."""
-    try:
-        return seconds_of(text) or 0.0
-    except ValueError:
-        return 0.0
-
-
-def _number(text: str) -> int:
-    return int(text) if text.isdecimal() else 0
-
-
-def _conditions(data: Object) -> dict[str, Object]:
-    """The conditions of an object that hold, by type."""
-    found = (data.get("status") or {}).get("conditions") or ()
-    return {item["type"]: item for item in found if item.get("status") == "True"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +82,20 @@ class MetaView:
     @classmethod
     def of(cls, data: Object) -> MetaView:
         """Of an object, or of a PartialObjectMetadata whose `kind` says what it stands for."""
-        meta = _meta(data)
+        meta = meta_of(data)
         return cls(
             kind=intern(str(data.get("kind", ""))),
             namespace=intern(meta["namespace"]),
             name=meta["name"],
             uid=meta.get("uid", ""),
-            session=_label(data, SESSION_LABEL),
-            session_uid=_label(data, UID_LABEL),
-            role=_label(data, ROLE_LABEL),
-            digest=_annotation(data, DIGEST_ANNOTATION),
+            session=label_of(data, SESSION_LABEL),
+            session_uid=label_of(data, UID_LABEL),
+            role=label_of(data, ROLE_LABEL),
+            digest=annotation_of(data, DIGEST_ANNOTATION),
             deleting=meta.get("deletionTimestamp") is not None,
-            renew_after=_time(_annotation(data, RENEW_ANNOTATION)),
-            kernel=_label(data, KERNEL_LABEL),
-            deletion_policy=intern(_annotation(data, POLICY_ANNOTATION)),
+            renew_after=moment_of(annotation_of(data, RENEW_ANNOTATION)),
+            kernel=label_of(data, KERNEL_LABEL),
+            deletion_policy=intern(annotation_of(data, POLICY_ANNOTATION)),
         )
 
 
@@ -140,7 +114,7 @@ class SessionView:
     @classmethod
     def of(cls, data: Object) -> SessionView:
         """Of the object."""
-        meta = _meta(data)
+        meta = meta_of(data)
         return cls(
             namespace=intern(meta["namespace"]),
             name=meta["name"],
@@ -201,8 +175,8 @@ class JobView:
     @classmethod
     def of(cls, data: Object) -> JobView:
         """Of the object."""
-        meta, spec, status = _meta(data), data.get("spec") or {}, data.get("status") or {}
-        holding = _conditions(data)
+        meta, spec, status = meta_of(data), data.get("spec") or {}, data.get("status") or {}
+        holding = holding_conditions(data)
         done = holding.get("Complete") or holding.get("SuccessCriteriaMet")
         failed = holding.get("Failed") or holding.get("FailureTarget")
         end = done or failed
@@ -211,12 +185,12 @@ class JobView:
             name=meta["name"],
             uid=meta["uid"],
             created=seconds_of(meta.get("creationTimestamp")) or 0.0,
-            session=_label(data, SESSION_LABEL),
-            session_uid=_label(data, UID_LABEL),
-            role=_label(data, ROLE_LABEL),
-            attempt=_number(_label(data, ATTEMPT_LABEL)),
-            kernel=_label(data, KERNEL_LABEL),
-            digest=_annotation(data, DIGEST_ANNOTATION),
+            session=label_of(data, SESSION_LABEL),
+            session_uid=label_of(data, UID_LABEL),
+            role=label_of(data, ROLE_LABEL),
+            attempt=number_of(label_of(data, ATTEMPT_LABEL)),
+            kernel=label_of(data, KERNEL_LABEL),
+            digest=annotation_of(data, DIGEST_ANNOTATION),
             deleting=meta.get("deletionTimestamp") is not None,
             suspended=bool(spec.get("suspend")),
             completions=int(spec.get("completions") or 1),
@@ -243,139 +217,6 @@ def _resumed(status: Object) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class PodView:
-    """A pod that the operator's Jobs have made."""
-
-    namespace: str
-    name: str
-    uid: str
-    created: float
-    session: str = ""
-    session_uid: str = ""
-    role: str = ""
-    attempt: int = 0
-    job_uid: str = ""
-    index: int = 0
-    """Its completion index: which of the workers it is."""
-    phase: str = "Pending"
-    ready: bool = False
-    deleting: bool = False
-    node: str = ""
-    unanswered: bool = False
-    """Whether its node does not answer: then others than the node say that it is not ready."""
-    waiting: Said | None = None
-    """Why its container does not run yet."""
-    unschedulable: str = ""
-    """What the scheduler says, where it finds no node."""
-    exit_code: int | None = None
-    ended: Said | None = None
-    """Why its container, or the pod as a whole, has ended: OOMKilled, Error, Evicted."""
-    told: Said | None = None
-    """What the worker left in its termination log."""
-    disrupted: Said | None = None
-    """The disruption that ended it from outside, or is about to."""
-    finished: float | None = None
-    deleted_by: float | None = None
-    """When it is to have ended at the latest, where it is being deleted."""
-    given_up: bool = False
-    """Whether it is being deleted with no grace, without waiting for its node."""
-
-    @classmethod
-    def of(cls, data: Object) -> PodView:
-        """Of the object."""
-        meta, status = _meta(data), data.get("status") or {}
-        state = _container_state(status)
-        waiting, ended = state.get("waiting"), state.get("terminated")
-        holding = _conditions(data)
-        exit_code = None if ended is None else ended.get("exitCode")
-        return cls(
-            namespace=intern(meta["namespace"]),
-            name=meta["name"],
-            uid=meta["uid"],
-            created=seconds_of(meta.get("creationTimestamp")) or 0.0,
-            session=_label(data, SESSION_LABEL),
-            session_uid=_label(data, UID_LABEL),
-            role=_label(data, ROLE_LABEL),
-            attempt=_number(_label(data, ATTEMPT_LABEL)),
-            job_uid=_controller_uid(meta),
-            index=_number(_annotation(data, INDEX_ANNOTATION)),
-            phase=intern(str(status.get("phase") or "Pending")),
-            ready="Ready" in holding,
-            deleting=meta.get("deletionTimestamp") is not None,
-            node=intern(str((data.get("spec") or {}).get("nodeName") or "")),
-            unanswered=_is_unanswered(data, holding),
-            waiting=None if waiting is None else Said.of(waiting),
-            unschedulable=_unschedulable(status),
-            exit_code=None if exit_code is None else int(exit_code),
-            ended=_ended(status, ended),
-            told=None if ended is None else _told(str(ended.get("message") or "")),
-            disrupted=Said.of(holding["DisruptionTarget"])
-            if "DisruptionTarget" in holding
-            else None,
-            finished=None if ended is None else seconds_of(ended.get("finishedAt")),
-            deleted_by=seconds_of(meta.get("deletionTimestamp")),
-            given_up=meta.get("deletionGracePeriodSeconds") == 0,
-        )
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing of it runs any more."""
-        return self.phase in {"Succeeded", "Failed"}
-
-    @property
-    def alive(self) -> bool:
-        """Whether it works, or may come to work."""
-        return not self.over and not self.deleting
-
-
-def _container_state(status: Object) -> Object:
-    for container in status.get("containerStatuses") or ():
-        if container.get("name") == CONTAINER:
-            found: Object = container.get("state") or {}
-            return found
-    return {}
-
-
-def _is_unanswered(data: Object, holding: Mapping[str, Object]) -> bool:
-    """Whether the node controller has marked a pod, of which its node said that all was well.
-
-    A node says both of a pod's conditions at once; who asks for further ones can't be told.
-    """
-    running = (data.get("status") or {}).get("phase") == "Running"
-    gated = bool((data.get("spec") or {}).get("readinessGates"))
-    return running and not gated and "ContainersReady" in holding and "Ready" not in holding
-
-
-def _controller_uid(meta: Object) -> str:
-    owners = meta.get("ownerReferences") or ()
-    return next((owner["uid"] for owner in owners if owner.get("controller")), "")
-
-
-def _unschedulable(status: Object) -> str:
-    for item in status.get("conditions") or ():
-        if item.get("type") == "PodScheduled" and item.get("status") == "False":
-            return str(item.get("message") or item.get("reason") or "")
-    return ""
-
-
-def _ended(status: Object, container: Object | None) -> Said | None:
-    if container is not None:
-        return Said.of(container)
-    if status.get("phase") == "Failed":
-        return Said.of(status)
-    return None
-
-
-def _told(text: str) -> Said | None:
-    """What a worker said last, as JSON; what is none says nothing."""
-    try:
-        data = json.loads(text)
-        return Said(intern(str(data["reason"])), str(data["message"]))
-    except (ValueError, LookupError, TypeError):
-        return None
-
-
-@dataclass(frozen=True, slots=True)
 class DeploymentView:
     """A Deployment of Tamiyo: a session's own, or that of its namespace."""
 
@@ -394,7 +235,7 @@ class DeploymentView:
     @classmethod
     def of(cls, data: Object) -> DeploymentView:
         """Of the object."""
-        meta = _meta(data)
+        meta = meta_of(data)
         conditions = (data.get("status") or {}).get("conditions") or ()
         by_type = {item["type"]: item for item in conditions}
         ready = (data.get("status") or {}).get("readyReplicas") or 0
@@ -407,9 +248,9 @@ class DeploymentView:
             namespace=intern(meta["namespace"]),
             name=meta["name"],
             uid=meta["uid"],
-            session=_label(data, SESSION_LABEL),
-            session_uid=_label(data, UID_LABEL),
-            digest=_annotation(data, DIGEST_ANNOTATION),
+            session=label_of(data, SESSION_LABEL),
+            session_uid=label_of(data, UID_LABEL),
+            digest=annotation_of(data, DIGEST_ANNOTATION),
             deleting=meta.get("deletionTimestamp") is not None,
             available=ready > 0 and by_type.get("Available", {}).get("status") == "True",
             failure=Said.of(failing[0]) if failing else None,
@@ -432,7 +273,7 @@ class BlueprintView:
     @classmethod
     def of(cls, data: Object) -> BlueprintView:
         """Of the object."""
-        meta = _meta(data)
+        meta = meta_of(data)
         return cls(
             namespace=intern(meta["namespace"]),
             name=meta["name"],
@@ -480,7 +321,7 @@ class KernelView:
     @classmethod
     def of(cls, data: Object) -> KernelView:
         """Of the object."""
-        meta = _meta(data)
+        meta = meta_of(data)
         return cls(
             namespace=intern(meta["namespace"]),
             name=meta["name"],
@@ -488,8 +329,8 @@ class KernelView:
             generation=int(meta.get("generation", 1)),
             deleting=meta.get("deletionTimestamp") is not None,
             blueprint=intern(data["spec"]["blueprint"]),
-            session=_label(data, SESSION_LABEL),
-            session_uid=_label(data, UID_LABEL),
+            session=label_of(data, SESSION_LABEL),
+            session_uid=label_of(data, UID_LABEL),
             spec_text=canonical_json(data["spec"]),
             status_text=canonical_json(data.get("status") or {}),
         )

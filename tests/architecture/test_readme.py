@@ -2,10 +2,13 @@
 
 import ast
 import re
+import subprocess
 
 import pytest
 
-from tests.readme import CAMPAIGNS, README, ROOT, STAY, blocks, commands, sections
+from tests.readme import CAMPAIGNS, README, ROOT, STAY, blocks, commands, readers, sections
+from tools.cluster.containers.source import PROGRAMS
+from tools.cluster.programs import SETS
 
 PLAYERS = (
     "tests/integration/test_readme.py",
@@ -56,6 +59,16 @@ def test_all_that_play_are_run_before_a_change_lands():
     assert "tests/e2e" in recipe("e2e")[1]
 
 
+def test_what_takes_long_is_made_before_tests_need_it():
+    lines = recipe("e2e")[1].splitlines()
+    (programs,) = (line for line in lines if "tools.cluster.programs" in line)
+    built = {name for each in SETS if each in programs.split() for name in SETS[each].packages}
+    assert {*PROGRAMS, "helm"} <= built
+    (images,) = (line for line in lines if "tools.images" in line)
+    (tests,) = (line for line in lines if "tests/e2e" in line)
+    assert lines.index(programs) < lines.index(tests) > lines.index(images)
+
+
 def test_whatever_is_to_be_typed_is_found():
     every = re.findall(r"^```(.*)\n(?:.*\n)*?```$", TEXT, re.MULTILINE)
     assert set(every) <= {"sh", "yaml", "python"}
@@ -81,3 +94,20 @@ def test_a_campaign_is_run_in_ci_or_has_a_quick_form_that_is_a_test(command):
     imported = {node.module for node in imports}
     imported |= {f"{node.module}.{name.name}" for node in imports for name in node.names}
     assert module(command) in imported
+
+
+def test_what_a_make_was_given_that_runs_the_tests_does_not_reach_a_reader_s(tmp_path, monkeypatch):
+    inner = tmp_path / "Makefile"
+    inner.write_text("all:\n\t@echo given $(ARGUMENTS)\n")
+    monkeypatch.setenv("MAKEFLAGS", " -- ARGUMENTS=-k\\ demo")
+    monkeypatch.setenv("MAKEOVERRIDES", "ARGUMENTS=-k\\ demo")
+    monkeypatch.setenv("ARGUMENTS", "-k demo")
+
+    def said(**given):
+        words = ["make", "--no-print-directory", "-f", str(inner)]
+        return subprocess.run(
+            words, env=readers(given), check=True, capture_output=True, text=True
+        ).stdout
+
+    assert said() == "given\n"
+    assert said(ARGUMENTS="--session=s.yaml") == "given --session=s.yaml\n"

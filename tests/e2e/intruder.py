@@ -165,6 +165,10 @@ def hub():
             ("POST", f"{work}/release", {"worker": "intruder", **lease}),
             ("POST", f"{work}/result", {**lease, "error": "forged"}),
             ("PUT", f"{work}/artifact?digest={'0' * 64}&bytes=9", None),
+            *(
+                ("GET", f"/api/v1/kernels/{kernel}{part}", None)
+                for part in ("", "/metadata", "/artifact")
+            ),
         ]
     for victim in TOLD["victims"]:
         uid, place = victim["uid"], f"/api/v1/sessions/{victim['uid']}"

@@ -18,6 +18,24 @@ from tests.e2e.sessions import Session, short
 from tests.e2e.verdicts import opened, refused
 from tools import helm
 
+ASKS = """
+import asyncio, json, sys
+from pathlib import Path
+from esper.configs import EsperConfig
+from esper.contracts.blueprints import KernelTarget, builtin
+from esper.services.urza.http_client import HttpUrza
+
+async def asked(uid, target):
+    config = EsperConfig.load(file=Path("/etc/esper/esper.yaml"), environment={})
+    async with HttpUrza(config.hub) as hub:
+        blueprint = await hub.put_blueprint(builtin("low-rank", {}), session=uid)
+        return await hub.request_kernel(blueprint.digest, target, session=uid)
+
+uid, target = json.loads(sys.argv[1])
+print(asyncio.run(asked(uid, KernelTarget.model_validate(target))).kernel)
+"""
+"""A session asks the hub alone for a kernel, so that nobody begins to compile it."""
+
 INTRUDER = (Path(__file__).parent / "intruder.py").read_text()
 
 LONG = {"epochs": 100_000, "checkpoint": {"everyEpochs": 1}}
@@ -35,11 +53,15 @@ def long(name):
     return short(name, model=model, training=LONG, growth=growth, workers={"replicas": 1})
 
 
-def compiled_here(pods):
-    """A kernel that nobody has, asked for by an object: its compile Job begins at once."""
+def target_of_nobody():
     inputs = random.randrange(17, 9999)
     layer = LayerGeometry(kind="Linear", inputs=inputs, outputs=10)
-    target = KernelTarget(layer=layer, input_shape=(inputs,), output_shape=(10,))
+    return KernelTarget(layer=layer, input_shape=(inputs,), output_shape=(10,))
+
+
+def compiled_here(pods):
+    """A kernel that nobody has, asked for by an object: its compile Job begins at once."""
+    target = target_of_nobody()
     kernel = kernel_id(builtin("low-rank", {}).digest, target)
     version = "esper.dev/v1alpha1"
     pods.apply(
@@ -90,6 +112,12 @@ class Place:
             "pod": session.workers()[0]["metadata"]["name"],
             "object": ATTEMPT,
         }
+
+    def kernel_under_way(self):
+        """A kernel that the first session has asked for, and that stays as it is."""
+        given = [self.about(self.sessions[0])["uid"], target_of_nobody().to_wire()]
+        pod = self.pod("worker")
+        return self.pods.execute(pod, "python", "-", json.dumps(given), given=ASKS).split()[-1]
 
 
 def keys_of(about, *topics):
@@ -179,7 +207,7 @@ def test_a_worker_opens_its_own_session(places, attack):
         here.pod("worker"),
         victims=[beside, elsewhere],
         own=own,
-        kernel=foreign[0],
+        kernel=there.kernel_under_way(),
         kernel_is_foreign=True,
         own_commands=[
             *(["XLEN", packets], ["XLEN", status], ["XLEN", ready]),
@@ -189,7 +217,6 @@ def test_a_worker_opens_its_own_session(places, attack):
             f"/api/v1/sessions/{own['uid']}",
             f"/api/v1/sessions/{own['uid']}/objects",
             f"/api/v1/sessions/{own['uid']}/objects/{own['object']}",
-            f"/api/v1/kernels/{foreign[0]}",
         ],
         never_published=[TopicNames.DECISIONS, TopicNames.KERNEL_READY],
     )
@@ -220,7 +247,7 @@ def test_a_tamiyo_opens_its_own_namespace(places, attack):
         until(lambda: here.pod("tamiyo")),
         victims=[elsewhere],
         own=own,
-        kernel=until(lambda: kernels_of(there))[0],
+        kernel=there.kernel_under_way(),
         kernel_is_foreign=True,
         serves_namespace=True,
         own_commands=[["XREVRANGE", packets, "+", "-", "COUNT", 1], ["XLEN", decisions]],

@@ -19,7 +19,7 @@ def server():
 
 
 @pytest.fixture(scope="session")
-def stack(group, tmp_path_factory):
+def stack(tmp_path_factory):
     """Every service as a process; tests that use it are of the group `services`, on one worker."""
     with Stack(tmp_path_factory.mktemp("stack"), workers=1, settings=FAST) as running:
         yield running

@@ -17,7 +17,8 @@ import pytest
 from esper.cli.main import main
 from esper.cli.worker import newest_checkpoint
 from tests.integration.spirals import status
-from tools.chaos_ranks import INTERRUPTED, differences, newest_epoch
+from tools.chaos_checks import differences
+from tools.chaos_ranks import INTERRUPTED, newest_epoch
 from tools.rank_moments import Course, Moment, Phase, await_end, reach
 from tools.rank_session import write_session
 from tools.rank_worker import Worker, last_epoch, lost_epochs

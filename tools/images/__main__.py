@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools.cluster.containers.kind import docker_answers
-from tools.cluster.containers.layout import KIND, BadState, Layout, layout
+from tools.cluster.containers.layout import KIND, SOURCE, BadState, layout
 from tools.images.building import BuildahImages, DockerImages, Images, build, remove
+from tools.images.loaded import note
 from tools.images.recipes import ACCELERATORS, RECIPES, TAG
 from tools.servers.process import ServerError
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name not in RECIPES:
                 raise ServerError(f"NAME: got {name}; allowed: {', '.join(RECIPES)}")
         cluster = layout(arguments.state)
-        images = _images(cluster)
+        images = _images(arguments.build_for or cluster.way)
         if arguments.file is not None:
             built = [_own(images, arguments)]
         else:
@@ -39,11 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
                 for name in arguments.names or RECIPES
             ]
+        if arguments.build_for:
+            return 0
         if cluster.way is None:
             _say("no cluster to load them into: make cluster, then make images")
             return 0
         for image in built:
             images.load(image, cluster)
+            note(cluster, image, images.identity(image))
     except (ServerError, BadState) as error:
         _say(f"error: {error}")
         return 1
@@ -57,9 +61,9 @@ def _own(images: Images, arguments: argparse.Namespace) -> str:
     return str(arguments.image)
 
 
-def _images(cluster: Layout) -> Images:
-    """What makes images that the cluster can have."""
-    if cluster.way == KIND or (cluster.way is None and docker_answers()):
+def _images(way: str | None) -> Images:
+    """What makes images that a cluster of that way can have; None for any."""
+    if way == KIND or (way is None and docker_answers()):
         return DockerImages(_say)
     buildah = BuildahImages(_say)
     buildah.prepare()
@@ -75,6 +79,9 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", help="an image to build on (default: of Debian's packages)")
     parser.add_argument("--accelerator", choices=ACCELERATORS, default="cpu")
     parser.add_argument("--tag", default=TAG)
+    parser.add_argument(
+        "--build-for", choices=(KIND, SOURCE), help="a cluster to come; none is loaded into"
+    )
     own = parser.add_argument_group("an image of your own, built beside its Containerfile")
     own.add_argument("--file", type=Path, help="its Containerfile")
     own.add_argument("--image", default="localhost/my-model:dev", help="its name")

@@ -40,6 +40,9 @@ class Images(Protocol):
     def load(self, image: str, cluster: Layout) -> None:
         """Give an image to a cluster."""
 
+    def identity(self, image: str) -> str:
+        """The digest of an image's configuration: another one after every change."""
+
 
 class DockerImages:
     """Those of the Docker that answers here."""
@@ -70,6 +73,10 @@ class DockerImages:
             raise ServerError(f"{cluster.state}: got a cluster that does not use Docker's images")
         with told(self._say, f"{image}: loaded"):
             KindCluster(cluster, self._say).load_image(image)
+
+    def identity(self, image: str) -> str:
+        """What Docker says."""
+        return run(["docker", "image", "inspect", "--format={{.Id}}", image]).strip()
 
 
 class BuildahImages:
@@ -119,6 +126,10 @@ class BuildahImages:
         with told(self._say, f"{image}: loaded"):
             size = SourceCluster(cluster, self._say).load(image, self._store.image(image))
         self._say(f"{image}: {size / 1e6:.1f} MB were new")
+
+    def identity(self, image: str) -> str:
+        """What the store says."""
+        return self._store.identity(image)
 
     def _make(self, recipe: Recipe) -> None:
         with tempfile.TemporaryDirectory(dir=self._root) as folder:

@@ -39,17 +39,29 @@ class ImageStore:
         """Whether there is an image of a name."""
         return any(name in image.get("names", ()) for image in self._listed("images"))
 
+    def identity(self, name: str) -> str:
+        """The digest of an image's configuration.
+
+        Raises:
+            ServerError: there is none of that name.
+        """
+        return f"sha256:{self._found(name)['id']}"
+
     def image(self, name: str) -> Image:
         """The image of a name.
 
         Raises:
             ServerError: there is none.
         """
+        found = self._found(name)
+        layers = chain(self._listed("layers"), found["layer"])
+        config = self._bytes("get-image-data", found["id"], f"sha256:{found['id']}")
+        return Image(config, tuple(self._layer(layer) for layer in layers))
+
+    def _found(self, name: str) -> dict[str, Any]:
         for found in self._listed("images"):
             if name in found.get("names", ()):
-                layers = chain(self._listed("layers"), found["layer"])
-                config = self._bytes("get-image-data", found["id"], f"sha256:{found['id']}")
-                return Image(config, tuple(self._layer(layer) for layer in layers))
+                return found
         raise ServerError(f"{name}: there is no such image, build it first")
 
     def _layer(self, found: Mapping[str, Any]) -> Layer:

@@ -18,8 +18,9 @@ work                                      yes     yes
 administer                                        yes
 =============  ========  ======  =======  ======  =====
 
-*read* blueprints, kernels and artifacts by their digests and ids, which nobody can guess who does
-not know what they are of; *list* them, which a session can as far as it uses them; *see sessions*;
+*read* blueprints, kernels and artifacts by their digests and ids, but a kernel that is not compiled
+only whoever uses it (a session's or a namespace's token), compiles it or may *work*; *list* them,
+which a session can as far as it uses them; *see sessions*;
 *propose* blueprints and ask for kernels; *keep sessions*: register and update them; *compile*:
 claim a kernel by its name, and hand in its artifact and result (a compiler's token is of one
 kernel); *work*: claim whatever is to be compiled or validated; *administer*: delete, archive, make

@@ -116,6 +116,22 @@ class HubKernels(HubRows):
         async with self._database.reading() as session:
             return (await kernel_row(session, kernel)).as_stored()
 
+    async def uses_kernel(
+        self, kernel: str, *, session: str | None = None, namespace: str | None = None
+    ) -> bool:
+        """Whether the session of that uid, and one of that namespace, uses the kernel.
+
+        Who names neither asks only whether it is there.
+        """
+        row, uses = models.CompiledKernel, models.SessionKernel.kernel_id
+        query = select(row.id).where(row.kernel == kernel)
+        if session is not None:
+            query = query.where(row.id.in_(of_session(session, uses)))
+        if namespace is not None:
+            query = query.where(row.id.in_(of_namespace(namespace, uses)))
+        async with self._database.reading() as transaction:
+            return await transaction.scalar(query) is not None
+
     async def kernels(
         self, states: Sequence[BlueprintState] = tuple(BlueprintState)
     ) -> tuple[CompiledKernel, ...]:

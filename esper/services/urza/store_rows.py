@@ -159,10 +159,13 @@ async def kernel_row(
         query = query.with_for_update(of=models.CompiledKernel)
     row = await session.scalar(query)
     if row is None:
-        raise KernelNotFound(
-            "kernel", kernel, "a kernel that was requested; the hub does not know it"
-        )
+        raise no_kernel(kernel)
     return row
+
+
+def no_kernel(kernel: str) -> KernelNotFound:
+    """What is said of a kernel that is not there, or not for whoever asks."""
+    return KernelNotFound("kernel", kernel, "a kernel that was requested; the hub does not know it")
 
 
 def kept(query: Select[AnyRow], row: type[AnyRow], *, used: bool) -> Select[AnyRow]:

@@ -20,9 +20,10 @@ from esper_operator.decisions import progress
 from esper_operator.decisions.ends import End, Step
 from esper_operator.decisions.scene import Scene
 from esper_operator.plans import Notice
+from esper_operator.pod_view import PodView
 from esper_operator.status import summary_of, with_failure
 from esper_operator.times import datetime_of
-from esper_operator.views import JobView, PodView, Said
+from esper_operator.views import JobView, Said
 
 FIRST_PAUSE = 10.0
 LONGEST_PAUSE = 360.0

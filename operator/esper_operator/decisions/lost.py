@@ -13,7 +13,7 @@ from esper_operator.decisions import attempts
 from esper_operator.decisions.ends import Step, soonest
 from esper_operator.decisions.scene import Scene
 from esper_operator.plans import Deletion
-from esper_operator.views import PodView
+from esper_operator.pod_view import PodView
 
 MARGIN_SECONDS = 30.0
 """How long after the end of its grace a pod is taken for lost: nodes and clocks are not exact."""

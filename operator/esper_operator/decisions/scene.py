@@ -10,8 +10,9 @@ from esper.contracts.resources import TrainingSessionSpec, TrainingSessionStatus
 from esper_operator.children import names
 from esper_operator.observed import Observed
 from esper_operator.options import Options
+from esper_operator.pod_view import PodView
 from esper_operator.status import changed
-from esper_operator.views import JobView, PodView, SessionView
+from esper_operator.views import JobView, SessionView
 
 
 @dataclass(frozen=True)

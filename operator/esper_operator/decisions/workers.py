@@ -9,7 +9,8 @@ from esper_operator.children import names, secret
 from esper_operator.conditions import Kind, Reason, Truth, found
 from esper_operator.decisions import attempts, suspension
 from esper_operator.decisions.scene import Scene
-from esper_operator.views import JobView, MetaView, PodView, Said
+from esper_operator.pod_view import PodView
+from esper_operator.views import JobView, MetaView, Said
 
 IMAGE_REASONS = frozenset(
     {

@@ -9,7 +9,7 @@ from tools.cluster.control_plane import wait_for
 from tools.operator_workers import DEPLOYMENTS, SECRETS, SERVICES, SESSIONS, Workers
 from tools.operator_world import ACCOUNT
 
-pytestmark = pytest.mark.xdist_group("operator")
+pytestmark = pytest.mark.xdist_group("cluster")
 SECONDS = 10.0
 TAMIYO, SECRET, SERVICE = (
     f"{DEPLOYMENTS}/esper-tamiyo",

@@ -10,7 +10,7 @@ from esper_operator.views import RENEW_ANNOTATION
 from tools.cluster.control_plane import wait_for
 from tools.operator_workers import SECRETS, SESSIONS, Workers
 
-pytestmark = pytest.mark.xdist_group("operator")
+pytestmark = pytest.mark.xdist_group("cluster")
 DAY = 86_400.0
 PAST = "2020-01-01T00:00:00Z"
 

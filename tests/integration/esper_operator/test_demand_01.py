@@ -18,7 +18,7 @@ from tools.operator_workers import (
     catalogued,
 )
 
-pytestmark = pytest.mark.xdist_group("operator")
+pytestmark = pytest.mark.xdist_group("cluster")
 CONVERGE_SECONDS = 10.0
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tools.chaos_operator import CONVERGE_SECONDS, LIVES_AT_ONCE, Chaos, points_of
 
-pytestmark = [pytest.mark.xdist_group("operators"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.slow]
 POINTS = 10
 
 

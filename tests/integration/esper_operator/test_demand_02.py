@@ -11,7 +11,7 @@ import pytest
 from tools.cluster.control_plane import wait_for
 from tools.operator_workers import SESSIONS
 
-pytestmark = pytest.mark.xdist_group("operator")
+pytestmark = pytest.mark.xdist_group("cluster")
 CREATIONS, RATE = 60, 20.0
 FIRST_SECONDS = 10.0
 

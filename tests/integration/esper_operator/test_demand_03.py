@@ -7,7 +7,7 @@ import pytest
 from tools.cluster.control_plane import wait_for
 from tools.operator_workers import JOBS, PODS, SESSIONS, Workers
 
-pytestmark = pytest.mark.xdist_group("operator")
+pytestmark = pytest.mark.xdist_group("cluster")
 
 
 def started(world, objects, name, **policy):

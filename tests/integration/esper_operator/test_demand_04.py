@@ -8,7 +8,7 @@ from tools.cluster.control_plane import wait_for
 from tools.operator_bus import Trainer
 from tools.operator_workers import PODS, SESSIONS, Workers
 
-pytestmark = pytest.mark.xdist_group("operator")
+pytestmark = pytest.mark.xdist_group("cluster")
 
 
 def status(objects):

@@ -7,7 +7,7 @@ import pytest
 from tools.cluster.control_plane import wait_for
 from tools.operator_workers import JOBS, SESSIONS, Workers
 
-pytestmark = pytest.mark.xdist_group("operators")
+pytestmark = pytest.mark.xdist_group("cluster")
 GONE_SECONDS = 60.0
 
 

@@ -17,7 +17,7 @@ from tools.cluster.control_plane import wait_for
 from tools.operator_workers import SESSIONS
 from tools.operator_world import Objects, allow
 
-pytestmark = pytest.mark.xdist_group("operator")
+pytestmark = pytest.mark.xdist_group("cluster")
 TAKEOVER_SECONDS = 15.0
 VALID_SECONDS = 8.0
 CHANGES = {"create", "update", "patch", "delete"}

@@ -8,7 +8,7 @@ import pytest
 from tools.cluster.control_plane import wait_for
 from tools.operator_workers import SERVICES, SESSIONS, Workers
 
-pytestmark = pytest.mark.xdist_group("operators")
+pytestmark = pytest.mark.xdist_group("cluster")
 CUT_SECONDS = float(os.environ.get("TEST_CUT_SECONDS", "20"))
 SEEN_SECONDS = 75.0
 

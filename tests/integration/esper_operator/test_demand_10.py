@@ -8,7 +8,7 @@ from tools.cluster.control_plane import wait_for
 from tools.operator_workers import SESSIONS, Workers
 from tools.operator_world import ACCOUNT
 
-pytestmark = pytest.mark.xdist_group("operator")
+pytestmark = pytest.mark.xdist_group("cluster")
 SESSIONS_MADE, IDLE_SECONDS = 20, 15.0
 CHANGES = {"create", "update", "patch", "delete"}
 

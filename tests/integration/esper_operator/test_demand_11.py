@@ -24,7 +24,7 @@ from tools.operator_workers import (
 )
 from tools.operator_world import Objects, OperatorWorld
 
-pytestmark = pytest.mark.xdist_group("operators")
+pytestmark = pytest.mark.xdist_group("cluster")
 FORBIDDEN, CREATED = 403, 201
 
 

@@ -8,7 +8,7 @@ from tools.cluster.control_plane import wait_for
 from tools.operator_workers import DEPLOYMENTS, SECRETS, SERVICES, SESSIONS, Workers
 from tools.operator_world import ACCOUNT
 
-pytestmark = pytest.mark.xdist_group("operator")
+pytestmark = pytest.mark.xdist_group("cluster")
 CHANGES = {"create", "update", "patch", "delete"}
 HELD_SECONDS = 4.0
 CHILDREN = (

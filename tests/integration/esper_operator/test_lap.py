@@ -13,7 +13,7 @@ from tools.operator_workers import (
     Workers,
 )
 
-pytestmark = pytest.mark.xdist_group("operator")
+pytestmark = pytest.mark.xdist_group("cluster")
 
 
 def test_a_session_is_made_runs_and_succeeds(world, operator, objects):

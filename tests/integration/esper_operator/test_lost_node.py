@@ -6,7 +6,7 @@ from esper_operator.decisions.lost import MARGIN_SECONDS
 from tools.cluster.control_plane import wait_for
 from tools.operator_workers import PODS, SESSIONS, Workers
 
-pytestmark = pytest.mark.xdist_group("operator")
+pytestmark = pytest.mark.xdist_group("cluster")
 
 
 def test_a_pod_of_a_lost_node_is_given_up_and_another_attempt_goes_on(

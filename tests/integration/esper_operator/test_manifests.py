@@ -25,7 +25,7 @@ from tests.unit.esper_operator.objects import (
     session,
 )
 
-pytestmark = pytest.mark.xdist_group("operator")
+pytestmark = pytest.mark.xdist_group("cluster")
 
 TEMPLATE = {
     "env": [{"name": "MINE", "value": "1"}],

@@ -16,7 +16,7 @@ from tools.cluster.control_plane import wait_for
 from tools.operator_bus import Trainer
 from tools.operator_workers import JOBS, SECRETS, SESSIONS, Workers
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("operators")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cluster")]
 GONE_SECONDS = 60.0
 GRACE = {"stop_seconds": 1}
 """For pods to end; half of it is what a namespace waits before it looks at them again."""

@@ -11,7 +11,7 @@ from tools.cluster.control_plane import wait_for
 from tools.operator_bus import Trainer
 from tools.operator_workers import SECRETS, SESSIONS, Workers
 
-pytestmark = pytest.mark.xdist_group("operator")
+pytestmark = pytest.mark.xdist_group("cluster")
 EVENTS = "/api/v1/events"
 DATA = {"mine": base64.b64encode(b"a password").decode()}
 

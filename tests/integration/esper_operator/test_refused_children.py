@@ -7,7 +7,7 @@ from tools.cluster.control_plane import wait_for
 from tools.operator_bus import Trainer
 from tools.operator_workers import SESSIONS, Workers
 
-pytestmark = pytest.mark.xdist_group("operator")
+pytestmark = pytest.mark.xdist_group("cluster")
 QUOTAS = "/api/v1/resourcequotas"
 EVENTS = "/api/v1/events"
 TARGET = KernelTarget.model_validate(

@@ -10,7 +10,7 @@ from tools.operator_bus import Trainer
 from tools.operator_workers import BLUEPRINTS, JOBS, SESSIONS, Workers, catalogued
 from tools.operator_world import GROUP
 
-pytestmark = pytest.mark.xdist_group("operator")
+pytestmark = pytest.mark.xdist_group("cluster")
 SEEDS, KERNELS = f"{GROUP}/seeds", f"{GROUP}/compiledkernels"
 TARGET = KernelTarget.model_validate(
     {

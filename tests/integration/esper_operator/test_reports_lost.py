@@ -13,7 +13,7 @@ from tools.operator_bus import Trainer
 from tools.operator_workers import SESSIONS, Workers
 from tools.operator_world import GROUP, Objects, install
 
-pytestmark = pytest.mark.xdist_group("operators")
+pytestmark = pytest.mark.xdist_group("cluster")
 SEEDS = f"{GROUP}/seeds"
 CHECKPOINT = "checkpoints/the-last"
 

@@ -13,7 +13,7 @@ from esper_operator.store import Store
 from esper_operator.work import Key
 from tools.operator_workers import SESSIONS
 
-pytestmark = pytest.mark.xdist_group("operators")
+pytestmark = pytest.mark.xdist_group("cluster")
 
 
 class Compared:

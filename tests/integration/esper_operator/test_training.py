@@ -16,7 +16,7 @@ from tools.operator_world import GROUP
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("operator"),
+    pytest.mark.xdist_group("cluster"),
     pytest.mark.usefixtures("kubelet"),
 ]
 SEEDS, KERNELS = f"{GROUP}/seeds", f"{GROUP}/compiledkernels"

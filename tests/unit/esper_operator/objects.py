@@ -16,6 +16,7 @@ from esper_operator.decisions import sessions
 from esper_operator.observed import Observed
 from esper_operator.options import Options
 from esper_operator.plans import Plan
+from esper_operator.pod_view import PodView
 from esper_operator.times import datetime_of, text_of
 from esper_operator.views import (
     CONTAINER,
@@ -25,7 +26,6 @@ from esper_operator.views import (
     JobView,
     KernelView,
     MetaView,
-    PodView,
     SessionView,
 )
 

@@ -22,7 +22,8 @@ from esper_operator.decisions import blueprints, kernels, requests
 from esper_operator.observed import BlueprintObserved, KernelObserved, RequestsObserved
 from esper_operator.options import Options
 from esper_operator.plans import Plan
-from esper_operator.views import JobView, KernelView, MetaView, PodView, Said
+from esper_operator.pod_view import PodView
+from esper_operator.views import JobView, KernelView, MetaView, Said
 from tests.unit.esper.kernel_targets import linear_place
 from tests.unit.esper_operator.objects import (
     KERNEL_ISSUED,

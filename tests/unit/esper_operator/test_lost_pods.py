@@ -9,8 +9,8 @@ import pytest
 from esper_operator.conditions import Kind
 from esper_operator.decisions.lost import MARGIN_SECONDS
 from esper_operator.plans import Deletion, Plan
+from esper_operator.pod_view import PodView
 from esper_operator.times import text_of
-from esper_operator.views import PodView
 from tests.unit.esper_operator.objects import (
     COMPLETE,
     NOW,

@@ -18,8 +18,9 @@ from esper_operator.kinds import (
     SESSION,
     Kind,
 )
+from esper_operator.pod_view import PodView
 from esper_operator.store import NAMESPACE, Store
-from esper_operator.views import DeploymentView, JobView, MetaView, PodView, Said
+from esper_operator.views import DeploymentView, JobView, MetaView, Said
 from esper_operator.work import Key
 
 OWNER = Key("TrainingSession", "team", "first")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from esper_operator.pod_view import PodView
 from esper_operator.times import text_of
 from esper_operator.views import (
     RENEW_ANNOTATION,
@@ -15,7 +16,6 @@ from esper_operator.views import (
     JobView,
     KernelView,
     MetaView,
-    PodView,
     Said,
     SessionView,
 )

@@ -18,6 +18,7 @@ from esper_operator.children import names, secret
 from esper_operator.decisions import sessions
 from esper_operator.observed import Observed
 from esper_operator.plans import Plan
+from esper_operator.pod_view import PodView
 from esper_operator.times import text_of
 from esper_operator.views import (
     ATTEMPT_LABEL,
@@ -25,7 +26,6 @@ from esper_operator.views import (
     INDEX_ANNOTATION,
     JobView,
     MetaView,
-    PodView,
     Said,
     SessionView,
 )

@@ -5,19 +5,25 @@ import random
 import sqlite3
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pytest
 
+from esper.configs import HubConfig
 from esper.contracts.enums import ComponentType
 from esper.contracts.messages import OonaMessage, TopicNames
 from esper.contracts.operational import SeedTransition
-from tools import chaos_kernels
-from tools.chaos_checks import Outcome, check_transitions
-from tools.chaos_cluster import EXAMPLE, prepared
-from tools.chaos_kernels import Notes
+from tools import chaos_cluster, chaos_kernels
+from tools.chaos_checks import Outcome, check_transitions, was_compiled
+from tools.chaos_cluster import EXAMPLE, Plan, main, prepared, run
+from tools.chaos_kernels import Notes, forget
 from tools.chaos_sessions import check_decisions, check_seeds
-from tools.cluster_demo import was_compiled
+from tools.cluster.containers.layout import KIND, SOURCE
 from tools.cluster_faults import DELETE, WAYS, Fault, Pod, course
+from tools.servers.process import ServerError
 
 EVERY = {Fault(part, way) for part, ways in WAYS.items() for way in ways}
 
@@ -162,6 +168,105 @@ def test_a_second_accepted_result_is_found(tmp_path, monkeypatch):
         assert [row[0] for row in db.execute("SELECT name FROM sqlite_master")] == [
             "compiled_kernels"
         ]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers deletions of kernels by the status that their names are."""
+
+    def do_DELETE(self):
+        self.send_response(int(self.path.rpartition("/")[2]))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub():
+    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class Reached:
+    """A cluster of which only the hub can be asked."""
+
+    def __init__(self, url):
+        self.url = url
+
+    @contextmanager
+    def hub(self):
+        yield HubConfig(url=self.url, token="t")
+
+
+def test_a_kernel_that_a_live_session_uses_stays_and_the_others_go(hub):
+    assert forget(Reached(hub), ["204", "404", "409"]) == ["204", "404"]
+    with pytest.raises(ServerError, match="kernel 403 can't be deleted"):
+        forget(Reached(hub), ["204", "403"])
+    with pytest.raises(ServerError, match="kernel 204 can't be deleted"):
+        forget(Reached("http://127.0.0.1:9"), ["204"])
+
+
+class Away:
+    """A cluster in which nothing can be begun, and the hub is away."""
+
+    def __init__(self, _):
+        self.asked, self.began = [], False
+        Away.last = self
+
+    def kubectl(self, *words, given=None):
+        self.asked.append(words)
+        if "exec" in words and self.began:
+            raise ServerError("the hub is away")
+        if "apply" in words:
+            self.began = True
+            raise ServerError("no room")
+        return ""
+
+
+def test_where_something_cannot_be_taken_back_the_rest_is_and_the_first_error_stays(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(chaos_cluster, "RealCluster", Away)
+    cluster, said = SimpleNamespace(layout=SimpleNamespace(admin=None)), []
+    with pytest.raises(ServerError, match="no room"):
+        run(cluster, prepared(EXAMPLE), tmp_path, Plan(), said.append)
+    assert [line for line in said if "the hub is away" in line]
+    asked = Away.last.asked
+    rollout, end, deleted = asked[-4], asked[-2], asked[-1]
+    assert "rollout" in rollout
+    assert "exec" in end
+    (made,) = (words[2] for words in asked if words[:2] == ("create", "namespace"))
+    assert made in deleted
+    assert deleted[:2] == ("delete", "namespace")
+
+
+@pytest.mark.parametrize(
+    ("way", "said"),
+    [
+        (KIND, "got a cluster of kind; allowed: one from source (make cluster-down, then make "),
+        (None, "got no cluster; allowed: one from source (make cluster ARGUMENTS=--way=source)"),
+    ],
+)
+def test_a_cluster_that_cannot_be_hit_is_told_with_the_way_out(way, said, capsys, monkeypatch):
+    place = SimpleNamespace(way=way, state="/s")
+    monkeypatch.setattr(chaos_cluster, "layout", lambda: place)
+    assert main([]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"make chaos-cluster: /s: {said}")
+
+
+def test_ctrl_c_is_told_in_a_line(capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chaos_cluster, "layout", lambda: SimpleNamespace(way=SOURCE))
+    monkeypatch.setattr(chaos_cluster, "run", interrupted)
+    monkeypatch.setattr(chaos_cluster.signal, "signal", lambda *_: None)
+    assert main([]) == 130
+    assert capsys.readouterr().err == "make chaos-cluster: interrupted\n"
 
 
 @pytest.mark.parametrize(

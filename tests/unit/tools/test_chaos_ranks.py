@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from tools.chaos_ranks import differences, main
+from tools.chaos_checks import differences
+from tools.chaos_ranks import main
 from tools.rank_moments import Course, Moment, Phase
 from tools.rank_worker import last_epoch, lost_epochs, starts, writing
 

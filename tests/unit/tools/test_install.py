@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tools import install
+from tools import helm, install
 from tools.cluster.containers.layout import KIND, SOURCE, STATE, Layout
 from tools.cluster.containers.standing import runs
+from tools.images.loaded import loaded, note
 
 
 @pytest.fixture
@@ -61,3 +62,41 @@ def test_a_cluster_that_does_not_answer_is_told_in_a_line(cluster, capsys, monke
     assert error.startswith("make install: kubectl apply ")
     assert "127.0.0.1:9" in error
     assert error.count("\n") == 1
+
+
+def pods(values):
+    """The annotations and the images of the chart's pods, by component."""
+    made = helm.render(values, "--values", str(helm.LOCAL_VALUES))
+    workloads = [one for one in made if one["kind"] in ("Deployment", "StatefulSet")]
+    return {
+        one["metadata"]["labels"]["app.kubernetes.io/component"]: (
+            one["spec"]["template"]["metadata"]["annotations"].get(install.IMAGE),
+            one["spec"]["template"]["spec"]["containers"][0]["image"],
+        )
+        for one in workloads
+    }
+
+
+def test_another_image_under_the_same_tag_makes_its_pods_anew_and_no_others(cluster):
+    assert install.annotations(cluster.admin) == {}
+    note(cluster, "localhost/esper-control:dev", "sha256:1")
+    note(cluster, "localhost/esper-redis:dev", "sha256:2")
+    before = pods(install.annotations(cluster.admin))
+    assert before == {
+        "operator": ("sha256:1", "localhost/esper-control:dev"),
+        "urza": ("sha256:1", "localhost/esper-control:dev"),
+        "redis": ("sha256:2", "localhost/esper-redis:dev"),
+    }
+    assert pods(install.annotations(cluster.admin)) == before
+    note(cluster, "localhost/esper-redis:dev", "sha256:3")
+    after = pods(install.annotations(cluster.admin))
+    assert after == before | {"redis": ("sha256:3", "localhost/esper-redis:dev")}
+    assert loaded(cluster).keys() == {"localhost/esper-control:dev", "localhost/esper-redis:dev"}
+
+
+def test_of_a_cluster_elsewhere_nothing_is_known(cluster, monkeypatch):
+    note(cluster, "localhost/esper-control:dev", "sha256:1")
+    monkeypatch.setenv("KUBECONFIG", "/dev/null")
+    assert install.annotations(None) == {}
+    monkeypatch.setenv("KUBECONFIG", str(cluster.admin))
+    assert install.annotations(None).keys() == {"operator", "urza"}

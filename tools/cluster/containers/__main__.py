@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tools.cluster.containers.kind import KindCluster, docker_answers
 from tools.cluster.containers.layout import KIND, SOURCE, BadState, Layout, layout
+from tools.cluster.containers.packages import require_root
 from tools.cluster.containers.source import SourceCluster
 from tools.cluster.programs import cluster_program
 from tools.servers.process import ServerError
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         cluster = layout(arguments.state)
         if arguments.command == "exec":  # it may last
             return _exec(cluster, arguments)
+        if arguments.command == "up":  # nothing is written where it can't be
+            arguments.way = way_to_make(cluster, arguments.way)
         with _claimed(cluster, making=arguments.command == "up"):
             return _CHANGES[arguments.command](cluster, arguments)
     except (ServerError, BadState) as error:
@@ -32,8 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def way_to_make(cluster: Layout, asked: str | None = None) -> str:
+    """Which way the cluster is made: as it was before, as asked, else as this machine can.
+
+    Raises:
+        ServerError: from source, and this is not root.
+    """
+    way = cluster.way or asked or (KIND if docker_answers() else SOURCE)
+    if way == SOURCE:
+        require_root()
+    return way
+
+
 def _up(cluster: Layout, arguments: argparse.Namespace) -> int:
-    way = cluster.way or arguments.way or (KIND if docker_answers() else SOURCE)
+    way: str = cluster.way or arguments.way
     cluster.mark.write_text(way)
     if way == KIND:
         _say("Docker answers: a cluster of kind")

@@ -120,6 +120,11 @@ class Layout:
         return self.state / "volumes"
 
     @property
+    def images(self) -> Path:
+        """Tells which of Esper's images its nodes have."""
+        return self.state / "images.json"
+
+    @property
     def cgroup(self) -> str:
         """The control group of all its pods; two clusters on a machine have two."""
         return f"/esper-{hashlib.sha256(str(self.state).encode()).hexdigest()[:8]}"

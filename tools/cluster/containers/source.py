@@ -6,10 +6,8 @@ Its network is seen from inside only; one port of the loopback leads to the API 
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import ssl
-import subprocess
 import sys
 import time
 import urllib.request
@@ -17,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from tools import kubectl
 from tools.cluster.containers import commands
 from tools.cluster.containers.archives import Image
 from tools.cluster.containers.certificates import issue, make_authority
@@ -37,9 +36,8 @@ from tools.servers.process import HOST, PROBE_SECONDS, ServerError, free_port
 
 ADMIN, PROVISIONER = "admin", "hostpath-provisioner"
 READY_SECONDS = 120.0
-KUBECTL_SECONDS = 600.0
 _CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
-_PROGRAMS = (*_CONTROL_PLANE, "kubelet", "kube-proxy", "kubectl", "coredns", "pause")
+PROGRAMS = (*_CONTROL_PLANE, "kubelet", "kube-proxy", "kubectl", "coredns", "pause")
 _ROOT = Path(__file__).parents[3]
 
 Say = Callable[[str], None]
@@ -90,7 +88,7 @@ class SourceCluster:
         """
         require_root()
         install(NODE, self._say)
-        for name in _PROGRAMS:
+        for name in PROGRAMS:
             cluster_program(name)
         first = self.node(self.layout.first)
         if self.running and self._answers():
@@ -189,20 +187,11 @@ class SourceCluster:
         Raises:
             ServerError: it ended with an error, which the message tells.
         """
-        done = subprocess.run(
-            [str(cluster_program("kubectl")), f"--kubeconfig={self.layout.admin}", *words],
-            input=given or "",
-            capture_output=True,
-            text=True,
-            timeout=KUBECTL_SECONDS,
-        )
-        if done.returncode:
-            raise ServerError(f"kubectl {' '.join(words)}: {done.stderr.strip()}")
-        return done.stdout
+        return kubectl.run(*words, kubeconfig=self.layout.admin, given=given)
 
     def get(self, *words: str) -> Any:
         """What `kubectl get WORDS` finds, as an object."""
-        return json.loads(self.kubectl("get", *words, "-o", "json"))
+        return kubectl.get(*words, kubeconfig=self.layout.admin)
 
     @contextlib.contextmanager
     def _step(self, what: str) -> Iterator[None]:

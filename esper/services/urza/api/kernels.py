@@ -26,7 +26,7 @@ from esper.services.urza.api.conditions import (
     unless_known,
 )
 from esper.services.urza.api.lists import KernelQuery, filter_of, page
-from esper.services.urza.api.reach import reaches
+from esper.services.urza.api.reach import reached_kernel, reaches
 from esper.services.urza.api.routes import (
     BINARY,
     JSON,
@@ -108,8 +108,8 @@ async def request_kernel(
     **allowed(Permission.READ, documented({200: CompiledKernel, 304: None}, 404, etag=True)),
 )
 async def read_kernel(request: Request, kernel: KernelPath) -> Response:
-    """One kernel, in whatever state."""
-    return unless_known(request, await urza_of(request).hub.read_kernel(kernel))
+    """One kernel; until it is compiled those see it that use it, and who works on it."""
+    return unless_known(request, await reached_kernel(request, kernel))
 
 
 @kernels.get(
@@ -188,4 +188,5 @@ async def _metadata(request: Request, kernel: str) -> KernelMetadata:
     except KernelNotFound:
         raise
     except KernelError as error:
+        await reached_kernel(request, kernel)  # or it is not even said that there is one
         raise Refused(404, error) from error

@@ -1,14 +1,15 @@
-"""Which sessions a caller reaches: a session's token its own, a namespace's those in it."""
+"""What a caller reaches: which sessions, and with them which kernels that are under way."""
 
 from __future__ import annotations
 
 from fastapi import Request
 
-from esper.contracts.assets import TrainingSession
+from esper.contracts.assets import CompiledKernel, TrainingSession
 from esper.errors import NotFound
 from esper.services.contracts import Stored
 from esper.services.urza.api.routes import caller_of, urza_of
-from esper.services.urza.auth import Permission
+from esper.services.urza.auth import PERMISSIONS, Permission
+from esper.services.urza.store_rows import no_kernel
 
 
 async def reached_session(request: Request, uid: str) -> Stored[TrainingSession]:
@@ -38,3 +39,29 @@ async def reaches(request: Request, uid: str) -> bool:
     except NotFound:
         return False
     return True
+
+
+async def reached_kernel(request: Request, kernel: str) -> Stored[CompiledKernel]:
+    """The kernel of that id; one without an artifact is as if not there for who does not use it.
+
+    Its id is a hash of a blueprint and a layer's shape, which others may guess.
+
+    Raises:
+        KernelNotFound: there is none.
+    """
+    stored = await urza_of(request).hub.read_kernel(kernel)
+    if stored.item.artifact_digest is None and not await _uses(request, kernel):
+        raise no_kernel(kernel)
+    return stored
+
+
+async def _uses(request: Request, kernel: str) -> bool:
+    """Whether the caller may see the work on a kernel; whoever asked for it uses it."""
+    caller = caller_of(request)
+    if Permission.WORK in PERMISSIONS[caller.role]:
+        return True
+    if Permission.COMPILE in PERMISSIONS[caller.role]:
+        return caller.subject == kernel
+    return await urza_of(request).hub.uses_kernel(
+        kernel, session=caller.own_session, namespace=caller.own_namespace
+    )

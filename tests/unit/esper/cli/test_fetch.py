@@ -7,6 +7,8 @@ import base64
 import json
 import os
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 import yaml
 from pydantic import SecretStr
 
+from esper.cli import kubectl
 from esper.cli.main import main
 from esper.configs import EsperConfig, HubConfig, StorageConfig
 from esper.services.tolaria.checkpoint_manifest import Owner
@@ -106,6 +109,21 @@ class Cluster:
     def asked(self):
         return (self.folder / "asked").read_text().splitlines()
 
+    def says_before_it_forwards(self, commands):
+        program = self.folder / "kubectl"
+        program.write_text(
+            KUBECTL.format(folder=self.folder).replace(
+                "port-forward)", f"port-forward)\n{commands}"
+            )
+        )
+
+
+def until_gone(process):
+    deadline = time.monotonic() + 10
+    while alive(process):
+        assert time.monotonic() < deadline, "kubectl goes on"
+        time.sleep(0.01)
+
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
@@ -143,12 +161,11 @@ def test_results_come_through_a_port_that_kubectl_forwards(cluster, hub, capsys)
     session, secret, forward = cluster.asked()
     assert session.startswith("--namespace=team get trainingsessions.esper.dev digits ")
     assert secret.startswith("--namespace=team get secret digits-esper ")
+    assert session.endswith(" --request-timeout=30s")
+    assert secret.endswith(" --request-timeout=30s")
     assert forward.startswith("--namespace=esper-system port-forward service/esper-urza :8000 ")
     process = int((cluster.folder / "forwards").read_text())
-    deadline = time.monotonic() + 10
-    while alive(process):
-        assert time.monotonic() < deadline, "the port is forwarded still"
-        time.sleep(0.01)
+    until_gone(process)
     printed = capsys.readouterr()
     assert own_token().get_secret_value() not in printed.out + printed.err
     assert 'cd runs/digits && python -c "import grown' in printed.err
@@ -221,6 +238,61 @@ def test_a_port_that_is_not_forwarded_is_told(cluster, capsys):
     assert fetched() == 1
     assert "port-forward service/esper-urza :8000: no pod" in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_warnings_before_the_port_are_passed_over(cluster, hub):
+    cluster.forwards_to(hub)
+    cluster.says_before_it_forwards("echo W1130 klog.go:1 the plugin is old >&2; sleep 0.2; echo")
+    assert fetched() == 0
+    assert left("runs/digits") == FETCHED
+
+
+def test_a_kubectl_that_goes_on_without_a_port_is_not_waited_for(cluster, capsys, monkeypatch):
+    cases = ((0.3, "exec sleep 60", "it said nothing"), (2, "echo trying >&2", "trying"))
+    for seconds, does, told in cases:
+        monkeypatch.setattr(kubectl, "FORWARD_SECONDS", seconds)
+        cluster.says_before_it_forwards(f"{does}; echo $$ > $0.silent; exec sleep 60")
+        assert fetched() == 1
+        error = capsys.readouterr().err
+        assert f"service/esper-urza :8000: no port after {seconds} s: {told}" in error
+    until_gone(int((cluster.folder / "kubectl.silent").read_text()))
+    assert not Path("runs").exists()
+
+
+def test_a_kubectl_that_will_not_end_is_ended(cluster, hub, monkeypatch):
+    monkeypatch.setattr(kubectl, "_STOP_SECONDS", 0.2)
+    cluster.forwards_to(hub)
+    program = cluster.folder / "kubectl"
+    program.write_text(program.read_text().replace("exec sleep 60", "trap '' TERM; exec sleep 60"))
+    assert fetched() == 0
+    until_gone(int((cluster.folder / "forwards").read_text()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no parent's death is told elsewhere")
+def test_kubectl_does_not_outlive_an_esper_that_is_killed(cluster):
+    # Nobody listens at that port: it goes on asking for the hub.
+    cluster.forwards_to("http://127.0.0.1:1")
+    words = [sys.executable, "-m", "esper", "fetch", "digits", "--set", "hub.attempts=20"]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as esper:
+        deadline = time.monotonic() + 60
+        forwards = cluster.folder / "forwards"
+        while not (forwards.exists() and forwards.read_text().strip()):
+            assert time.monotonic() < deadline, "nothing is forwarded"
+            time.sleep(0.01)
+        process = int(forwards.read_text())
+        assert alive(process)
+        esper.kill()
+    until_gone(process)
+
+
+def test_a_hub_with_tls_is_not_taken_under_another_name(cluster, capsys):
+    address = "https://esper-urza.esper-system.svc:8443"
+    cluster.has_secret(address)
+    error = refused(capsys)
+    assert (
+        f"hub of session digits: got {address}; allowed: http within a cluster; or --hub" in error
+    )
+    assert not any("port-forward" in words for words in cluster.asked())
 
 
 def test_without_kubectl_it_is_missed(cluster, capsys, monkeypatch):

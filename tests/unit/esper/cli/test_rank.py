@@ -87,12 +87,8 @@ def session_with(gpus):
     return validate_resource(data, TrainingSession)
 
 
-@pytest.mark.parametrize("shown", ["nvidia0", "nvidia-caps/nvidia-cap1", "dxg", "nvhost-gpu"])
-def test_where_the_system_shows_no_gpu_nothing_is_begun(tmp_path, shown):
-    (tmp_path / "nvidia-modeset").touch()
+def test_where_cuda_has_no_driver_nothing_is_begun():
     with pytest.raises(AcceleratorMissing, match="got 2; allowed: at most 0, as this"):
-        require_any_accelerator(session_with("2"), tmp_path)
-    require_any_accelerator(session_with(None), tmp_path)
-    (tmp_path / shown).parent.mkdir(exist_ok=True)
-    (tmp_path / shown).touch()
-    require_any_accelerator(session_with("2"), tmp_path)
+        require_any_accelerator(session_with("2"), "libnosuch.so.1")
+    require_any_accelerator(session_with(None), "libnosuch.so.1")
+    require_any_accelerator(session_with("2"), "libc.so.6")

@@ -7,6 +7,7 @@ import sys
 import pytest
 import yaml
 
+from esper.cli.accelerators import require_any_accelerator
 from esper.cli.main import main, parser
 from esper.cli.outcomes import Ended, Outcome
 from esper.cli.rank import parser as rank_parser
@@ -110,7 +111,8 @@ def test_bad_input_is_told_and_left_for_the_cluster(
 def test_where_there_is_no_gpu_it_says_what_would_have_been_launched(
     manifest, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("esper.cli.accelerators._FILES", ())  # as of a system that shows none
+    # As where CUDA has no driver.
+    monkeypatch.setattr(require_any_accelerator, "__defaults__", ("libnosuch.so.1",))
     workers = MANIFEST["spec"]["workers"] | {"resources": {"limits": {"nvidia.com/gpu": "4"}}}
     spec = MANIFEST["spec"] | {"workers": workers}
     manifest.write_text(yaml.safe_dump(MANIFEST | {"spec": spec}))

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tools.cluster.containers import kind
-from tools.cluster.containers.__main__ import main
+from tools import real_demo
+from tools.cluster.containers import kind, packages
+from tools.cluster.containers.__main__ import main, way_to_make
 from tools.cluster.containers.kind import KindCluster, docker_answers
-from tools.cluster.containers.layout import KIND, layout
+from tools.cluster.containers.layout import KIND, SOURCE, STATE, layout
 from tools.cluster.programs import ASSETS, cluster_program
 from tools.servers.process import ServerError
 
@@ -98,3 +99,39 @@ def test_kinds_cluster_has_no_further_nodes(folder, state, capsys):
     for command in (["node", "add"], ["exec", "true"]):
         assert main(["--state", str(state), *command]) == 1
         assert "got no cluster from source" in capsys.readouterr().out
+
+
+@pytest.fixture
+def not_root(monkeypatch):
+    monkeypatch.setattr(packages.os, "geteuid", lambda: 1000)
+
+
+def test_a_cluster_from_source_that_can_not_be_leaves_nothing(folder, state, capsys, not_root):
+    (folder / "answers").unlink()
+    told = "a cluster from source needs root; got user id 1000"
+    for words in ([], ["--way=source"]):
+        assert main(["--state", str(state), "up", *words]) == 1
+        assert told in capsys.readouterr().out
+        assert not state.exists()
+    assert layout(state).way is None
+
+
+def test_a_cluster_of_kind_needs_no_root(folder, state, not_root):
+    assert way_to_make(layout(state)) == KIND
+    assert main(["--state", str(state), "up"]) == 0
+    # What was made stays what it is, whatever is asked for.
+    assert way_to_make(layout(state), SOURCE) == KIND
+
+
+def test_the_demonstration_is_refused_before_it_builds(
+    folder, state, capsys, not_root, monkeypatch
+):
+    (folder / "answers").unlink()
+    monkeypatch.setenv(STATE, str(state))
+
+    def built(name):
+        raise AssertionError(f"{name} was built")
+
+    monkeypatch.setattr(real_demo, "cluster_program", built)
+    assert real_demo.main([]) == 1
+    assert "a cluster from source needs root; got user id 1000" in capsys.readouterr().out

@@ -3,9 +3,11 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tools.images import __main__ as images
 from tools.images.__main__ import main
 from tools.images.building import ROOT, build
 from tools.images.recipes import RECIPES, Buildah, arguments, debian, docker_build
@@ -110,6 +112,16 @@ def test_an_image_that_there_is_not_is_refused(name, capsys):
     assert capsys.readouterr().out == f"error: NAME: got {name}; allowed: {allowed}\n"
 
 
+@pytest.mark.parametrize("way", ["kind", "source"])
+def test_images_for_a_cluster_to_come_are_loaded_into_none(way, monkeypatch):
+    asked, builder = [], Builder()  # whose `load` fails
+    monkeypatch.setattr(images, "_images", lambda way: asked.append(way) or builder)
+    monkeypatch.setattr(images, "layout", lambda _: SimpleNamespace(way="source"))  # one runs
+    assert main([f"--build-for={way}"]) == 0
+    assert asked == [way]
+    assert len(builder.built) == len(RECIPES)
+
+
 def test_layers_come_the_lowest_first():
     layers = [{"id": "c", "parent": "b"}, {"id": "a"}, {"id": "b", "parent": "a"}, {"id": "d"}]
     assert [layer["id"] for layer in chain(layers, "c")] == ["a", "b", "c"]
@@ -137,6 +149,7 @@ def test_an_image_is_read_from_the_store_as_it_is(tmp_path, monkeypatch):
     store = ImageStore(tmp_path)
     assert store.has("localhost/one:dev")
     assert not store.has("localhost/two:dev")
+    assert store.identity("localhost/one:dev") == "sha256:i1"
     image = store.image("localhost/one:dev")
     assert image.config == b"config of i1 sha256:i1"
     assert [(layer.digest, layer.size) for layer in image.layers] == [

@@ -15,7 +15,14 @@ from esper.contracts.blueprints import builtin
 from esper.services.urza.api.lists import MAX_PAGE_SESSIONS
 from esper.services.urza.auth import Role
 from esper.services.urza.wire import LEASE_HEADER
-from tests.unit.esper.services.urza.hubs import DOCUMENT, UNKNOWN, requested, target
+from tests.unit.esper.services.urza.hubs import (
+    DATA,
+    DOCUMENT,
+    UNKNOWN,
+    described,
+    requested,
+    target,
+)
 from tests.unit.esper.services.urza.issuing import BLUEPRINT, made, redis_of, until
 from tests.unit.esper.services.urza.serving import bearer, serving, settings, trained
 
@@ -157,6 +164,85 @@ def test_nobody_lists_the_kernels_and_blueprints_that_others_work_on(place):
             assert await seen(bearer(Role.SESSION, "u-4", "a")) == set()
             assert await seen(bearer(Role.READER, namespace="a")) == wanted["u-1"] | wanted["u-2"]
             assert await seen(bearer(Role.READER, namespace="a"), "session=u-3") == set()
+
+    asyncio.run(life())
+
+
+def test_a_kernel_that_is_not_compiled_is_there_for_its_users_alone(place):
+    async def life() -> None:
+        async with serving(settings(place)) as client:
+            for uid, namespace in (("u-1", "a"), ("u-2", "a"), ("u-3", "b")):
+                session = trained(uid, namespace=namespace).to_wire()
+                assert (await client.post("/api/v1/sessions/", json=session)).status_code == 201
+            other = await requested(client.hub, inputs=5)
+            kernel = await requested(client.hub)
+
+            async def asks(uid: str, namespace: str) -> None:
+                body = {"blueprintDigest": DOCUMENT.digest, "target": target().to_wire()}
+                path = f"/api/v1/kernels/?session={uid}"
+                own = bearer(Role.SESSION, uid, namespace)
+                assert (await client.post(path, json=body, headers=own)).status_code == 200
+
+            await asks("u-1", "a")
+            let_in = [
+                bearer(Role.SESSION, "u-1", "a"),
+                bearer(Role.READER, namespace="a"),
+                bearer(Role.READER),
+                bearer(Role.COMPILER, kernel),
+                bearer(Role.WORKER),
+                bearer(Role.WORKER, namespace="b"),
+                bearer(Role.ADMIN),
+            ]
+            shut_out = [
+                bearer(Role.SESSION, "u-2", "a"),
+                bearer(Role.SESSION, "u-3", "b"),
+                bearer(Role.SESSION, "u-4", "a"),
+                bearer(Role.READER, namespace="b"),
+                bearer(Role.COMPILER, other),
+            ]
+            parts = ("", "/metadata", "/artifact")
+
+            async def statuses(headers: dict[str, str]) -> tuple[int, ...]:
+                path = f"/api/v1/kernels/{kernel}"
+                return tuple(
+                    [(await client.get(path + part, headers=headers)).status_code for part in parts]
+                )
+
+            async def nothing_is_there(headers: dict[str, str]) -> None:
+                for part in parts:
+                    for more in ({}, {"If-None-Match": "*"}):
+                        said = [
+                            await client.get(f"/api/v1/kernels/{key}{part}", headers=headers | more)
+                            for key in (kernel, UNKNOWN)
+                        ]
+                        assert [answer.status_code for answer in said] == [404, 404]
+                        assert said[0].text.replace(kernel, UNKNOWN) == said[1].text
+
+            for headers in let_in:
+                assert await statuses(headers) == (200, 404, 404)
+            for headers in shut_out:
+                await nothing_is_there(headers)
+            # Whoever asks for it as well uses it as well.
+            await asks("u-3", "b")
+            for headers in (shut_out.pop(3), shut_out.pop(1)):
+                assert await statuses(headers) == (200, 404, 404)
+            await client.hub.fail_kernel(kernel, "no such operator")
+            for headers in let_in:
+                assert await statuses(headers) == (200, 404, 404)
+            for headers in shut_out:
+                await nothing_is_there(headers)
+            kernel = other
+            await client.hub.archive_kernel(kernel)
+            await nothing_is_there(bearer(Role.SESSION, "u-1", "a"))
+            await client.hub.request_kernel(DOCUMENT.digest, target(5))
+            assert await client.hub.claim_kernel(kernel, "forge")
+            await nothing_is_there(bearer(Role.SESSION, "u-1", "a"))
+            # A compiled one is everybody's, out of the archive too.
+            await client.hub.complete_kernel(described(kernel), DATA)
+            for headers in (*let_in, *shut_out):
+                assert await statuses(headers) == (200, 200, 200)
+            await client.hub.archive_kernel(kernel)
+            assert await statuses(shut_out[0]) == (200, 200, 200)
 
     asyncio.run(life())
 
