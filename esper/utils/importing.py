@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import sys
 from collections.abc import Iterator
@@ -15,8 +14,7 @@ def importing() -> Iterator[None]:
 
     While torch and all that stands on it come, a sixth of the time would go to collections that
     find nothing. What has come is not looked through later either: with it, one whole collection
-    would halt a training for a second. At the process's end it is: extensions tell on standard error
-    of what has not gone by then.
+    would halt a training for a second.
     """
     known, collecting = len(sys.modules), gc.isenabled()
     gc.disable()
@@ -25,7 +23,5 @@ def importing() -> Iterator[None]:
     finally:
         if len(sys.modules) > known:
             gc.freeze()
-            atexit.unregister(gc.unfreeze)
-            atexit.register(gc.unfreeze)
         if collecting:
             gc.enable()
