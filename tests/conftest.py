@@ -6,7 +6,6 @@ import os
 import pytest
 from hypothesis import settings
 
-from esper.utils.importing import importing
 from tests.cluster import (  # noqa: F401
     control_plane,
     esper_control_plane,
@@ -44,13 +43,9 @@ def pytest_collection_finish(session):
     grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
     if getattr(session.config.option, "loadgroup", False) and grouped:
         assert all("@" in item.nodeid for item in grouped), "xdist does not keep groups together"
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_collection():
     # Of the modules and the tests, which stay to the end, no collection has to look for garbage.
-    with importing():
-        return (yield)
+    gc.collect()
+    gc.freeze()
 
 
 class Freezing:

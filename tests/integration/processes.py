@@ -6,6 +6,7 @@ reads one request a line ({argv, folder, fault, plots}) and answers with the pro
 with its exit status and its streams.
 """
 
+import gc
 import io
 import json
 import os
@@ -16,8 +17,6 @@ import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-from esper.utils.importing import importing
 
 ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = (
@@ -121,10 +120,11 @@ def preload():
     """Import what a run needs, before this process forks for the first time."""
     import importlib
 
+    for name in PRELOADED:
+        importlib.import_module(name)
     # Of what is here already no process has to look for garbage.
-    with importing():
-        for name in PRELOADED:
-            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
     # A fork takes along the calling thread alone.
     assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread"
 
