@@ -15,7 +15,6 @@ from typing import Any
 from esper.cli.outcomes import Ended, Outcome, Outcomes
 from esper.cli.process_tree import die_with_parent
 from esper.errors import one_line
-from esper.utils.importing import importing
 
 CRASHED = 3
 """Ranks crashed once more than torchrun may start them again."""
@@ -27,10 +26,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the agent to its end: 0, CRASHED, LOST, or 128 and the signal that stopped it."""
     die_with_parent(int(argv[0]))
     _log_without_traces()
-    with importing():
-        from torch.distributed import run
-        from torch.distributed.elastic.multiprocessing.api import SignalException
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
         run.run(run.parse_args(list(argv[2:])))

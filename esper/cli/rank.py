@@ -77,13 +77,11 @@ def _train(
 ) -> None:
     from esper.cli.main import settings_of
     from esper.utils.commands import logged
-    from esper.utils.importing import importing
 
     config = settings_of(arguments)
     with logged("tolaria", config, debug=arguments.debug):
-        with importing():
-            from esper.cli.ranks import run_rank
-            from esper.services.tolaria.process_group import process_group
+        from esper.cli.ranks import run_rank
+        from esper.services.tolaria.process_group import process_group
 
         seconds = config.tolaria.collective_timeout_seconds
         with process_group(stopping, timeout_seconds=seconds) as ranks:

@@ -58,10 +58,7 @@ def execute(arguments: argparse.Namespace, config: EsperConfig) -> int:
         Interrupted: a checkpoint was written.
     """
     _refuse_pointless(arguments)
-    from esper.utils.importing import importing
-
-    with importing():
-        from esper.cli import embedded
+    from esper.cli import embedded
 
     if arguments.resume is not None:
         return embedded.resume(

@@ -17,7 +17,6 @@ from esper.cli.closing import Closing
 from esper.cli.wiring import bus_answers, bus_elsewhere, hub_elsewhere, hub_gives_work
 from esper.configs import EsperConfig
 from esper.services.health import Check, HealthServer, ServiceHealth, watch
-from esper.utils.importing import importing
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 COUNT_SECONDS = 1.0
@@ -48,8 +47,7 @@ def serve_urza(config: EsperConfig) -> int:
 
     It has no run: what the settings place in a run's directory lies in the working directory.
     """
-    with importing():
-        from esper.services.urza.main import serve
+    from esper.services.urza.main import serve
 
     here = config.inside(Path())
 
@@ -67,8 +65,7 @@ def serve_tamiyo(config: EsperConfig, session: str | None = None) -> int:
     Raises:
         BadInput: `session` is no uid that a message may have.
     """
-    with importing():
-        from esper.services.tamiyo.main import TamiyoService
+    from esper.services.tamiyo.main import TamiyoService
 
     async def life() -> None:
         closing = Closing()
@@ -83,10 +80,9 @@ def serve_tamiyo(config: EsperConfig, session: str | None = None) -> int:
 
 def serve_tezzeret(config: EsperConfig) -> int:
     """A worker of the forge, until a signal stops it."""
-    with importing():
-        from esper.services.tezzeret.forge import Forge
-        from esper.services.tezzeret.main import TezzeretService
-        from esper.services.tezzeret.sandbox import SubprocessCompiler
+    from esper.services.tezzeret.forge import Forge
+    from esper.services.tezzeret.main import TezzeretService
+    from esper.services.tezzeret.sandbox import SubprocessCompiler
 
     settings = config.tezzeret
 
@@ -116,9 +112,8 @@ def serve_tolaria(config: EsperConfig, manifest: Path, directory: Path | None) -
         WorkFailed: training failed; the run is kept.
         Interrupted: a checkpoint was written.
     """
-    with importing():
-        from esper.cli import embedded
-        from esper.contracts.manifests import load_manifest
+    from esper.cli import embedded
+    from esper.contracts.manifests import load_manifest
 
     folder = directory or Path("runs") / load_manifest(manifest).session.metadata.name
     health = ServiceHealth("tolaria")

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from esper.configs import EsperConfig, parse_assignments
 from esper.errors import EsperError, one_line
 from esper.utils.commands import OneLineParser, add_common, logged
-from esper.utils.importing import importing
 
 FAILED = 1
 
@@ -56,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(config: EsperConfig, *, debug: bool) -> int:
-    with importing():
-        from esper_operator.running import run
+    from esper_operator.running import run
 
     with logged("operator", config, debug=debug):
         return asyncio.run(run(config))
