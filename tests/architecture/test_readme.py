@@ -6,7 +6,17 @@ import subprocess
 
 import pytest
 
-from tests.readme import CAMPAIGNS, README, ROOT, STAY, blocks, commands, readers, sections
+from tests.readme import (
+    CAMPAIGNS,
+    README,
+    ROOT,
+    STAY,
+    blocks,
+    checkout,
+    commands,
+    readers,
+    sections,
+)
 from tools.cluster.containers.source import PROGRAMS
 from tools.cluster.programs import SETS
 
@@ -66,6 +76,13 @@ def test_what_takes_long_is_made_before_tests_need_it():
     (images,) = (line for line in lines if "tools.images" in line)
     (tests,) = (line for line in lines if "tests/e2e" in line)
     assert lines.index(programs) < lines.index(tests) > lines.index(images)
+
+
+def test_a_readers_copy_leaves_the_environment_of_the_tests_alone(tmp_path):
+    # Set up anew through the link, its commands would be those of a folder that goes.
+    folder = checkout(tmp_path / "esper")
+    assert all((folder / name).stat().st_mtime == 0 for name in ("pyproject.toml", "Makefile"))
+    assert subprocess.run(["make", "--question", ".venv/.ready"], cwd=folder).returncode == 0
 
 
 def test_whatever_is_to_be_typed_is_found():
