@@ -17,6 +17,7 @@ from pathlib import Path
 from tools.cluster.programs import cluster_program
 from tools.cluster_demo import Demo, DemoFailed, DemoSession
 from tools.local_cluster import LocalCluster
+from tools.saying import say
 from tools.servers.process import ServerError
 
 FOLDER = Path("runs/cluster")
@@ -36,22 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     told: dict[str, object] | None = None
     try:
         session = DemoSession.read(arguments.session) if arguments.demo else None
-        _say(f"starting a control plane, the hub, the operator and a node in {arguments.folder}")
+        say(f"starting a control plane, the hub, the operator and a node in {arguments.folder}")
         with LocalCluster(arguments.folder) as cluster:
             _show(cluster)
             if session is not None:
-                told = Demo(cluster, session, _say, stop).run()
+                told = Demo(cluster, session, say, stop).run()
             else:
-                _say("Ctrl-C stops everything")
+                say("Ctrl-C stops everything")
                 _watch(cluster, stop)
-            _say("stopping")
+            say("stopping")
     except (ServerError, DemoFailed) as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 1
-    _say("stopped")
+    say("stopped")
     if told is None:
         return 0
-    _say(json.dumps(told))
+    say(json.dumps(told))
     return 0 if told["holds"] else 1
 
 
@@ -67,13 +68,13 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _show(cluster: LocalCluster) -> None:
     kubectl = cluster_program("kubectl")
-    _say("in another terminal:")
-    _say(f"  export KUBECONFIG={cluster.plane.admin}")
-    _say(f"  export PATH=$PATH:{kubectl.parent}")
-    _say(f"  kubectl apply -f {EXAMPLE}")
-    _say("  kubectl get ts,seeds,bp,ck")
-    _say("  kubectl wait --for=condition=Succeeded --timeout=30m ts/digits-cnn")
-    _say(f"logs: {cluster.operator.log}, kubectl logs POD")
+    say("in another terminal:")
+    say(f"  export KUBECONFIG={cluster.plane.admin}")
+    say(f"  export PATH=$PATH:{kubectl.parent}")
+    say(f"  kubectl apply -f {EXAMPLE}")
+    say("  kubectl get ts,seeds,bp,ck")
+    say("  kubectl wait --for=condition=Succeeded --timeout=30m ts/digits-cnn")
+    say(f"logs: {cluster.operator.log}, kubectl logs POD")
 
 
 def _watch(cluster: LocalCluster, stop: threading.Event) -> None:
@@ -81,16 +82,11 @@ def _watch(cluster: LocalCluster, stop: threading.Event) -> None:
     told: set[str] = set()
     while not stop.wait(WATCH_SECONDS):
         if cluster.mend():
-            _say(f"  the operator had ended and is started anew: {cluster.operator.log}")
+            say(f"  the operator had ended and is started anew: {cluster.operator.log}")
         for name, part in cluster.parts.items():
             if not part.running and name not in told:
-                _say(f"  {name} has ended; its last words are in {part.log}")
+                say(f"  {name} has ended; its last words are in {part.log}")
                 told.add(name)
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

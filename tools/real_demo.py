@@ -27,6 +27,7 @@ from tools.cluster_demo import Demo, DemoFailed, DemoSession
 from tools.images import __main__ as images
 from tools.install import install, restricted
 from tools.real_cluster import RealCluster
+from tools.saying import say
 from tools.servers.process import ServerError
 
 FOLDER = Path("runs/cluster-demo")
@@ -90,13 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         cluster = layout()
         told = _told(cluster, arguments, seconds)
     except (ServerError, BadState, DemoFailed) as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        _say("interrupted: what was made stays; make cluster-demo goes on, make cluster-down ends")
+        say("interrupted: what was made stays; make cluster-demo goes on, make cluster-down ends")
         return INTERRUPTED
     _show(cluster, arguments.folder, seconds)
-    _say(json.dumps(told))
+    say(json.dumps(told))
     return 0 if told["holds"] else 1
 
 
@@ -114,12 +115,12 @@ def _told(
     with _step("images", seconds):
         _run(images.main, [], "make images")
     with _step("install", seconds):
-        _say(install((), cluster.admin).rstrip())
+        say(install((), cluster.admin).rstrip())
     restricted(NAMESPACE, cluster.admin)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     installed = InstalledCluster(cluster, arguments.folder)
     with _step("demo", seconds):
-        told = Demo(installed, session, _say, threading.Event()).run()
+        told = Demo(installed, session, say, threading.Event()).run()
     seconds["all"] = round(time.monotonic() - began, 1)
     return {"way": cluster.way, "namespace": NAMESPACE, **told, "steps": seconds}
 
@@ -131,26 +132,26 @@ def _run(command: Callable[[Sequence[str]], int], words: Sequence[str], name: st
 
 
 def _show(cluster: Layout, folder: Path, seconds: dict[str, float]) -> None:
-    _say("")
+    say("")
     for step, spent in seconds.items():
-        _say(f"{step:10} {spent:7.1f} s")
+        say(f"{step:10} {spent:7.1f} s")
     program = cluster_program("kubectl")
-    _say("")
-    _say(f"The cluster is up, the grown model and its report are in {folder}/inside. What next:")
-    _say(f"  export KUBECONFIG={cluster.admin} PATH={program.parent}:$PATH")
-    _say(f"  kubectl -n {NAMESPACE} get ts,seeds,ck")
-    _say("  kubectl apply -f SESSION.yaml          # one of your own")
-    _say("  make cluster-down                      # ends the cluster; nothing of it is left")
-    _say("")
+    say("")
+    say(f"The cluster is up, the grown model and its report are in {folder}/inside. What next:")
+    say(f"  export KUBECONFIG={cluster.admin} PATH={program.parent}:$PATH")
+    say(f"  kubectl -n {NAMESPACE} get ts,seeds,ck")
+    say("  kubectl apply -f SESSION.yaml          # one of your own")
+    say("  make cluster-down                      # ends the cluster; nothing of it is left")
+    say("")
 
 
 @contextmanager
 def _step(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    _say(f"== {name}")
+    say(f"== {name}")
     began = time.monotonic()
     yield
     seconds[name] = round(time.monotonic() - began, 1)
-    _say(f"== {name}: {seconds[name]:.1f} s")
+    say(f"== {name}: {seconds[name]:.1f} s")
 
 
 def _interrupt(number: int, _frame: object) -> None:
@@ -162,11 +163,6 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=FOLDER, help=f"default: {FOLDER}")
     parser.add_argument("--session", type=Path, default=EXAMPLE, help=f"default: {EXAMPLE}")
     return parser.parse_args(argv)
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tools.saying import say
 from tools.servers.process import ServerError
 from tools.stack import EsperProcess, Stack
 
@@ -33,18 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     stack = Stack(arguments.folder, workers=arguments.workers)
     try:
-        _say(f"starting Redis, Postgres, S3 and Esper's services in {stack.folder}")
+        say(f"starting Redis, Postgres, S3 and Esper's services in {stack.folder}")
         with stack:
             ready = _wait_until_ready(stack, stop)
             _show(stack)
             if not arguments.once:
-                _say("Ctrl-C stops everything")
+                say("Ctrl-C stops everything")
                 _watch(stack, stop)
-            _say("stopping")
+            say("stopping")
     except ServerError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 1
-    _say("stopped")
+    say("stopped")
     return 0 if ready else 1
 
 
@@ -69,13 +70,13 @@ def _show(stack: Stack) -> None:
     for name, part in stack.parts.items():
         if isinstance(part, EsperProcess):
             problem = part.ready()
-            _say(f"  {name:<12} {part.url:<28} {'ready' if problem is None else problem}")
+            say(f"  {name:<12} {part.url:<28} {'ready' if problem is None else problem}")
         else:
             problem = None if part.answers() else NO_ANSWER
-            _say(f"  {name:<12} {f'127.0.0.1:{part.port}':<28} {problem or 'answers'}")
+            say(f"  {name:<12} {f'127.0.0.1:{part.port}':<28} {problem or 'answers'}")
     settings = stack.client_settings
-    _say(f"settings and token of a session (keep them private): {settings}")
-    _say(f"a session that uses them: esper run FILE --config {settings}")
+    say(f"settings and token of a session (keep them private): {settings}")
+    say(f"a session that uses them: esper run FILE --config {settings}")
 
 
 def _watch(stack: Stack, stop: threading.Event) -> None:
@@ -89,13 +90,8 @@ def _watch(stack: Stack, stop: threading.Event) -> None:
             elif problem is None and not part.answers():
                 problem = NO_ANSWER
             if problem != told[name]:
-                _say(f"  {name:<12} {problem or 'ready again'}")
+                say(f"  {name:<12} {problem or 'ready again'}")
                 told[name] = problem
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

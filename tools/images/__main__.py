@@ -12,6 +12,7 @@ from tools.cluster.containers.layout import KIND, SOURCE, BadState, layout
 from tools.images.building import BuildahImages, DockerImages, Images, build, remove
 from tools.images.loaded import note
 from tools.images.recipes import ACCELERATORS, RECIPES, TAG
+from tools.saying import say
 from tools.servers.process import ServerError
 
 
@@ -43,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.build_for:
             return 0
         if cluster.way is None:
-            _say("no cluster to load them into: make cluster, then make images")
+            say("no cluster to load them into: make cluster, then make images")
             return 0
         for image in built:
             images.load(image, cluster)
             note(cluster, image, images.identity(image))
     except (ServerError, BadState) as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 1
     return 0
 
@@ -64,8 +65,8 @@ def _own(images: Images, arguments: argparse.Namespace) -> str:
 def _images(way: str | None) -> Images:
     """What makes images that a cluster of that way can have; None for any."""
     if way == KIND or (way is None and docker_answers()):
-        return DockerImages(_say)
-    buildah = BuildahImages(_say)
+        return DockerImages(say)
+    buildah = BuildahImages(say)
     buildah.prepare()
     return buildah
 
@@ -87,11 +88,6 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--image", default="localhost/my-model:dev", help="its name")
     parser.add_argument("--remove", action="store_true", help="remove all that buildah has made")
     return parser.parse_args(argv)
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from tools.cluster.containers.layout import KIND, SOURCE, BadState, Layout, layo
 from tools.cluster.containers.packages import require_root
 from tools.cluster.containers.source import SourceCluster
 from tools.cluster.programs import cluster_program
+from tools.saying import say
 from tools.servers.process import ServerError
 
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _claimed(cluster, making=arguments.command == "up"):
             return _CHANGES[arguments.command](cluster, arguments)
     except (ServerError, BadState) as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 1
 
 
@@ -51,30 +52,30 @@ def _up(cluster: Layout, arguments: argparse.Namespace) -> int:
     way: str = cluster.way or arguments.way
     cluster.mark.write_text(way)
     if way == KIND:
-        _say("Docker answers: a cluster of kind")
-        changed = KindCluster(cluster, _say).up()
+        say("Docker answers: a cluster of kind")
+        changed = KindCluster(cluster, say).up()
     else:
-        _say("a cluster from source, in namespaces of this machine (no Docker is asked)")
-        changed = SourceCluster(cluster, _say).up()
-    _say("it is up" if changed else "it was up")
+        say("a cluster from source, in namespaces of this machine (no Docker is asked)")
+        changed = SourceCluster(cluster, say).up()
+    say("it is up" if changed else "it was up")
     kubectl = cluster_program("kubectl")
-    _say(f"export KUBECONFIG={cluster.admin} PATH={kubectl.parent}:$PATH")
+    say(f"export KUBECONFIG={cluster.admin} PATH={kubectl.parent}:$PATH")
     return 0
 
 
 def _down(cluster: Layout, arguments: argparse.Namespace) -> int:
     way = cluster.way
     if way == KIND:
-        KindCluster(cluster, _say).down()
+        KindCluster(cluster, say).down()
     elif way == SOURCE:
-        SourceCluster(cluster, _say).down()
-    _say(f"nothing is left of it: {cluster.state}" if way else f"no cluster: {cluster.state}")
+        SourceCluster(cluster, say).down()
+    say(f"nothing is left of it: {cluster.state}" if way else f"no cluster: {cluster.state}")
     return 0
 
 
 def _load(cluster: Layout, arguments: argparse.Namespace) -> int:
     if cluster.way == KIND:
-        KindCluster(cluster, _say).load(arguments.archive)
+        KindCluster(cluster, say).load(arguments.archive)
     else:
         _source(cluster).load_archive(arguments.archive)
     return 0
@@ -106,7 +107,7 @@ def _node(cluster: Layout, arguments: argparse.Namespace) -> int:
 def _source(cluster: Layout) -> SourceCluster:
     if cluster.way != SOURCE:
         raise ServerError(f"{cluster.state}: got no cluster from source; allowed: make cluster")
-    return SourceCluster(cluster, _say)
+    return SourceCluster(cluster, say)
 
 
 _CHANGES = {"up": _up, "down": _down, "load": _load, "node": _node}
@@ -149,11 +150,6 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     node.add_argument("name", nargs="?", default="esper-2")
     node.add_argument("--images", nargs="*", help="with add: which it is given (default: all)")
     return parser.parse_args(argv)
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

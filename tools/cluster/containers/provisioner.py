@@ -16,6 +16,7 @@ import httpx
 import yaml
 
 from tools.cluster.containers.provisioning import Object, Plan, plan
+from tools.saying import say
 
 _CLAIMS = "/api/v1/persistentvolumeclaims"
 _VOLUMES = "/api/v1/persistentvolumes"
@@ -45,7 +46,7 @@ class Provisioner:
                 try:
                     await self._work()
                 except (httpx.HTTPError, OSError) as error:
-                    _say(f"tried again in {_RETRY_SECONDS:g} s: {error}")
+                    say(f"tried again in {_RETRY_SECONDS:g} s: {error}")
                     await asyncio.sleep(_RETRY_SECONDS)
                     self._changed.set()
         finally:
@@ -74,16 +75,16 @@ class Provisioner:
             answer = await self._client.post(_VOLUMES, json=volume)
             if answer.status_code != httpx.codes.CONFLICT:
                 answer.raise_for_status()
-            _say(f"made {folder}")
+            say(f"made {folder}")
         for name, folder in todo.removed:
             if folder.exists():
                 shutil.rmtree(folder)
             answer = await self._client.delete(f"{_VOLUMES}/{name}")
             if answer.status_code != httpx.codes.NOT_FOUND:
                 answer.raise_for_status()
-            _say(f"removed {folder}")
+            say(f"removed {folder}")
         for claim in todo.refused:
-            _say(f"refused {claim['metadata']['namespace']}/{claim['metadata']['name']}: Block")
+            say(f"refused {claim['metadata']['namespace']}/{claim['metadata']['name']}: Block")
 
     async def _list(self, path: str) -> list[Object]:
         answer = await self._client.get(path)
@@ -107,11 +108,6 @@ def client(kubeconfig: Path) -> httpx.AsyncClient:
 async def _serve(kubeconfig: Path, root: Path) -> None:
     async with client(kubeconfig) as opened:
         await Provisioner(opened, root).run()
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from esper.errors import BlueprintNotFound
 from esper.services.contracts import BlueprintFilter, Page, SimpleBlueprintContract, Stored
 from esper.services.urza.api.conditions import IfMatch, match_of, tagged, unless_known
 from esper.services.urza.api.lists import BlueprintQuery, filter_of, page
-from esper.services.urza.api.reach import reaches
+from esper.services.urza.api.reach import reached_uses
 from esper.services.urza.api.routes import (
     JSON,
     allowed,
@@ -45,14 +45,11 @@ async def list_blueprints(request: Request, query: Annotated[BlueprintQuery, Que
 
     A session's token lists what it uses, a token of a namespace what sessions in it use.
     """
-    caller, where = caller_of(request), filter_of(query, BlueprintFilter)
-    user = where.session or caller.own_session
-    if user is not None:
-        if not await reaches(request, user):
-            return answer(Page[SimpleBlueprintContract](items=()))
-        where = where.model_copy(update={"session": user})
+    where = await reached_uses(request, filter_of(query, BlueprintFilter))
+    if where is None:
+        return answer(Page[SimpleBlueprintContract](items=()))
     found = await urza_of(request).hub.list_blueprints(
-        where, limit=query.limit, cursor=query.cursor, namespace=caller.own_namespace
+        where, limit=query.limit, cursor=query.cursor, namespace=caller_of(request).own_namespace
     )
     if query.view == "full":
         return page(found, Page[Blueprint], lambda item: item)

@@ -26,7 +26,7 @@ from esper.services.urza.api.conditions import (
     unless_known,
 )
 from esper.services.urza.api.lists import KernelQuery, filter_of, page
-from esper.services.urza.api.reach import reached_kernel, reaches
+from esper.services.urza.api.reach import reached_kernel, reached_uses
 from esper.services.urza.api.routes import (
     BINARY,
     JSON,
@@ -69,14 +69,11 @@ async def list_kernels(request: Request, query: Annotated[KernelQuery, Query()])
 
     A session's token lists what it uses, a token of a namespace what sessions in it use.
     """
-    caller, where = caller_of(request), filter_of(query, KernelFilter)
-    user = where.session or caller.own_session
-    if user is not None:
-        if not await reaches(request, user):
-            return answer(Page[SimpleCompiledKernelContract](items=()))
-        where = where.model_copy(update={"session": user})
+    where = await reached_uses(request, filter_of(query, KernelFilter))
+    if where is None:
+        return answer(Page[SimpleCompiledKernelContract](items=()))
     found = await urza_of(request).hub.list_kernels(
-        where, limit=query.limit, cursor=query.cursor, namespace=caller.own_namespace
+        where, limit=query.limit, cursor=query.cursor, namespace=caller_of(request).own_namespace
     )
     if query.view == "full":
         return page(found, Page[CompiledKernel], lambda item: item)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from fastapi import Request
 
 from esper.contracts.assets import CompiledKernel, TrainingSession
 from esper.errors import NotFound
-from esper.services.contracts import Stored
+from esper.services.contracts import BlueprintFilter, KernelFilter, Stored
 from esper.services.urza.api.routes import caller_of, urza_of
 from esper.services.urza.auth import PERMISSIONS, Permission
 from esper.services.urza.store_rows import no_kernel
+
+Uses = TypeVar("Uses", BlueprintFilter, KernelFilter)
 
 
 async def reached_session(request: Request, uid: str) -> Stored[TrainingSession]:
@@ -28,17 +32,22 @@ async def reached_session(request: Request, uid: str) -> Stored[TrainingSession]
     return stored
 
 
-async def reaches(request: Request, uid: str) -> bool:
-    """Whether there is such a session for the caller.
+async def reached_uses(request: Request, where: Uses) -> Uses | None:
+    """A filter held to what the session uses that it names, or the caller is.
+
+    None: there is no such session for the caller, so nothing passes.
 
     Raises:
         TooWeak: the token is another session's, or a compiler's.
     """
+    user = where.session or caller_of(request).own_session
+    if user is None:
+        return where
     try:
-        await reached_session(request, uid)
+        await reached_session(request, user)
     except NotFound:
-        return False
-    return True
+        return None
+    return where.model_copy(update={"session": user})
 
 
 async def reached_kernel(request: Request, kernel: str) -> Stored[CompiledKernel]:
