@@ -30,6 +30,8 @@ from tools.stack import SOURCES, EsperProcess
 OWN_NAMESPACE = "esper-system"
 ACCOUNT = f"system:serviceaccount:{OWN_NAMESPACE}:esper-operator"
 GROUP = "/apis/esper.dev/v1alpha1"
+CHANGES = {"create", "update", "patch", "delete"}
+"""The verbs that change an object."""
 
 
 class HubAndBus:
@@ -137,6 +139,15 @@ class OperatorWorld:
         }
         given: dict[str, Mapping[str, Any]] = {**self.hub.settings(), "operator": section}
         return OperatorProcess(self.folder / f"operator-{next(self._numbers)}", given)
+
+    def changes(self, namespace: str) -> list[dict[str, Any]]:
+        """What the operator asked to change in a namespace, by the API server's audit log."""
+        account = f"system:serviceaccount:{self.own}:esper-operator"
+        return [
+            event
+            for event in self.plane.requests(account)
+            if event["objectRef"].get("namespace") == namespace and event["verb"] in CHANGES
+        ]
 
     def session(self, name: str, *, spec: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The manifest of a session of two workers."""

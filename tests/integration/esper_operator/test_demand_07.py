@@ -15,12 +15,11 @@ import pytest
 
 from tools.cluster.control_plane import wait_for
 from tools.operator_workers import SESSIONS
-from tools.operator_world import Objects, allow
+from tools.operator_world import CHANGES, Objects, allow
 
 pytestmark = pytest.mark.xdist_group("cluster")
 TAKEOVER_SECONDS = 15.0
 VALID_SECONDS = 8.0
-CHANGES = {"create", "update", "patch", "delete"}
 
 
 class Pair:

@@ -6,20 +6,9 @@ import pytest
 
 from tools.cluster.control_plane import wait_for
 from tools.operator_workers import SESSIONS, Workers
-from tools.operator_world import ACCOUNT
 
 pytestmark = pytest.mark.xdist_group("cluster")
 SESSIONS_MADE, IDLE_SECONDS = 20, 15.0
-CHANGES = {"create", "update", "patch", "delete"}
-
-
-def written(plane, namespace):
-    """What the operator has changed in a namespace, by the API server's audit log."""
-    return [
-        event
-        for event in plane.requests(ACCOUNT)
-        if event["objectRef"].get("namespace") == namespace and event["verb"] in CHANGES
-    ]
 
 
 def test_demand_10_idle_sessions_are_written_about_only_when_something_changes(
@@ -38,7 +27,7 @@ def test_demand_10_idle_sessions_are_written_about_only_when_something_changes(
     )
     time.sleep(3.0)
     versions = [found["metadata"]["resourceVersion"] for found in objects.items(SESSIONS)]
-    before = len(written(world.plane, objects.namespace))
+    before = len(world.changes(objects.namespace))
     time.sleep(IDLE_SECONDS)
-    assert len(written(world.plane, objects.namespace)) - before <= 0.1 * IDLE_SECONDS
+    assert len(world.changes(objects.namespace)) - before <= 0.1 * IDLE_SECONDS
     assert versions == [found["metadata"]["resourceVersion"] for found in objects.items(SESSIONS)]

@@ -6,10 +6,8 @@ import pytest
 
 from tools.cluster.control_plane import wait_for
 from tools.operator_workers import DEPLOYMENTS, SECRETS, SERVICES, SESSIONS, Workers
-from tools.operator_world import ACCOUNT
 
 pytestmark = pytest.mark.xdist_group("cluster")
-CHANGES = {"create", "update", "patch", "delete"}
 HELD_SECONDS = 4.0
 CHILDREN = (
     f"{SERVICES}/held-workers",
@@ -29,9 +27,9 @@ def test_children_that_a_finalizer_holds_cost_next_to_nothing(world, operator, o
     for child in CHILDREN:
         objects.merge(child, {"metadata": {"finalizers": ["esper.dev/held"]}})
         objects.delete(child)
-    written = len(changes(world.plane, objects.namespace))
+    written = len(world.changes(objects.namespace))
     time.sleep(HELD_SECONDS)
-    assert len(changes(world.plane, objects.namespace)) - written <= 2 * len(CHILDREN)
+    assert len(world.changes(objects.namespace)) - written <= 2 * len(CHILDREN)
     for child in CHILDREN:
         objects.merge(child, {"metadata": {"finalizers": []}})
     for child, uid in before.items():
@@ -41,12 +39,3 @@ def test_children_that_a_finalizer_holds_cost_next_to_nothing(world, operator, o
             seconds=10.0,
         )
     assert len(Workers(objects, "held").jobs()) == 1
-
-
-def changes(plane, namespace):
-    """What the operator has changed in a namespace, by the API server's audit log."""
-    return [
-        event
-        for event in plane.requests(ACCOUNT)
-        if event["objectRef"].get("namespace") == namespace and event["verb"] in CHANGES
-    ]
