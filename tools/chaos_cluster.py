@@ -32,8 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from esper.errors import BadInput
 from tools import helm
 from tools.chaos_checks import Outcome, check_kernels, condition, kernels_of
 from tools.chaos_kernels import Notes, forget
@@ -41,6 +40,7 @@ from tools.chaos_sessions import ClusterSession, check_session
 from tools.cluster.containers.layout import SOURCE, BadState, Layout, layout
 from tools.cluster.containers.source import SourceCluster
 from tools.cluster_faults import Faults, course
+from tools.manifests import session_document
 from tools.real_cluster import HUB, REDIS, RealCluster
 from tools.servers.process import ServerError
 
@@ -176,13 +176,18 @@ def _await_release(cluster: RealCluster) -> None:
 
 
 def prepared(manifest: Path) -> dict[str, Any]:
-    """The session, with more checkpoints, of workers that may fail as often as they are killed."""
-    document: dict[str, Any] = next(yaml.safe_load_all(manifest.read_text()))
+    """The session, with more checkpoints, of workers that may fail as often as they are killed.
+
+    Raises:
+        BadInput: the manifest can't be read, or is refused.
+    """
+    document = session_document(manifest)
     spec = document["spec"]
-    spec["training"]["checkpoint"] = CHECKPOINT
     spec["runPolicy"] = {"backoffLimit": RETRIES}
+    spec["training"] = spec.get("training", {}) | {"checkpoint": CHECKPOINT}
     # Without a share pods get next to nothing of a machine that is busy.
-    spec["workers"]["resources"] = {"requests": {"cpu": "200m"}}
+    share = {"resources": {"requests": {"cpu": "200m"}}}
+    spec["workers"] = spec.get("workers", {}) | share
     return document
 
 
@@ -205,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             document = prepared(arguments.session)
             outcome = run(SourceCluster(place), document, folder, plan, _say)
-    except (ServerError, BadState) as error:
+    except (ServerError, BadState, BadInput) as error:
         sys.stderr.write(f"make chaos-cluster: {error}\n")
         return 1
     except KeyboardInterrupt:

@@ -19,6 +19,7 @@ from esper.errors import BadInput
 from esper.services.tolaria.checkpoint_manifest import LOGS
 from tools import kubectl
 from tools.chaos_checks import condition, differences, kernels_of, timeless, was_compiled
+from tools.manifests import session_document
 from tools.rank_worker import AGENT, RANK, Worker
 from tools.servers.process import ServerError
 
@@ -74,10 +75,7 @@ class DemoSession:
 
     def suspended(self, name: str) -> dict[str, Any]:
         """The same under another name, which does not begin, and fits any number of pods."""
-        documents = yaml.safe_load_all(self.manifest.read_text())
-        document: dict[str, Any] = next(
-            each for each in documents if each and each["kind"] == "TrainingSession"
-        )
+        document = session_document(self.manifest)
         document["metadata"]["name"] = name
         document["spec"]["runPolicy"] = {"suspend": True}
         document["spec"].get("training", {}).pop("logicalShards", None)

@@ -6,18 +6,22 @@ beside any other; with `ESPER_CLUSTER_STATE` set it takes that one and leaves it
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.e2e.clusters import Pods, made_namespace, module
 from tools.cluster.containers.layout import STATE, layout
 from tools.cluster.containers.source import SourceCluster
+from tools.images.recipes import RECIPES
 
 
 def pytest_collection_modifyitems(items):
+    """Those of the cluster itself come first: while they wait, images are loaded."""
     for item in items:
         if "/e2e/" in str(item.path):
             item.add_marker(pytest.mark.e2e)
+    items.sort(key=lambda item: item.path.name != "test_cluster.py")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,9 +51,23 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def images(cluster):
+def redis(cluster):
+    """The image that is loaded in seconds; the loading of all others begins."""
+    module("tools.images", "redis", state=cluster.layout.state)
+    return RECIPES["redis"].image()
+
+
+@pytest.fixture(scope="session")
+def loading(cluster, redis):
+    """`make images`, under way beside whatever is tested meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(module, "tools.images", state=cluster.layout.state)
+
+
+@pytest.fixture(scope="session")
+def images(loading):
     """What `make images` said when it built and loaded all of them."""
-    return module("tools.images", state=cluster.layout.state)
+    return loading.result()
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,11 @@
 """Sessions on a real cluster: short ones of the zoo, and what a test asks of any."""
 
 import copy
+import random
 
 import yaml
 
+from esper.contracts.blueprints import KernelTarget, LayerGeometry, builtin, kernel_id
 from tests.e2e.clusters import until
 from tools import helm
 
@@ -38,6 +40,34 @@ def short(name="digits", **spec):
     manifest["metadata"]["name"] = name
     manifest["spec"] |= spec
     return manifest
+
+
+def target_of_nobody():
+    inputs = random.randrange(17, 9999)
+    layer = LayerGeometry(kind="Linear", inputs=inputs, outputs=10)
+    return KernelTarget(layer=layer, input_shape=(inputs,), output_shape=(10,))
+
+
+def compiled_here(pods):
+    """A kernel that nobody has, asked for by an object: its compile Job begins at once."""
+    target = target_of_nobody()
+    kernel = kernel_id(builtin("low-rank", {}).digest, target)
+    version = "esper.dev/v1alpha1"
+    pods.apply(
+        {
+            "apiVersion": version,
+            "kind": "Blueprint",
+            "metadata": {"name": "low-rank"},
+            "spec": {"builtin": "low-rank"},
+        },
+        {
+            "apiVersion": version,
+            "kind": "CompiledKernel",
+            "metadata": {"name": kernel},
+            "spec": {"blueprint": "low-rank", "target": target.to_wire()},
+        },
+    )
+    return kernel
 
 
 class Session:

@@ -4,7 +4,7 @@ import pytest
 
 from esper.contracts.resources import KINDS
 from tests.e2e.clusters import Pods, until
-from tests.e2e.sessions import Session, example
+from tests.e2e.sessions import Session, compiled_here, example
 from tools import helm
 from tools.servers.process import ServerError
 
@@ -68,6 +68,8 @@ def test_a_session_trains_on_through_an_upgrade_and_while_the_release_is_away(
     said = install()
     assert "/readyz ready" in said  # of the operator, asked by Helm's test
     made = credentials(cluster)
+    # The hub may have the session's kernels since other tests; nobody has this one.
+    compiled_here(pods)
     session = Session(pods, example())
     until(lambda: session.status.get("epoch", 0) >= 3)
     until(lambda: session.get("seeds")["items"])

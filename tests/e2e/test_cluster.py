@@ -6,17 +6,15 @@ import pytest
 
 from tests.e2e.clusters import SOON, failed, module, until
 from tools.cluster.containers.layout import STORAGE_CLASS
-from tools.images.recipes import RECIPES
 
-REDIS = RECIPES["redis"].image()
 SERVE = ["redis-server", "--save", "", "--protected-mode", "no", "--dir", "/tmp"]
 WAIT = ["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.2; done"]
 SECOND = "esper-2"
 
 
 @pytest.fixture(scope="module")
-def second_node(cluster, images):
-    cluster.add_node(SECOND, [REDIS])
+def second_node(cluster, redis, loading):
+    cluster.add_node(SECOND, [redis])
     yield SECOND
     cluster.remove_node(SECOND)
 
@@ -69,11 +67,11 @@ def test_what_has_ended_is_started_again(cluster):
     assert cluster.running
 
 
-def test_pods_find_each_other_by_name(pods, images):
+def test_pods_find_each_other_by_name(pods, redis, loading):
     pods.apply(service("redis"))
-    pods.start("redis", REDIS, SERVE, labels={"app": "redis"})
+    pods.start("redis", redis, SERVE, labels={"app": "redis"})
     pods.running("redis")
-    pods.start("asking", REDIS, WAIT)
+    pods.start("asking", redis, WAIT)
     pods.running("asking")
     for name in ("redis", f"redis.{pods.namespace}.svc.cluster.local"):
         until(lambda n=name: not failed(pods.execute, "asking", "redis-cli", "-h", n, "ping"))
@@ -82,19 +80,19 @@ def test_pods_find_each_other_by_name(pods, images):
     assert pods.execute("redis", "redis-cli", "-h", "redis", "ping").strip() == "PONG"
 
 
-def test_pods_reach_the_api_server_and_nothing_beyond_the_cluster(pods, images):
-    pods.start("asking", REDIS, WAIT)
+def test_pods_reach_the_api_server_and_nothing_beyond_the_cluster(pods, redis, loading):
+    pods.start("asking", redis, WAIT)
     pods.running("asking")
     pods.execute("asking", "bash", "-c", "echo > /dev/tcp/kubernetes.default.svc/443")
     assert failed(pods.execute, "asking", "getent", "hosts", "example.org")
 
 
-def test_a_claim_gets_a_volume_that_outlives_pods_and_goes_with_the_claim(pods, images):
+def test_a_claim_gets_a_volume_that_outlives_pods_and_goes_with_the_claim(pods, redis, loading):
     cluster = pods.cluster
     pods.apply(claim("data"))
     write = ["sh", "-c", "echo kept > /data/file"]
-    pods.run("writing", REDIS, write, claim="data")
-    assert pods.run("reading", REDIS, ["cat", "/data/file"], claim="data").strip() == "kept"
+    pods.run("writing", redis, write, claim="data")
+    assert pods.run("reading", redis, ["cat", "/data/file"], claim="data").strip() == "kept"
     bound = cluster.get("-n", pods.namespace, "pvc", "data")
     assert bound["spec"]["storageClassName"] == STORAGE_CLASS
     name = bound["spec"]["volumeName"]
@@ -113,22 +111,22 @@ def test_claims_of_many_nodes_are_served_and_of_devices_are_not(pods):
     assert pods.cluster.get(*found, "device")["status"]["phase"] == "Pending"
 
 
-def test_a_second_node_runs_pods_which_reach_those_of_the_first(pods, second_node):
+def test_a_second_node_runs_pods_which_reach_those_of_the_first(pods, redis, second_node):
     pods.apply(service("redis"), claim("shared", mode="ReadWriteMany"))
-    pods.start("redis", REDIS, SERVE, labels={"app": "redis"}, node="esper-1")
+    pods.start("redis", redis, SERVE, labels={"app": "redis"}, node="esper-1")
     pods.running("redis")
-    pods.start("asking", REDIS, WAIT, node=second_node)
+    pods.start("asking", redis, WAIT, node=second_node)
     pods.running("asking")
     until(lambda: not failed(pods.execute, "asking", "redis-cli", "-h", "redis", "ping"))
-    pods.run("writing", REDIS, ["sh", "-c", "echo one > /data/f"], node="esper-1", claim="shared")
-    said = pods.run("reading", REDIS, ["cat", "/data/f"], node=second_node, claim="shared")
+    pods.run("writing", redis, ["sh", "-c", "echo one > /data/f"], node="esper-1", claim="shared")
+    said = pods.run("reading", redis, ["cat", "/data/f"], node=second_node, claim="shared")
     assert said.strip() == "one"
     assert pods.get("reading")["spec"]["nodeName"] == second_node
 
 
-def test_a_node_that_is_lost_is_noticed_and_comes_back(pods, second_node):
+def test_a_node_that_is_lost_is_noticed_and_comes_back(pods, redis, second_node):
     cluster = pods.cluster
-    pods.start("waiting", REDIS, WAIT, node=second_node, tolerations=SOON)
+    pods.start("waiting", redis, WAIT, node=second_node, tolerations=SOON)
     pods.running("waiting")
     cluster.lose_node(second_node)
     until(lambda: ready(cluster, second_node) == "Unknown")
@@ -136,12 +134,12 @@ def test_a_node_that_is_lost_is_noticed_and_comes_back(pods, second_node):
     until(lambda: "deletionTimestamp" in pods.get("waiting")["metadata"])
     cluster.add_node(second_node, ())
     until(lambda: failed(pods.get, "waiting"))
-    pods.run("again", REDIS, ["true"], node=second_node)
+    pods.run("again", redis, ["true"], node=second_node)
 
 
-def test_a_node_that_is_cut_off_runs_on_and_is_heard_of_again(pods, second_node):
+def test_a_node_that_is_cut_off_runs_on_and_is_heard_of_again(pods, redis, second_node):
     cluster = pods.cluster
-    pods.start("waiting", REDIS, WAIT, node=second_node)
+    pods.start("waiting", redis, WAIT, node=second_node)
     pods.running("waiting")
     cluster.cut_node(second_node)
     until(lambda: ready(cluster, second_node) == "Unknown")

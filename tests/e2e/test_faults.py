@@ -48,8 +48,8 @@ ALONE = {"controller": {"policy": "none"}}
 """Nothing grows, and nobody is asked."""
 RUNTIME = RECIPES["runtime"].image()
 IMAGE = "localhost/no-such-image:1"
-HUGE = {"inputs": 64, "hidden": [16000, 16000], "outputs": 10}
-"""A model of 1 GB."""
+HUGE = {"inputs": 64, "hidden": [32000, 32000], "outputs": 10}
+"""A model of 4 GB."""
 INTERRUPTED, KILLED = 75, 137
 CUT, LOST = "esper-2", "esper-3"
 """Nodes that stop answering: the one runs on, the other one does not."""
@@ -109,7 +109,7 @@ def memory_missing(pods, story):
     manifest = plain(
         "no-memory",
         model={"entrypoint": "esper.zoo.models:MLP", "arguments": HUGE},
-        workers=ONE | {"resources": SHARE | {"limits": {"memory": "768Mi"}}},
+        workers=ONE | {"resources": SHARE | {"limits": {"memory": "1Gi"}}},
         runPolicy={"backoffLimit": 1},
     )
     session = Heard(story, pods, manifest)

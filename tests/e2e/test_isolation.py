@@ -7,14 +7,14 @@ that what is tried here is refused by those who are asked.
 
 import json
 import random
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from esper.contracts.blueprints import KernelTarget, LayerGeometry, builtin, kernel_id
 from esper.contracts.messages import TopicNames
 from tests.e2e.clusters import Pods, failed, made_namespace, until
-from tests.e2e.sessions import Session, short
+from tests.e2e.sessions import Session, compiled_here, short, target_of_nobody
 from tests.e2e.verdicts import opened, refused
 from tools import helm
 
@@ -51,34 +51,6 @@ def long(name):
     model = {"entrypoint": "esper.zoo.models:MLP", "arguments": arguments}
     growth = {"controller": {"policy": GROWTH[name]}}
     return short(name, model=model, training=LONG, growth=growth, workers={"replicas": 1})
-
-
-def target_of_nobody():
-    inputs = random.randrange(17, 9999)
-    layer = LayerGeometry(kind="Linear", inputs=inputs, outputs=10)
-    return KernelTarget(layer=layer, input_shape=(inputs,), output_shape=(10,))
-
-
-def compiled_here(pods):
-    """A kernel that nobody has, asked for by an object: its compile Job begins at once."""
-    target = target_of_nobody()
-    kernel = kernel_id(builtin("low-rank", {}).digest, target)
-    version = "esper.dev/v1alpha1"
-    pods.apply(
-        {
-            "apiVersion": version,
-            "kind": "Blueprint",
-            "metadata": {"name": "low-rank"},
-            "spec": {"builtin": "low-rank"},
-        },
-        {
-            "apiVersion": version,
-            "kind": "CompiledKernel",
-            "metadata": {"name": kernel},
-            "spec": {"blueprint": "low-rank", "target": target.to_wire()},
-        },
-    )
-    return kernel
 
 
 class Place:
@@ -173,20 +145,31 @@ def closed(said, *, but=()):
     assert len(attempts) > 200
 
 
+@contextmanager
+def compiling(place):
+    """The name of a compile pod, held in its work: it would be over in seconds."""
+    name = until(lambda: place.pod("compile"))
+    pod = place.pods.get(name)
+    container = pod["status"]["containerStatuses"][0]["containerID"].partition("://")[2]
+    with place.cluster.node(pod["spec"]["nodeName"]).held_container(container) as held:
+        assert held, "it has ended before it could be held"
+        yield name
+
+
 def test_a_compile_pod_opens_the_work_on_its_own_kernel(places, attack):
     here, there = places
     kernel = compiled_here(here.pods)
-    pod = until(lambda: here.pod("compile"))
     unknown = {"uid": "0" * 8, "name": "nobodys", "pod": "nobodys-1", "object": ATTEMPT}
     victims = [unknown | {"namespace": place.pods.namespace} for place in (here, there)]
-    said = attack(
-        pod,
-        victims=victims,
-        own=victims[0],
-        kernel=kernel,
-        kernel_is_foreign=False,
-        own_paths=[f"/api/v1/kernels/{kernel}"],
-    )
+    with compiling(here) as pod:
+        said = attack(
+            pod,
+            victims=victims,
+            own=victims[0],
+            kernel=kernel,
+            kernel_is_foreign=False,
+            own_paths=[f"/api/v1/kernels/{kernel}"],
+        )
     assert [opened(came) for came in said["own"].values()] == [True], said["own"]
     closed(said)
     (token,) = said["credentials"]["tokens"]

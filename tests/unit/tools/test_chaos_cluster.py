@@ -63,6 +63,27 @@ def test_a_session_may_fail_as_often_as_it_is_killed():
     assert document["spec"]["workers"]["replicas"] == 2
 
 
+def test_a_session_of_only_what_is_required_is_prepared(tmp_path):
+    manifest = tmp_path / "session.yaml"
+    manifest.write_text(
+        "# other objects may stand before it\n---\n"
+        "apiVersion: esper.dev/v1alpha1\nkind: Blueprint\nmetadata: {name: low-rank}\n"
+        "spec: {builtin: low-rank}\n---\n"
+        "apiVersion: esper.dev/v1alpha1\nkind: TrainingSession\nmetadata: {name: bare}\n"
+        "spec: {model: {entrypoint: 'a:Model'}, data: {entrypoint: 'a:data'}}\n"
+    )
+    spec = prepared(manifest)["spec"]
+    assert spec["training"]["checkpoint"]["everyEpochs"] > 0
+    assert spec["workers"]["resources"]["requests"]
+
+
+def test_a_session_that_can_not_be_read_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(chaos_cluster, "layout", lambda: SimpleNamespace(way=SOURCE))
+    assert main([f"--session={tmp_path}/away.yaml"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/away.yaml" in line
+
+
 TRANSITION = {
     "session": "s",
     "epoch": 3,

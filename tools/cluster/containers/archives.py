@@ -7,7 +7,7 @@ import io
 import json
 import platform
 import tarfile
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,25 @@ from typing import IO, Any
 _MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 _CONFIG = "application/vnd.oci.image.config.v1+json"
 _LAYER = "application/vnd.oci.image.layer.v1.tar"
+_LISTING = ("index.v1+json", "manifest.v1+json", "manifest.list.v2+json", "manifest.v2+json")
+"""How the media types end of what names other content, of OCI and of Docker."""
 _NAME = "io.containerd.image.name"
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+
+
+@dataclass(frozen=True)
+class Blob:
+    """What a store of images holds.
+
+    Attributes:
+        kind: its media type.
+        digest: what it is called.
+        size: in bytes.
+    """
+
+    kind: str
+    digest: str
+    size: int
 
 
 @dataclass(frozen=True)
@@ -86,10 +103,6 @@ def write_archive(
             ],
         }
     )
-    index = {
-        "schemaVersion": 2,
-        "manifests": [{**_descriptor(_MANIFEST, manifest), "annotations": {_NAME: name}}],
-    }
     missing = {layer.digest: layer for layer in image.layers if layer.digest not in there}
     with tarfile.open(fileobj=target, mode="w|", bufsize=1 << 20) as tar:
         tar.copybufsize = 1 << 20
@@ -100,9 +113,36 @@ def write_archive(
                 tar.addfile(entry, content)
         for blob in (image.config, manifest):
             _add(tar, _path(digest(blob)), blob)
-        _add(tar, "index.json", _json(index))
-        _add(tar, "oci-layout", _json({"imageLayoutVersion": "1.0.0"}))
+        _add_index(tar, name, _descriptor(_MANIFEST, manifest))
     return list(missing.values())
+
+
+def write_index(name: str, root: Blob, target: IO[bytes]) -> None:
+    """Write an image of a name, all of which is there: nothing but what it is called."""
+    with tarfile.open(fileobj=target, mode="w|") as tar:
+        described = {"mediaType": root.kind, "digest": root.digest, "size": root.size}
+        _add_index(tar, name, described)
+
+
+def reachable(root: Blob, file: Callable[[str], Path]) -> Iterator[Blob]:
+    """What an image consists of: its index, manifests, configurations and layers.
+
+    Of an index that names several platforms, those are left out that are not there.
+
+    Args:
+        root: its manifest or index.
+        file: where what has a digest lies.
+    """
+    if not file(root.digest).exists():
+        return
+    yield root
+    if root.kind.endswith(_LISTING):
+        said = json.loads(file(root.digest).read_bytes())
+        parts = [*said.get("manifests", ()), *said.get("layers", ())]
+        if "config" in said:
+            parts.append(said["config"])
+        for part in parts:
+            yield from reachable(Blob(part["mediaType"], part["digest"], part["size"]), file)
 
 
 def digest(content: bytes) -> str:
@@ -116,6 +156,12 @@ def _path(name: str) -> str:
 
 def _descriptor(kind: str, blob: bytes) -> dict[str, Any]:
     return {"mediaType": kind, "digest": digest(blob), "size": len(blob)}
+
+
+def _add_index(tar: tarfile.TarFile, name: str, root: Mapping[str, Any]) -> None:
+    index = {"schemaVersion": 2, "manifests": [{**root, "annotations": {_NAME: name}}]}
+    _add(tar, "index.json", _json(index))
+    _add(tar, "oci-layout", _json({"imageLayoutVersion": "1.0.0"}))
 
 
 def _json(document: Mapping[str, Any] | Sequence[Any]) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from tools.cluster.containers.layout import API_PORT, SERVICES, Layout, Node
@@ -143,9 +143,10 @@ def import_images(node: Node, *, archive: str = "-") -> list[str]:
     return [*_ctr(node), "images", "import", "--snapshotter=overlayfs", archive]
 
 
-def export_images(node: Node, images: Sequence[str]) -> list[str]:
-    """Writes images of a node to the standard output, as an archive."""
-    return [*_ctr(node), "images", "export", "-", *images]
+def ingest(node: Node, digest: str, size: int) -> list[str]:
+    """Puts content of a digest into a node's store, from the standard input."""
+    expected = [f"--expected-digest={digest}", f"--expected-size={size}"]
+    return [*_ctr(node), "content", "ingest", *expected, f"linked-{digest}"]
 
 
 def contents(node: Node) -> list[str]:
@@ -154,8 +155,8 @@ def contents(node: Node) -> list[str]:
 
 
 def list_images(node: Node) -> list[str]:
-    """Lists the names of a node's images."""
-    return [*_ctr(node), "images", "ls", "--quiet"]
+    """Lists a node's images: name, media type, digest, and more."""
+    return [*_ctr(node), "images", "ls"]
 
 
 def list_tasks(node: Node) -> list[str]:

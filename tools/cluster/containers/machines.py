@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -122,18 +124,23 @@ _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
 _NAMESPACES = ("--mount", "--net", "--pid", "--uts", "--ipc")
 
 
-def run(command: Sequence[str], *, given: str | None = None, folder: Path | None = None) -> str:
+def run(
+    command: Sequence[str], *, given: str | IO[bytes] | None = None, folder: Path | None = None
+) -> str:
     """What a command prints; `given` is its standard input, `folder` where it runs.
 
     Raises:
         ServerError: it failed, or there is no such program; the message tells what it said.
     """
-    try:
-        done = subprocess.run(
-            command, cwd=folder, input=given or "", capture_output=True, text=True
-        )
-    except FileNotFoundError as error:
-        raise ServerError(f"{command[0]}: there is no such program") from error
+    with tempfile.TemporaryFile() as text:
+        if given is None or isinstance(given, str):
+            text.write((given or "").encode())
+            text.seek(0)
+            given = text
+        try:
+            done = subprocess.run(command, cwd=folder, stdin=given, capture_output=True, text=True)
+        except FileNotFoundError as error:
+            raise ServerError(f"{command[0]}: there is no such program") from error
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip())[-1000:]
         raise ServerError(f"{' '.join(command)}: {said or f'exit code {done.returncode}'}")

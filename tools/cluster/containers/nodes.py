@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO
 
 from tools.cluster.containers import commands, configs
-from tools.cluster.containers.archives import Image, Layer, program_image, write_archive
+from tools.cluster.containers.archives import (
+    Blob,
+    Image,
+    Layer,
+    program_image,
+    reachable,
+    write_archive,
+    write_index,
+)
 from tools.cluster.containers.certificates import issue
 from tools.cluster.containers.kernel import make_cgroup
 from tools.cluster.containers.layout import DNS_IMAGE, PAUSE_IMAGE, Layout, Node
@@ -107,32 +117,56 @@ class ClusterNode:
     def copy_images(self, other: ClusterNode, wanted: Collection[str] | None = None) -> None:
         """Give it images of another node, all where none are named.
 
+        Both stores lie in the cluster's folder, so the content is linked and not read.
+
         Raises:
             ServerError: one can't be had.
         """
-        chosen = other.images() if wanted is None else set(wanted)
-        names = sorted(name for name in chosen - self.images() if not name.startswith("sha256:"))
-        if not names:
-            return
-        with subprocess.Popen(
-            commands.export_images(other.node, names), stdout=subprocess.PIPE
-        ) as exporting:
-            importing = subprocess.run(
-                commands.import_images(self.node),
-                stdin=exporting.stdout,
-                capture_output=True,
-                text=True,
-            )
-        if exporting.returncode or importing.returncode:
-            raise ServerError(f"{self.node.name}: images of {other.node.name}: {importing.stderr}")
+        theirs, own, there = other.images(), self.images(), self.contents()
+        named = [name for name in theirs if not name.startswith("sha256:")]
+        for name in sorted(named if wanted is None else wanted):
+            if name not in theirs:
+                raise ServerError(f"{other.node.name}: it has no image {name}")
+            root = theirs[name]
+            if own.get(name) == root:
+                continue
+            for blob in reachable(root, other._blob):
+                if blob.digest not in there:
+                    self._link(other, blob)
+            with self._importing() as to:
+                write_index(name, root, to)
+
+    def _blob(self, digest: str) -> Path:
+        """The file of what its store holds."""
+        content = self.node.folder / "containerd" / "io.containerd.content.v1.content"
+        return content / "blobs" / digest.replace(":", "/")
+
+    def _link(self, other: ClusterNode, blob: Blob) -> None:
+        """Take content of another node's store into its own.
+
+        A store that finds the file of what it is given has it, and reads nothing of what comes. A
+        file of that size without content is passed over at once.
+        """
+        own = self._blob(blob.digest)
+        own.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            os.link(other._blob(blob.digest), own)
+        with tempfile.TemporaryFile() as empty:
+            empty.truncate(blob.size)
+            run(commands.ingest(self.node, blob.digest, blob.size), given=empty)
 
     def contents(self) -> set[str]:
         """The digests of all that its store holds."""
         return set(run(commands.contents(self.node)).split())
 
-    def images(self) -> set[str]:
-        """The names of its images."""
-        return set(run(commands.list_images(self.node)).split())
+    def images(self) -> dict[str, Blob]:
+        """Its images by name: the manifest or index of each."""
+        lines = map(str.split, run(commands.list_images(self.node)).splitlines()[1:])
+        there = {name: (kind, digest) for name, kind, digest, *_ in lines}
+        return {
+            name: Blob(kind, digest, self._blob(digest).stat().st_size)
+            for name, (kind, digest) in there.items()
+        }
 
     def kill_container(self, container: str) -> bool:
         """Kill the main process of a container (SIGKILL); False where it has none any more.
@@ -142,12 +176,30 @@ class ClusterNode:
         Args:
             container: its id, without the ``containerd://`` of a pod's status.
         """
+        return self._signal(container, "KILL")
+
+    @contextmanager
+    def held_container(self, container: str) -> Iterator[bool]:
+        """Hold the main process of a container (SIGSTOP) while this lasts.
+
+        Other processes in it run on, and new ones can be started: it does not end meanwhile.
+        Gives False where it has no main process any more.
+        """
+        held = self._signal(container, "STOP")
+        try:
+            yield held
+        finally:
+            if held:
+                self._signal(container, "CONT")
+
+    def _signal(self, container: str, name: str) -> bool:
+        """Whether a container's main process was there to get a signal."""
         tasks = run(commands.list_tasks(self.node)).splitlines()[1:]
         running = {name: pid for name, pid, state in map(str.split, tasks) if state == "RUNNING"}
         if container not in running:
             return False
         try:
-            self.machine.run(["sh", "-c", f"kill -KILL {int(running[container])}"])
+            self.machine.run(["sh", "-c", f"kill -{name} {int(running[container])}"])
         except ServerError:  # it has ended meanwhile
             return False
         return True

@@ -168,10 +168,17 @@ class SourceCluster:
         """Import an image under a name into every node that runs.
 
         Returns:
-            How many bytes of layers they did not have.
+            How many bytes of layers the first of them did not have.
         """
-        running = [node for node in self.nodes if node.running]
-        layers = [layer for node in running for layer in node.import_image(name, image)]
+        first = self.node(self.layout.first)
+        layers = first.import_image(name, image)
+        for node in self.nodes:
+            if node.node != first.node and node.running:
+                try:
+                    node.copy_images(first, [name])
+                except ServerError:
+                    if node.running:
+                        raise  # else it was lost meanwhile, and goes without
         return sum(layer.size for layer in layers)
 
     def load_archive(self, archive: Path) -> None:

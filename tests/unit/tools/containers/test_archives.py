@@ -4,7 +4,16 @@ import io
 import json
 import tarfile
 
-from tools.cluster.containers.archives import Image, Layer, digest, program_image, write_archive
+from tools.cluster.containers.archives import (
+    Blob,
+    Image,
+    Layer,
+    digest,
+    program_image,
+    reachable,
+    write_archive,
+    write_index,
+)
 
 
 def files(content):
@@ -59,3 +68,35 @@ def test_layers_that_are_there_are_named_but_not_written():
     manifest = json.loads(found[f"blobs/{entry['digest'].replace(':', '/')}"])
     named = [each["digest"] for each in manifest["layers"]]
     assert named == [lower.digest, upper.digest, upper.digest]
+
+
+def test_an_image_that_is_there_is_only_named():
+    target = io.BytesIO()
+    write_index("localhost/one:dev", Blob("a/kind", digest(b"root"), 4), target)
+    found = files(target.getvalue())
+    assert found.keys() == {"index.json", "oci-layout"}
+    (entry,) = json.loads(found["index.json"])["manifests"]
+    assert entry["annotations"] == {"io.containerd.image.name": "localhost/one:dev"}
+    del entry["annotations"]
+    assert entry == {"mediaType": "a/kind", "digest": digest(b"root"), "size": 4}
+
+
+def test_all_that_an_image_consists_of_is_found_and_platforms_that_are_away_are_not(tmp_path):
+    def file(name):
+        return tmp_path / name.partition(":")[2]
+
+    def stored(kind, content):
+        file(digest(content)).write_bytes(content)
+        return Blob(f"application/vnd.oci.image.{kind}", digest(content), len(content))
+
+    def named(blob):
+        return {"mediaType": blob.kind, "digest": blob.digest, "size": blob.size}
+
+    config, lower = stored("config.v1+json", b"{}"), stored("layer.v1.tar+gzip", b"lower")
+    described = {"config": named(config), "layers": [named(lower)]}
+    here = stored("manifest.v1+json", json.dumps(described).encode())
+    away = Blob(here.kind, digest(b"another platform"), 16)
+    index = {"manifests": [named(away), named(here)]}
+    root = stored("index.v1+json", json.dumps(index).encode())
+    assert set(reachable(root, file)) == {root, here, config, lower}
+    assert set(reachable(here, file)) == {here, config, lower}
