@@ -20,6 +20,7 @@ SOON = [
     for taint in ("not-ready", "unreachable")
 ]
 """Tolerations of a pod that leaves a node soon which does not answer."""
+CORDONED = {"key": "node.kubernetes.io/unschedulable", "operator": "Exists"}
 SECONDS = 300.0
 """For what takes seconds where the machine has nothing else to do. What has to be quick is measured
 by the times that objects bear, not by how long a test may wait."""
@@ -68,7 +69,10 @@ class Pods:
         )
 
     def start(self, name, image, command, *, node=None, claim=None, labels=None, tolerations=()):
-        """Make a pod; it has /tmp, and a claim's volume at /data."""
+        """Make a pod; it has /tmp, and a claim's volume at /data.
+
+        One that asks for a node gets there also where nothing else is to be scheduled.
+        """
         volumes = [{"name": "tmp", "emptyDir": {}}]
         if claim:
             volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": claim}})
@@ -82,7 +86,7 @@ class Pods:
                     "restartPolicy": "Never",
                     "automountServiceAccountToken": False,
                     "terminationGracePeriodSeconds": 1,
-                    "tolerations": list(tolerations),
+                    "tolerations": [*tolerations, *([CORDONED] if node else [])],
                     "nodeSelector": {"kubernetes.io/hostname": node} if node else {},
                     "securityContext": {
                         "runAsNonRoot": True,

@@ -11,17 +11,26 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.e2e.clusters import Pods, made_namespace, module
+from tools import chaos_cluster
 from tools.cluster.containers.layout import STATE, layout
 from tools.cluster.containers.source import SourceCluster
 from tools.images.recipes import RECIPES
 
+FIRST = ("test_cluster.py", "test_images.py", "test_cluster_down.py")
+"""They need the cluster, or none, but no release; the first one leaves the machine idle."""
+
 
 def pytest_collection_modifyitems(items):
-    """Those of the cluster itself come first: while they wait, images are loaded."""
+    """Those that need no release come first: beside them one is made, and bears its faults."""
     for item in items:
         if "/e2e/" in str(item.path):
             item.add_marker(pytest.mark.e2e)
-    items.sort(key=lambda item: item.path.name != "test_cluster.py")
+    if any("campaign" in item.fixturenames for item in items):
+        for item in items:
+            if item.path.name in FIRST and "loading" in item.fixturenames:
+                item.fixturenames.append("campaign")
+    order = {name: place for place, name in enumerate((*FIRST, "test_chaos.py"))}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,8 +47,16 @@ def ended_by_a_signal():
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
-    """The cluster, with all of Esper's images."""
+def beside():
+    """What happens one after the other beside whatever is tested meanwhile."""
+    pool = ThreadPoolExecutor(1)
+    yield pool
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory, beside):
+    """The cluster. It goes before what is under way beside, which then has nothing to wait for."""
     given = os.environ.get(STATE)
     state = layout().state if given else tmp_path_factory.mktemp("cluster") / "c"
     try:
@@ -58,10 +75,9 @@ def redis(cluster):
 
 
 @pytest.fixture(scope="session")
-def loading(cluster, redis):
-    """`make images`, under way beside whatever is tested meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(module, "tools.images", state=cluster.layout.state)
+def loading(cluster, redis, beside):
+    """`make images`, under way."""
+    return beside.submit(module, "tools.images", state=cluster.layout.state)
 
 
 @pytest.fixture(scope="session")
@@ -71,10 +87,11 @@ def images(loading):
 
 
 @pytest.fixture(scope="session")
-def install(cluster, images):
+def install(cluster, loading):
     """`make install`, with values; returns what it said."""
 
     def installed(*values):
+        loading.result()
         words = [word for value in values for word in ("--set", value)]
         return module("tools.install", *words, state=cluster.layout.state)
 
@@ -84,9 +101,30 @@ def install(cluster, images):
 
 
 @pytest.fixture(scope="session")
-def release(install):
+def installing(install, beside):
+    """The chart as `make install` leaves it, under way."""
+    return beside.submit(install)
+
+
+@pytest.fixture(scope="session")
+def release(installing):
     """The chart as `make install` leaves it; what that said."""
-    return install()
+    return installing.result()
+
+
+@pytest.fixture(scope="session")
+def campaign(cluster, installing, beside, tmp_path_factory):
+    """Five faults of `make chaos-cluster`, under way: its outcome, with what it said."""
+
+    def run():
+        installing.result()
+        said = []
+        plan = chaos_cluster.Plan(faults=5, seed=1, longest=4.0)
+        document = chaos_cluster.prepared(chaos_cluster.EXAMPLE)
+        folder = tmp_path_factory.mktemp("chaos")
+        return chaos_cluster.run(cluster, document, folder, plan, said.append), said
+
+    return beside.submit(run)
 
 
 @pytest.fixture

@@ -5,16 +5,22 @@ import subprocess
 import pytest
 
 from tests.e2e.clusters import SOON, failed, module, until
+from tools.cluster.containers import nodes
+from tools.cluster.containers.archives import Image, reachable, write_index
 from tools.cluster.containers.layout import STORAGE_CLASS
+from tools.cluster.containers.machines import run
 
 SERVE = ["redis-server", "--save", "", "--protected-mode", "no", "--dir", "/tmp"]
 WAIT = ["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.2; done"]
 SECOND = "esper-2"
+CTR = ("ctr", "--namespace=k8s.io")
 
 
 @pytest.fixture(scope="module")
 def second_node(cluster, redis, loading):
+    """It takes only pods that ask for it: others would go away with it."""
     cluster.add_node(SECOND, [redis])
+    cluster.kubectl("cordon", SECOND)
     yield SECOND
     cluster.remove_node(SECOND)
 
@@ -122,6 +128,31 @@ def test_a_second_node_runs_pods_which_reach_those_of_the_first(pods, redis, sec
     said = pods.run("reading", redis, ["cat", "/data/f"], node=second_node, claim="shared")
     assert said.strip() == "one"
     assert pods.get("reading")["spec"]["nodeName"] == second_node
+
+
+def test_a_node_takes_an_image_though_its_content_is_collected_meanwhile(
+    cluster, redis, second_node, monkeypatch
+):
+    first, second = cluster.node("esper-1"), cluster.node(second_node)
+    blobs = [blob.digest for blob in reachable(first.images()[redis], first._blob)]
+
+    def remove(*images):
+        """At once with all content that no image refers to."""
+        run([*CTR, f"--address={second.node.socket}", "images", "rm", "--sync", *images])
+
+    def write(*given):
+        if redis in removed:
+            second.import_image("localhost/other:1", Image(b"{}", ()))
+            remove("localhost/other:1")
+            removed.clear()
+        write_index(*given)
+
+    remove(redis, *blobs)  # the kubelet's runtime calls it by its configuration, too
+    removed = {redis}
+    monkeypatch.setattr(nodes, "write_index", write)
+    second.copy_images(first, [redis])
+    assert not removed
+    assert second.images()[redis] == first.images()[redis]
 
 
 def test_a_node_that_is_lost_is_noticed_and_comes_back(pods, redis, second_node):

@@ -5,6 +5,7 @@ interrupted would train for days, however fast the machine is: they are ended on
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Lock
 
 import pytest
@@ -88,9 +89,6 @@ def played(pods, story):
     finally:
         story.close()  # so that nobody waits on, where a test was chosen or broken off
         pool.shutdown(cancel_futures=True)
-        for node in (CUT, LOST):
-            if pods.cluster.node(node).made:
-                pods.cluster.remove_node(node)
 
 
 def image_missing(pods, story):
@@ -137,38 +135,47 @@ def evicted(pods, story):
 
 def node_cut(pods, story):
     """Cut off, and joined again once the session goes on elsewhere: what ran on there ends."""
-    add(pods, CUT)
-    session = Heard(story, pods, on_node("cut", CUT))
-    (pod,) = session.trains()
-    assert pod["spec"]["nodeName"] == CUT
-    pods.cluster.cut_node(CUT)
-    until(lambda: session.status["attempt"] == 2, seconds=600.0)
-    pods.cluster.cut_node(CUT, joined=True)
-    session.goes_on()
-    session.is_compared()
-    session.delete()
-    return session
+    with further(pods, CUT):
+        session = Heard(story, pods, on_node("cut", CUT))
+        (pod,) = session.trains()
+        assert pod["spec"]["nodeName"] == CUT
+        pods.cluster.cut_node(CUT)
+        until(lambda: session.status["attempt"] == 2, seconds=600.0)
+        pods.cluster.cut_node(CUT, joined=True)
+        session.goes_on()
+        session.is_compared()
+        session.delete()
+        return session
 
 
 def node_lost(pods, story):
-    add(pods, LOST)
-    session = Heard(story, pods, on_node("lost", LOST))
-    (pod,) = session.trains()
-    assert pod["spec"]["nodeName"] == LOST
-    pods.cluster.lose_node(LOST)
-    session.goes_on()
-    session.is_compared()
-    session.delete()
-    return session
+    with further(pods, LOST):
+        session = Heard(story, pods, on_node("lost", LOST))
+        (pod,) = session.trains()
+        assert pod["spec"]["nodeName"] == LOST
+        pods.cluster.lose_node(LOST)
+        session.goes_on()
+        session.is_compared()
+        session.delete()
+        return session
 
 
 FAULTS = (node_cut, node_lost, image_missing, model_missing, memory_missing, killed, evicted)
 
 
-def add(pods, node):
-    """One after the other: each is given the image, which is all that the machine can do."""
-    with JOINING:
-        pods.cluster.add_node(node, [RUNTIME])
+@contextmanager
+def further(pods, node):
+    """A node that joins, and is removed.
+
+    One after the other: each is given the image, which is all that the machine can do.
+    """
+    try:
+        with JOINING:
+            pods.cluster.add_node(node, [RUNTIME])
+        yield
+    finally:
+        if pods.cluster.node(node).made:
+            pods.cluster.remove_node(node)
 
 
 def on_node(name, node):

@@ -28,6 +28,7 @@ from tools.cluster.containers.machines import Machine, run
 from tools.servers.process import ServerError
 
 KUBELET, PROXY, CONTAINERD = "kubelet", "kube-proxy", "containerd"
+_TAKES = 3
 
 
 class ClusterNode:
@@ -122,19 +123,32 @@ class ClusterNode:
         Raises:
             ServerError: one can't be had.
         """
-        theirs, own, there = other.images(), self.images(), self.contents()
+        theirs, own = other.images(), self.images()
         named = [name for name in theirs if not name.startswith("sha256:")]
         for name in sorted(named if wanted is None else wanted):
             if name not in theirs:
                 raise ServerError(f"{other.node.name}: it has no image {name}")
-            root = theirs[name]
-            if own.get(name) == root:
-                continue
-            for blob in reachable(root, other._blob):
-                if blob.digest not in there:
-                    self._link(other, blob)
-            with self._importing() as to:
-                write_index(name, root, to)
+            if own.get(name) != theirs[name]:
+                self._take(other, name, theirs[name])
+
+    def _take(self, other: ClusterNode, name: str, root: Blob) -> None:
+        """Take an image of another node, by links to what it consists of.
+
+        Until the image is there nothing refers to its content, and the store's collector, which
+        runs as containerd starts, may remove it: then it is linked anew.
+        """
+        for left in reversed(range(_TAKES)):
+            there = self.contents()
+            try:
+                for blob in reachable(root, other._blob):
+                    if blob.digest not in there:
+                        self._link(other, blob)
+                with self._importing() as to:
+                    write_index(name, root, to)
+                return
+            except ServerError:
+                if not left:
+                    raise
 
     def _blob(self, digest: str) -> Path:
         """The file of what its store holds."""
