@@ -5,32 +5,43 @@ beside any other; with `ESPER_CLUSTER_STATE` set it takes that one and leaves it
 """
 
 import os
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.e2e.clusters import Pods, made_namespace, module
+from tests.e2e.sessions import EXAMPLE
+from tests.readme import checkout, play
 from tools import chaos_cluster
 from tools.cluster.containers.layout import STATE, layout
 from tools.cluster.containers.source import SourceCluster
 from tools.images.recipes import RECIPES
 
-FIRST = ("test_cluster.py", "test_images.py", "test_cluster_down.py")
-"""They need the cluster, or none, but no release; the first one leaves the machine idle."""
+BESIDE = {
+    "campaign": ("test_cluster.py", "test_images.py"),
+    "demonstration": ("test_gpu.py", "test_isolation.py"),
+}
+"""What is under way beside the tests of these files, which neither need nor touch what it does."""
+ORDER = (
+    *(*BESIDE["campaign"], "test_cluster_down.py", "test_chaos.py", "test_chart.py"),
+    *(*BESIDE["demonstration"], "test_demo.py"),
+)
 
 
 def pytest_collection_modifyitems(items):
-    """Those that need no release come first: beside them one is made, and bears its faults."""
+    """In an order in which long ones, where somebody asks for them, are under way beside others."""
     for item in items:
         if "/e2e/" in str(item.path):
             item.add_marker(pytest.mark.e2e)
-    if any("campaign" in item.fixturenames for item in items):
-        for item in items:
-            if item.path.name in FIRST and "loading" in item.fixturenames:
-                item.fixturenames.append("campaign")
-    order = {name: place for place, name in enumerate((*FIRST, "test_chaos.py"))}
-    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    for fixture, files in BESIDE.items():
+        if any(fixture in item.fixturenames for item in items):
+            for item in items:
+                if item.path.name in files and "loading" in item.fixturenames:
+                    item.fixturenames.append(fixture)
+    places = {name: place for place, name in enumerate(ORDER)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -123,6 +134,21 @@ def campaign(cluster, installing, beside, tmp_path_factory):
         document = chaos_cluster.prepared(chaos_cluster.EXAMPLE)
         folder = tmp_path_factory.mktemp("chaos")
         return chaos_cluster.run(cluster, document, folder, plan, said.append), said
+
+    return beside.submit(run)
+
+
+@pytest.fixture(scope="session")
+def demonstration(cluster, release, beside, tmp_path_factory):
+    """`make cluster-demo` in a reader's copy, under way: what it prints, and the copy."""
+
+    def run():
+        folder = checkout(tmp_path_factory.mktemp("demo") / "esper")
+        # Other tests' sessions have had the same kernels compiled: they are made anew all the same.
+        manifest = shutil.copy(EXAMPLE, folder.parent / "session.yaml")
+        given = {STATE: str(cluster.layout.state), "ARGUMENTS": f"--session={manifest}"}
+        (said,) = play("On a cluster", folder, **given).values()
+        return said, folder
 
     return beside.submit(run)
 

@@ -1,23 +1,15 @@
 """`make cluster-demo` on the tests' cluster: the session trains, grows, and is as without one."""
 
 import json
-import shutil
 
 from tests.e2e.clusters import module
-from tests.e2e.sessions import EXAMPLE
-from tests.readme import checkout, play
-from tools.cluster.containers.layout import STATE
 from tools.real_demo import NAMESPACE
 
 STEPS = {"programs", "cluster", "images", "install", "demo", "all"}
 
 
-def test_it_ends_with_what_was_seen(cluster, release, tmp_path):
-    folder = checkout(tmp_path / "esper")
-    # Other tests' sessions have had the same kernels compiled: they are made anew all the same.
-    shutil.copy(EXAMPLE, tmp_path / "session.yaml")
-    given = {STATE: str(cluster.layout.state), "ARGUMENTS": f"--session={tmp_path}/session.yaml"}
-    (said,) = play("On a cluster", folder, **given).values()
+def test_it_ends_with_what_was_seen(cluster, demonstration):
+    said, folder = demonstration.result()
     told = json.loads(said.splitlines()[-1])
     assert told["holds"], told
     assert told["differing"] == []

@@ -149,6 +149,12 @@ def ingest(node: Node, digest: str, size: int) -> list[str]:
     return [*_ctr(node), "content", "ingest", *expected, f"linked-{digest}"]
 
 
+def keep(node: Node, digest: str, *, kept: bool = True) -> list[str]:
+    """Has a node's store keep content that no image refers to, or no longer."""
+    label = f"containerd.io/gc.root={'kept' if kept else ''}"
+    return [*_ctr(node), "content", "label", digest, label]
+
+
 def contents(node: Node) -> list[str]:
     """Lists the digests of all that a node's store holds."""
     return [*_ctr(node), "content", "ls", "--quiet"]

@@ -134,40 +134,45 @@ class ClusterNode:
     def _take(self, other: ClusterNode, name: str, root: Blob) -> None:
         """Take an image of another node, by links to what it consists of.
 
-        Until the image is there nothing refers to its content, and the store's collector, which
-        runs as containerd starts, may remove it: then it is linked anew.
+        Until the image is there nothing refers to its content, and the store's collector may
+        remove it: so each part is kept by a label, and had anew where it was gone before.
         """
-        for left in reversed(range(_TAKES)):
-            there = self.contents()
-            try:
-                for blob in reachable(root, other._blob):
-                    if blob.digest not in there:
-                        self._link(other, blob)
-                with self._importing() as to:
-                    write_index(name, root, to)
-                return
-            except ServerError:
-                if not left:
-                    raise
+        parts = list(reachable(root, other._blob))
+        try:
+            for part in parts:
+                self._link(other, part)
+            with self._importing() as to:
+                write_index(name, root, to)
+        finally:
+            for digest in self.contents() & {part.digest for part in parts}:
+                run(commands.keep(self.node, digest, kept=False))
 
     def _blob(self, digest: str) -> Path:
         """The file of what its store holds."""
         content = self.node.folder / "containerd" / "io.containerd.content.v1.content"
         return content / "blobs" / digest.replace(":", "/")
 
-    def _link(self, other: ClusterNode, blob: Blob) -> None:
-        """Take content of another node's store into its own.
+    def _link(self, other: ClusterNode, part: Blob) -> None:
+        """Take content of another node's store into its own, and keep it there.
 
         A store that finds the file of what it is given has it, and reads nothing of what comes. A
         file of that size without content is passed over at once.
         """
-        own = self._blob(blob.digest)
+        own = self._blob(part.digest)
         own.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            os.link(other._blob(blob.digest), own)
-        with tempfile.TemporaryFile() as empty:
-            empty.truncate(blob.size)
-            run(commands.ingest(self.node, blob.digest, blob.size), given=empty)
+        for left in reversed(range(_TAKES)):
+            try:
+                if part.digest not in self.contents():
+                    with suppress(FileExistsError):
+                        os.link(other._blob(part.digest), own)
+                    with tempfile.TemporaryFile() as empty:
+                        empty.truncate(part.size)
+                        run(commands.ingest(self.node, part.digest, part.size), given=empty)
+                run(commands.keep(self.node, part.digest))
+                return
+            except ServerError:
+                if not left:
+                    raise
 
     def contents(self) -> set[str]:
         """The digests of all that its store holds."""
