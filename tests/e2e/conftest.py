@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.e2e.clusters import Pods, made_namespace, module
-from tests.e2e.sessions import EXAMPLE
+from tests.e2e.sessions import CHAOS, EXAMPLE
 from tests.readme import checkout, play
 from tools import chaos_cluster
 from tools.cluster.containers.layout import STATE, layout
@@ -23,18 +23,22 @@ BESIDE = {
     "campaign": ("test_cluster.py", "test_images.py"),
     "demonstration": ("test_gpu.py", "test_isolation.py"),
 }
-"""What is under way beside the tests of these files, which neither need nor touch what it does."""
+"""What is under way beside the tests of these files, and of those that follow them until it is
+waited for: none needs or touches what it does."""
 ORDER = (
     *(*BESIDE["campaign"], "test_cluster_down.py", "test_chaos.py", "test_chart.py"),
     *(*BESIDE["demonstration"], "test_demo.py"),
 )
 
 
+def pytest_itemcollected(item):
+    if "/e2e/" in str(item.path):
+        item.add_marker(pytest.mark.e2e)
+
+
+@pytest.hookimpl(trylast=True)  # once those are gone that were not chosen
 def pytest_collection_modifyitems(items):
     """In an order in which long ones, where somebody asks for them, are under way beside others."""
-    for item in items:
-        if "/e2e/" in str(item.path):
-            item.add_marker(pytest.mark.e2e)
     for fixture, files in BESIDE.items():
         if any(fixture in item.fixturenames for item in items):
             for item in items:
@@ -60,27 +64,29 @@ def ended_by_a_signal():
 @pytest.fixture(scope="session")
 def beside():
     """What happens one after the other beside whatever is tested meanwhile."""
-    pool = ThreadPoolExecutor(1)
-    yield pool
-    pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory, beside):
-    """The cluster. It goes before what is under way beside, which then has nothing to wait for."""
+    """The cluster. It goes once nothing is under way in it any more, and nothing new begins."""
     given = os.environ.get(STATE)
     state = layout().state if given else tmp_path_factory.mktemp("cluster") / "c"
     try:
         module("tools.cluster.containers", "up", "--way=source", state=state)
         yield SourceCluster(layout(state))
     finally:
-        if not given:
-            module("tools.cluster.containers", "down", state=state)
+        try:
+            beside.shutdown(cancel_futures=True)
+        finally:
+            if not given:
+                module("tools.cluster.containers", "down", state=state)
 
 
 @pytest.fixture(scope="session")
 def redis(cluster):
-    """The image that is loaded in seconds; the loading of all others begins."""
+    """The image that is loaded in seconds, for tests that can't wait for all others."""
     module("tools.images", "redis", state=cluster.layout.state)
     return RECIPES["redis"].image()
 
@@ -125,15 +131,14 @@ def release(installing):
 
 @pytest.fixture(scope="session")
 def campaign(cluster, installing, beside, tmp_path_factory):
-    """Five faults of `make chaos-cluster`, under way: its outcome, with what it said."""
+    """A few faults of `make chaos-cluster`, under way: its outcome, with what it said."""
 
     def run():
         installing.result()
         said = []
-        plan = chaos_cluster.Plan(faults=5, seed=1, longest=4.0)
         document = chaos_cluster.prepared(chaos_cluster.EXAMPLE)
         folder = tmp_path_factory.mktemp("chaos")
-        return chaos_cluster.run(cluster, document, folder, plan, said.append), said
+        return chaos_cluster.run(cluster, document, folder, CHAOS, said.append), said
 
     return beside.submit(run)
 

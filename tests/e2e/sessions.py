@@ -8,10 +8,13 @@ import yaml
 from esper.contracts.blueprints import KernelTarget, LayerGeometry, builtin, kernel_id
 from tests.e2e.clusters import until
 from tools import helm
+from tools.chaos_cluster import Plan
 
 SECONDS = 900.0
 """For a session to end."""
 EXAMPLE = helm.ROOT / "examples" / "02-digits-cnn" / "session.yaml"
+CHAOS = Plan(faults=5, seed=1, longest=4.0)
+"""`make chaos-cluster` in its quick form."""
 SHORT = {
     "apiVersion": "esper.dev/v1alpha1",
     "kind": "TrainingSession",

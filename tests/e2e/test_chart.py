@@ -69,7 +69,7 @@ def test_a_session_trains_on_through_an_upgrade_and_while_the_release_is_away(
     assert "/readyz ready" in said  # of the operator, asked by Helm's test
     made = credentials(cluster)
     # The hub may have the session's kernels since other tests; nobody has this one.
-    compiled_here(pods)
+    kernel = compiled_here(pods)
     session = Session(pods, example())
     until(lambda: session.status.get("epoch", 0) >= 3)
     until(lambda: session.get("seeds")["items"])
@@ -79,7 +79,7 @@ def test_a_session_trains_on_through_an_upgrade_and_while_the_release_is_away(
     first = kept(cluster, pods.namespace)
     assert first["trainingsessions"].keys() == {session.name}
     assert first["seeds"]
-    assert first["compiledkernels"]
+    assert kernel in first["compiledkernels"]
 
     drain_operators(cluster)
     install(*UPGRADE)

@@ -1,12 +1,13 @@
 """`make cluster`: Services, names, volumes, further nodes, faults of nodes."""
 
+import os
 import subprocess
 
 import pytest
 
 from tests.e2e.clusters import SOON, failed, module, until
 from tools.cluster.containers import nodes
-from tools.cluster.containers.archives import Image, reachable
+from tools.cluster.containers.archives import Image, program_image, reachable
 from tools.cluster.containers.layout import STORAGE_CLASS
 from tools.cluster.containers.machines import run
 
@@ -14,13 +15,14 @@ SERVE = ["redis-server", "--save", "", "--protected-mode", "no", "--dir", "/tmp"
 WAIT = ["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.2; done"]
 SECOND = "esper-2"
 CTR = ("ctr", "--namespace=k8s.io")
+BESIDE = pytest.mark.usefixtures("loading")
+"""All images are loaded meanwhile, which takes longer than the test."""
 
 
 @pytest.fixture(scope="module")
 def second_node(cluster, redis, loading):
     """It takes only pods that ask for it: others would go away with it."""
-    cluster.add_node(SECOND, [redis])
-    cluster.kubectl("cordon", SECOND)
+    cluster.add_node(SECOND, [redis], cordoned=True)
     yield SECOND
     cluster.remove_node(SECOND)
 
@@ -73,7 +75,8 @@ def test_what_has_ended_is_started_again(cluster):
     assert cluster.running
 
 
-def test_pods_find_each_other_by_name(pods, redis, loading):
+@BESIDE
+def test_pods_find_each_other_by_name(pods, redis):
     pods.apply(service("redis"))
     pods.start("redis", redis, SERVE, labels={"app": "redis"})
     pods.running("redis")
@@ -86,14 +89,16 @@ def test_pods_find_each_other_by_name(pods, redis, loading):
     assert pods.execute("redis", "redis-cli", "-h", "redis", "ping").strip() == "PONG"
 
 
-def test_pods_reach_the_api_server_and_nothing_beyond_the_cluster(pods, redis, loading):
+@BESIDE
+def test_pods_reach_the_api_server_and_nothing_beyond_the_cluster(pods, redis):
     pods.start("asking", redis, WAIT)
     pods.running("asking")
     pods.execute("asking", "bash", "-c", "echo > /dev/tcp/kubernetes.default.svc/443")
     assert failed(pods.execute, "asking", "getent", "hosts", "example.org")
 
 
-def test_a_claim_gets_a_volume_that_outlives_pods_and_goes_with_the_claim(pods, redis, loading):
+@BESIDE
+def test_a_claim_gets_a_volume_that_outlives_pods_and_goes_with_the_claim(pods, redis):
     cluster = pods.cluster
     pods.apply(claim("data"))
     write = ["sh", "-c", "echo kept > /data/file"]
@@ -131,28 +136,26 @@ def test_a_second_node_runs_pods_which_reach_those_of_the_first(pods, redis, sec
 
 
 def test_a_node_takes_an_image_though_its_content_is_collected_meanwhile(
-    cluster, redis, second_node, monkeypatch
+    cluster, second_node, tmp_path, monkeypatch
 ):
     first, second = cluster.node("esper-1"), cluster.node(second_node)
-    blobs = [blob.digest for blob in reachable(first.images()[redis], first._blob)]
-
-    def remove(*images):
-        """At once with all content that no image refers to."""
-        run([*CTR, f"--address={second.node.socket}", "images", "rm", "--sync", *images])
+    program, image, other = tmp_path / "program", "localhost/linked:1", "localhost/other:1"
+    program.write_bytes(os.urandom(1000))  # nobody has it
+    first.import_image(image, program_image(program))
+    *_, last = reachable(first.image(image), first.blob)
+    to_go, os_link = [other], os.link
 
     def link(path, own):
-        if path.name == last.partition(":")[2] and to_go:
-            second.import_image(image := to_go.pop(), Image(b"{}", ()))
-            remove(image)
+        if path == first.blob(last.digest) and to_go:
+            second.import_image(other, Image(b"{}", ()))
+            # At once with all content that no image refers to.
+            run([*CTR, f"--address={second.node.socket}", "images", "rm", "--sync", to_go.pop()])
         os_link(path, own)
 
-    *_, last = blobs
-    to_go, os_link = ["localhost/other:1"], nodes.os.link
-    remove(redis, *blobs)  # the kubelet's runtime calls it by its configuration, too
     monkeypatch.setattr(nodes.os, "link", link)
-    second.copy_images(first, [redis])
+    second.copy_images(first, [image])
     assert not to_go
-    assert second.images()[redis] == first.images()[redis]
+    assert second.image(image) == first.image(image)
 
 
 def test_a_node_that_is_lost_is_noticed_and_comes_back(pods, redis, second_node):

@@ -7,7 +7,7 @@ that what is tried here is refused by those who are asked.
 
 import json
 import random
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -146,14 +146,23 @@ def closed(said, *, but=()):
 
 
 @contextmanager
-def compiling(place):
-    """The name of a compile pod, held in its work: it would be over in seconds."""
-    name = until(lambda: place.pod("compile"))
-    pod = place.pods.get(name)
-    container = pod["status"]["containerStatuses"][0]["containerID"].partition("://")[2]
-    with place.cluster.node(pod["spec"]["nodeName"]).held_container(container) as held:
-        assert held, "it has ended before it could be held"
-        yield name
+def compiling(place, kernel):
+    """The name of the pod that compiles a kernel, held in its work: it would be over in seconds."""
+    with ExitStack() as stack:
+        yield until(lambda: held(stack, place, kernel))
+
+
+def held(stack, place, kernel):
+    """Its name, where its container runs and could be held."""
+    found = place.cluster.get("-n", place.pods.namespace, "pods", "-l", "esper.dev/role=compile")
+    for pod in found["items"]:
+        name, state = pod["metadata"]["name"], pod["status"].get("containerStatuses", [{}])[0]
+        if name.startswith(f"compile-{kernel}") and "running" in state.get("state", {}):
+            container = state["containerID"].partition("://")[2]
+            node = place.cluster.node(pod["spec"]["nodeName"])
+            if stack.enter_context(node.held_container(container)):
+                return name
+    return None
 
 
 def test_a_compile_pod_opens_the_work_on_its_own_kernel(places, attack):
@@ -161,7 +170,7 @@ def test_a_compile_pod_opens_the_work_on_its_own_kernel(places, attack):
     kernel = compiled_here(here.pods)
     unknown = {"uid": "0" * 8, "name": "nobodys", "pod": "nobodys-1", "object": ATTEMPT}
     victims = [unknown | {"namespace": place.pods.namespace} for place in (here, there)]
-    with compiling(here) as pod:
+    with compiling(here, kernel) as pod:
         said = attack(
             pod,
             victims=victims,

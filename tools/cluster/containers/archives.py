@@ -127,21 +127,18 @@ def write_index(name: str, root: Blob, target: IO[bytes]) -> None:
 def reachable(root: Blob, file: Callable[[str], Path]) -> Iterator[Blob]:
     """What an image consists of: its index, manifests, configurations and layers.
 
-    Of an index that names several platforms, those are left out that are not there.
+    Of an index that names several platforms, those are left out whose manifest is not there.
 
     Args:
         root: its manifest or index.
         file: where what has a digest lies.
     """
-    if not file(root.digest).exists():
-        return
     yield root
     if root.kind.endswith(_LISTING):
         said = json.loads(file(root.digest).read_bytes())
-        parts = [*said.get("manifests", ()), *said.get("layers", ())]
-        if "config" in said:
-            parts.append(said["config"])
-        for part in parts:
+        here = [part for part in said.get("manifests", ()) if file(part["digest"]).exists()]
+        config = [said["config"]] if "config" in said else []
+        for part in (*here, *config, *said.get("layers", ())):
             yield from reachable(Blob(part["mediaType"], part["digest"], part["size"]), file)
 
 

@@ -150,7 +150,7 @@ def ingest(node: Node, digest: str, size: int) -> list[str]:
 
 
 def keep(node: Node, digest: str, *, kept: bool = True) -> list[str]:
-    """Has a node's store keep content that no image refers to, or no longer."""
+    """Has a node's store keep content though no image refers to it; not `kept`: no longer."""
     label = f"containerd.io/gc.root={'kept' if kept else ''}"
     return [*_ctr(node), "content", "label", digest, label]
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -132,15 +132,12 @@ def run(
     Raises:
         ServerError: it failed, or there is no such program; the message tells what it said.
     """
-    with tempfile.TemporaryFile() as text:
-        if given is None or isinstance(given, str):
-            text.write((given or "").encode())
-            text.seek(0)
-            given = text
-        try:
-            done = subprocess.run(command, cwd=folder, stdin=given, capture_output=True, text=True)
-        except FileNotFoundError as error:
-            raise ServerError(f"{command[0]}: there is no such program") from error
+    run_it = partial(subprocess.run, command, cwd=folder, capture_output=True, text=True)
+    try:
+        is_text = given is None or isinstance(given, str)
+        done = run_it(input=given or "") if is_text else run_it(stdin=given)
+    except FileNotFoundError as error:
+        raise ServerError(f"{command[0]}: there is no such program") from error
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip())[-1000:]
         raise ServerError(f"{' '.join(command)}: {said or f'exit code {done.returncode}'}")

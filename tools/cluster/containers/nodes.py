@@ -126,31 +126,49 @@ class ClusterNode:
         theirs, own = other.images(), self.images()
         named = [name for name in theirs if not name.startswith("sha256:")]
         for name in sorted(named if wanted is None else wanted):
-            if name not in theirs:
-                raise ServerError(f"{other.node.name}: it has no image {name}")
-            if own.get(name) != theirs[name]:
-                self._take(other, name, theirs[name])
+            if own.get(name) != theirs.get(name, ""):
+                self._take(other, name)
 
-    def _take(self, other: ClusterNode, name: str, root: Blob) -> None:
+    def image(self, name: str) -> Blob:
+        """The manifest or index of one of its images.
+
+        Raises:
+            ServerError: it has none of that name.
+        """
+        described = self.images().get(name)
+        if described is None:
+            raise ServerError(f"{self.node.name}: it has no image {name}")
+        kind, digest = described.split()
+        try:
+            return Blob(kind, digest, self.blob(digest).stat().st_size)
+        except OSError as error:
+            raise ServerError(f"{self.node.name}: {name}: {error}") from error
+
+    def blob(self, digest: str) -> Path:
+        """The file of what its store holds."""
+        content = self.node.folder / "containerd" / "io.containerd.content.v1.content"
+        return content / "blobs" / digest.replace(":", "/")
+
+    def _take(self, other: ClusterNode, name: str) -> None:
         """Take an image of another node, by links to what it consists of.
 
         Until the image is there nothing refers to its content, and the store's collector may
         remove it: so each part is kept by a label, and had anew where it was gone before.
         """
-        parts = list(reachable(root, other._blob))
+        root = other.image(name)
+        try:
+            parts = list(reachable(root, other.blob))
+        except OSError as error:
+            raise ServerError(f"{other.node.name}: {name}: {error}") from error
         try:
             for part in parts:
                 self._link(other, part)
             with self._importing() as to:
                 write_index(name, root, to)
         finally:
-            for digest in self.contents() & {part.digest for part in parts}:
-                run(commands.keep(self.node, digest, kept=False))
-
-    def _blob(self, digest: str) -> Path:
-        """The file of what its store holds."""
-        content = self.node.folder / "containerd" / "io.containerd.content.v1.content"
-        return content / "blobs" / digest.replace(":", "/")
+            for part in parts:
+                with suppress(ServerError):  # it is not there where this failed before
+                    run(commands.keep(self.node, part.digest, kept=False))
 
     def _link(self, other: ClusterNode, part: Blob) -> None:
         """Take content of another node's store into its own, and keep it there.
@@ -158,34 +176,30 @@ class ClusterNode:
         A store that finds the file of what it is given has it, and reads nothing of what comes. A
         file of that size without content is passed over at once.
         """
-        own = self._blob(part.digest)
-        own.parent.mkdir(parents=True, exist_ok=True)
+        own = self.blob(part.digest)
         for left in reversed(range(_TAKES)):
             try:
                 if part.digest not in self.contents():
+                    own.parent.mkdir(parents=True, exist_ok=True)
                     with suppress(FileExistsError):
-                        os.link(other._blob(part.digest), own)
+                        os.link(other.blob(part.digest), own)
                     with tempfile.TemporaryFile() as empty:
                         empty.truncate(part.size)
                         run(commands.ingest(self.node, part.digest, part.size), given=empty)
                 run(commands.keep(self.node, part.digest))
                 return
-            except ServerError:
+            except (ServerError, OSError) as error:
                 if not left:
-                    raise
+                    raise ServerError(f"{self.node.name}: {part.digest}: {error}") from error
 
     def contents(self) -> set[str]:
         """The digests of all that its store holds."""
         return set(run(commands.contents(self.node)).split())
 
-    def images(self) -> dict[str, Blob]:
-        """Its images by name: the manifest or index of each."""
+    def images(self) -> dict[str, str]:
+        """Its images by name: media type and digest of each."""
         lines = map(str.split, run(commands.list_images(self.node)).splitlines()[1:])
-        there = {name: (kind, digest) for name, kind, digest, *_ in lines}
-        return {
-            name: Blob(kind, digest, self._blob(digest).stat().st_size)
-            for name, (kind, digest) in there.items()
-        }
+        return {name: f"{kind} {digest}" for name, kind, digest, *_ in lines}
 
     def kill_container(self, container: str) -> bool:
         """Kill the main process of a container (SIGKILL); False where it has none any more.

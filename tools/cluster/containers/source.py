@@ -125,12 +125,15 @@ class SourceCluster:
         restore_settings(self.layout.cgroup)
         shutil.rmtree(self.layout.state)
 
-    def add_node(self, name: str, images: Collection[str] | None = None) -> None:
+    def add_node(
+        self, name: str, images: Collection[str] | None = None, *, cordoned: bool = False
+    ) -> None:
         """Join a further node, or bring back one that is lost.
 
         Args:
             name: one of those that the cluster can have.
             images: which images of the first it is given; None for all.
+            cordoned: whether only pods are scheduled to it that tolerate that, from the beginning.
 
         Raises:
             ServerError: it can't be had.
@@ -141,7 +144,7 @@ class SourceCluster:
             raise ServerError(f"node: got {name}; allowed: {further}, of a cluster that runs")
         node.prepare()
         self._start_further(node, images)
-        self._await_node(name)
+        self._await_node(name, cordoned=cordoned)
 
     def lose_node(self, name: str) -> None:
         """End all that runs on a further node at once, as if its power had failed."""
@@ -273,11 +276,13 @@ class SourceCluster:
                 *("--for=condition=Available", f"--timeout={READY_SECONDS:g}s"),
             )
 
-    def _await_node(self, name: str) -> None:
+    def _await_node(self, name: str, *, cordoned: bool = False) -> None:
         with self._step(f"{name} is ready"):
-            for state in ("create", "condition=Ready"):
-                timeout = f"--timeout={READY_SECONDS:g}s"
-                self.kubectl("wait", f"node/{name}", f"--for={state}", timeout)
+            timeout = f"--timeout={READY_SECONDS:g}s"
+            self.kubectl("wait", f"node/{name}", "--for=create", timeout)
+            if cordoned:  # before it is ready nothing is scheduled to it
+                self.kubectl("cordon", name)
+            self.kubectl("wait", f"node/{name}", "--for=condition=Ready", timeout)
 
     def _further(self, name: str) -> ClusterNode:
         node = self.node(name)
