@@ -115,7 +115,10 @@ class Machine:
         """Start a process on it, where it does not run."""
         daemon = self.daemon(name)
         if not daemon.running:
-            daemon.start(self.inside(command), inner=True, environment=_ENVIRONMENT)
+            own = self.folder / "tmp"  # what is killed leaves files there, which go with the folder
+            own.mkdir(exist_ok=True)
+            environment = {**_ENVIRONMENT, "TMPDIR": str(own)}
+            daemon.start(self.inside(command), inner=True, environment=environment)
         return daemon
 
 
