@@ -16,13 +16,14 @@ CAMPAIGNS = {
     "make test": ".ci/run",
     "make chaos-services": "tests/integration/test_chaos_services.py",
     "make chaos-ranks": "tests/integration/test_ranks_chaos.py",
-    "make chaos-cluster": "tests/e2e/test_chaos.py",
+    "make chaos-cluster": "tests/e2e/conftest.py",
     "make bench-growth": "tests/unit/test_benchmark_growth.py",
     "make bench-execution": "tests/unit/test_benchmark_execution.py",
     "make bench-distributed": "tests/unit/test_benchmark_distributed.py",
 }
 """Commands that last too long for a test, or hold the tests, each with what runs it instead: the
-script that must pass before a change lands, or a test of the same module in a quick form."""
+script that must pass before a change lands, or a test of the same module in a quick form, or what a
+test has under way."""
 MAKE = {"MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "ARGUMENTS"}
 """What a make that runs these tests gives to one below it: a reader's is below none."""
 STAY = {"make services": "Ctrl-C stops", "make cluster-api": "Ctrl-C stops"}

@@ -23,23 +23,26 @@ from tools.cluster.programs import SETS
 PLAYERS = (
     "tests/integration/test_readme.py",
     *(f"tests/e2e/test_{name}.py" for name in ("readme", "demo", "cluster_down")),
+    "tests/e2e/conftest.py",
 )
-"""Tests that play sections: those of `make test`, and those of `make e2e`."""
+"""Tests that play sections, and fixtures that they ask for: of `make test`, and of `make e2e`."""
 TEXT = README.read_text()
 
 
 def played():
-    """The sections that tests play, by what they call."""
+    """The sections that tests play, by what they call, or what fixtures of theirs do."""
+    bodies = [node for path in PLAYERS for node in ast.parse((ROOT / path).read_text()).body]
+    functions = [node for node in bodies if isinstance(node, ast.FunctionDef)]
+    tests = [function for function in functions if function.name.startswith("test_")]
+    asked = {argument.arg for test in tests for argument in test.args.args}
     found = set()
-    for path in PLAYERS:
-        for test in ast.parse((ROOT / path).read_text()).body:
-            if isinstance(test, ast.FunctionDef) and test.name.startswith("test_"):
-                calls = (node for node in ast.walk(test) if isinstance(node, ast.Call))
-                found |= {
-                    call.args[0].value
-                    for call in calls
-                    if isinstance(call.func, ast.Name) and call.func.id == "play"
-                }
+    for function in (*tests, *(each for each in functions if each.name in asked)):
+        calls = (node for node in ast.walk(function) if isinstance(node, ast.Call))
+        found |= {
+            call.args[0].value
+            for call in calls
+            if isinstance(call.func, ast.Name) and call.func.id == "play"
+        }
     return found
 
 
