@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,8 +85,10 @@ def check_transitions(published: Sequence[OonaMessage], directory: Path, outcome
     ]
     applied = [message.open() for message in heard.values()]
     outcome.figures |= {"transitions": len(told), "transitionsPublished": len(published)}
+    other = next((pair for pair in zip_longest(told, applied) if pair[0] != pair[1]), None)
     outcome.check(
-        applied == told, f"{len(told)} transitions were told, {len(applied)} arrived or in disorder"
+        other is None,
+        f"{len(told)} transitions were told, {len(applied)} arrived; they differ from {other} on",
     )
 
 

@@ -26,7 +26,7 @@ from esper.contracts.manifests import Manifest
 from esper.errors import EsperError
 from esper.services.oona_client import InProcessOona, Oona
 from esper.services.tolaria.boundary import BusController
-from esper.services.tolaria.news import News
+from esper.services.tolaria.news import News, Numbering
 from esper.services.tolaria.patience import HUB, IN_PROCESS, Patience
 from esper.services.tolaria.run_directory import RunDirectory
 from esper.services.tolaria.seeds import SeedBook
@@ -124,7 +124,5 @@ def _news(run: RunDirectory, manifest: Manifest, config: EsperConfig) -> list[Ne
     except EsperError as error:
         _log.warning("what is told again has no trace ids: %s", error)
     told = run.told(manifest.session.metadata.name)
-    return [
-        News(item=item, number=number, trace_id=book.trace_of(item))
-        for number, item in enumerate(told)
-    ]
+    numbering = Numbering()
+    return [numbering.news(item, book.trace_of(item)) for item in told]

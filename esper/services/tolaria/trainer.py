@@ -36,7 +36,7 @@ from esper.services.tolaria.distribution import Ranks
 from esper.services.tolaria.engine import Engine, Quality
 from esper.services.tolaria.gates import Verdict
 from esper.services.tolaria.growth import Growth, KernelSupply
-from esper.services.tolaria.news import News, packet_trace
+from esper.services.tolaria.news import News, Numbering, packet_trace
 from esper.services.tolaria.objective import Objective
 from esper.services.tolaria.optimization import learning_rate_share
 from esper.services.tolaria.seeds import SeedBook, SeedRecord
@@ -144,7 +144,7 @@ class TolariaTrainer:
         self._started = time.monotonic()
         self._last: Snapshot | None = None
         self._news: list[News] = []
-        self._told = 0
+        self._numbering = Numbering()
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -484,8 +484,7 @@ class TolariaTrainer:
         self._each(lambda observer: observer.transition(transition))
 
     def _add_news(self, item: SeedTransition | SessionEvent, trace_id: str | None) -> None:
-        self._news.append(News(item=item, number=self._told, trace_id=trace_id))
-        self._told += 1
+        self._news.append(self._numbering.news(item, trace_id))
 
     def _each(self, tell: Callable[[Observer], None]) -> None:
         for observer in self._observers:

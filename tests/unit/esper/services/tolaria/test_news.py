@@ -19,7 +19,7 @@ from esper.contracts.operational import (
 )
 from esper.errors import Interrupted
 from esper.execution.builders import build
-from esper.services.tolaria.news import News, packet_trace
+from esper.services.tolaria.news import News, Numbering, packet_trace
 from esper.services.tolaria.objective import Classification
 from esper.services.tolaria.run_directory import LOGS, RunDirectory, RunLog
 from esper.services.tolaria.trainer import TolariaTrainer
@@ -136,10 +136,10 @@ def test_a_seed_is_told_under_the_trace_of_the_signals_it_began_with(tmp_path, c
     assert "dormant → germinated: because" in said
 
 
-def test_numbers_count_what_is_told_and_make_the_ids(tmp_path):
+def test_what_is_told_has_ids_of_its_own(tmp_path):
     controller = Germinating()
     Session(tmp_path / "run").train(controller)
-    assert [one.number for one in controller.news] == list(range(len(controller.news)))
+    assert {one.number for one in controller.news} == {0}
     assert len(heard(controller.news)) == len(controller.news)
     one = controller.news[0]
     assert one.message_id("uid-1") != one.message_id("uid-2")
@@ -202,6 +202,42 @@ def test_what_was_told_but_not_got_out_is_told_again_after_a_kill(tmp_path):
         for one in early
     )
     assert {one.trace_id for one in early} == {packet_trace("uid-1", "small", 1)}
+
+
+def test_what_only_an_attempt_told_that_was_lost_hides_nothing_of_the_next(tmp_path):
+    """A kernel is put off while the hub is away; the next attempt, from before that, has it."""
+    whole, killed = Session(tmp_path / "whole"), Session(tmp_path / "killed")
+    undisturbed, before, after = Germinating(), Germinating(), Germinating()
+    whole.train(undisturbed)
+
+    def put_off_and_die(trainer: TolariaTrainer) -> None:
+        trainer._tell_event("KernelPutOff", "hidden.0[0]: the hub does not answer")
+        train_epoch = trainer.engine.train_epoch
+
+        def mortal(epoch: int, **options: Any) -> float:
+            if epoch == 3:
+                raise DeathError
+            return train_epoch(epoch, **options)
+
+        trainer.engine.train_epoch = mortal  # type: ignore[method-assign]
+
+    with pytest.raises(DeathError):
+        killed.train(before, before=put_off_and_die)
+    killed.train(after)
+    assert any(isinstance(one.item, SeedTransition) for one in before.news)
+    first: dict[str, SeedTransition | SessionEvent] = {}
+    for one in (*before.news, *after.news):
+        first.setdefault(one.message_id("uid-1"), one.item)
+    transitions = [item for item in first.values() if isinstance(item, SeedTransition)]
+    assert transitions == [one.item for one in undisturbed.news]
+
+
+def test_the_same_told_twice_is_two_news_and_a_run_that_goes_on_knows_which():
+    event = SessionEvent(session="small", epoch=4, reason="KernelPutOff", message="later")
+    first, second = Numbering(), Numbering()
+    told = [first.news(event, None) for _ in range(2)]
+    assert len(heard(told)) == 2
+    assert [second.news(event, None) for _ in range(2)] == told
 
 
 def test_events_come_back_from_their_file_as_they_were_told(tmp_path):
