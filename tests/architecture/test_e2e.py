@@ -27,10 +27,10 @@ def begun(*words):
 
 
 def test_long_ones_begin_beside_tests_that_leave_the_machine_idle():
-    assert begun() == {"campaign": "test_cluster.py", "demonstration": "test_gpu.py"}
+    assert begun() == {"campaign": "test_cluster.py", "demonstration": "test_isolation.py"}
 
 
 def test_nobody_begins_what_was_not_chosen():
     assert begun("-k", "gpu or isolation") == {}
     assert begun("-k", "demo or isolation") == {"demonstration": "test_isolation.py"}
-    assert begun("-k", "not chaos") == {"demonstration": "test_gpu.py"}
+    assert begun("-k", "not chaos") == {"demonstration": "test_isolation.py"}
