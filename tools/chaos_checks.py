@@ -9,7 +9,6 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,13 +68,10 @@ def same_model(one: Path, other: Path) -> bool:
 
 
 def check_transitions(published: Sequence[OonaMessage], directory: Path, outcome: Outcome) -> None:
-    """What the bus keeps is what the log tells, once for whoever drops what it has heard already.
+    """What the log tells was on the bus, in its order, under one id each.
 
-    And in order.
+    Others may be between: sent again, or told by an attempt that was lost after its checkpoint.
     """
-    heard: dict[str, OonaMessage] = {}
-    for message in published:
-        heard.setdefault(message.id, message)
     told = [
         SeedTransition.model_validate(
             {name: value for name, value in line.items() if name not in ("time", "type")}
@@ -83,12 +79,19 @@ def check_transitions(published: Sequence[OonaMessage], directory: Path, outcome
         for line in lines(directory / "events.jsonl")
         if line["type"] == "transition"
     ]
-    applied = [message.open() for message in heard.values()]
+    heard = [(message.id, message.open()) for message in published]
     outcome.figures |= {"transitions": len(told), "transitionsPublished": len(published)}
-    other = next((pair for pair in zip_longest(told, applied) if pair[0] != pair[1]), None)
+    rest = iter([item for _, item in heard])
+    lost = next((each for each in told if each not in rest), None)  # what is passed over is gone
+    outcome.check(lost is None, f"of {len(told)} transitions one did not come in its turn: {lost}")
+    pairs: list[tuple[str, object]] = []
+    for pair in heard:
+        if pair not in pairs:
+            pairs.append(pair)
+    names, items = {name for name, _ in pairs}, {str(item) for _, item in pairs}
     outcome.check(
-        other is None,
-        f"{len(told)} transitions were told, {len(applied)} arrived; they differ from {other} on",
+        len(names) == len(items) == len(pairs),
+        f"{len(items)} transitions were told under {len(names)} ids in {len(pairs)} ways",
     )
 
 

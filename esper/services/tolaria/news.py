@@ -44,9 +44,8 @@ class Numbering:
 
 
 def _happening(item: SeedTransition | SessionEvent) -> dict[str, Any]:
-    """What makes it the same: of a transition not what was measured, nor the words for it."""
-    left_out = {"reason", "measurement"} if isinstance(item, SeedTransition) else set()
-    return {"kind": type(item).__name__, **item.model_dump(mode="json", exclude=left_out)}
+    """All of it: what differs in a figure or a word happened otherwise."""
+    return {"kind": type(item).__name__, **item.model_dump(mode="json")}
 
 
 def packet_trace(scope: str, session: str, sequence: int) -> str:

@@ -152,6 +152,9 @@ def test_a_transition_that_is_lost_or_in_disorder_is_found(tmp_path):
     place = written(tmp_path, transitions=[transition(), transition(slot=1)])
     again = published(("1", first), ("2", second), ("1", first))
     assert broken(check_transitions, again, place) == []
+    lost = published(("1", first), ("3", TRANSITION | {"slot": 2}), ("1", first), ("2", second))
+    assert broken(check_transitions, lost, place) == []  # an attempt went otherwise, and was lost
+    assert broken(check_transitions, published(("1", first), ("1", second)), place)
     assert broken(check_transitions, published(("1", first)), place)
     assert broken(check_transitions, published(("2", second), ("1", first)), place)
     assert broken(check_transitions, published(("1", first), ("2", second), ("3", second)), place)
