@@ -75,11 +75,11 @@ def check_transitions(published: Sequence[OonaMessage], directory: Path, outcome
     told = [
         SeedTransition.model_validate(
             {name: value for name, value in line.items() if name not in ("time", "type")}
-        )
+        ).to_wire()
         for line in lines(directory / "events.jsonl")
         if line["type"] == "transition"
     ]
-    heard = [(message.id, message.open()) for message in published]
+    heard = [(message.id, message.open().to_wire()) for message in published]
     outcome.figures |= {"transitions": len(told), "transitionsPublished": len(published)}
     rest = iter([item for _, item in heard])
     lost = next((each for each in told if each not in rest), None)  # what is passed over is gone

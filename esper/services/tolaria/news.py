@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from esper.contracts.base import digest_of
 from esper.contracts.operational import SeedTransition, SessionEvent
@@ -43,9 +42,9 @@ class Numbering:
         return News(item=item, number=self._told[happening] - 1, trace_id=trace_id)
 
 
-def _happening(item: SeedTransition | SessionEvent) -> dict[str, Any]:
+def _happening(item: SeedTransition | SessionEvent) -> dict[str, object]:
     """All of it: what differs in a figure or a word happened otherwise."""
-    return {"kind": type(item).__name__, **item.model_dump(mode="json")}
+    return {"kind": type(item).__name__, **item.to_wire()}
 
 
 def packet_trace(scope: str, session: str, sequence: int) -> str:

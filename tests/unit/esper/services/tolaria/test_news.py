@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from esper.contracts.enums import DecisionAction, SeedState
 from esper.contracts.operational import (
     AdaptationDecision,
+    Measurement,
     SeedTransition,
     SessionEvent,
     SystemStatePacket,
@@ -116,6 +119,18 @@ class DeathError(Exception):
     """A process dies."""
 
 
+def die(trainer: TolariaTrainer, at_epoch: int) -> None:
+    """Have the process die as it begins to train that epoch."""
+    train_epoch = trainer.engine.train_epoch
+
+    def mortal(epoch: int, **options: Any) -> float:
+        if epoch == at_epoch:
+            raise DeathError
+        return train_epoch(epoch, **options)
+
+    trainer.engine.train_epoch = mortal  # type: ignore[method-assign]
+
+
 def heard(news: Sequence[News], scope: str = "uid-1") -> dict[str, SeedTransition | SessionEvent]:
     """By message id, as a receiver that drops what it has heard already keeps it."""
     return {one.message_id(scope): one.item for one in reversed(news)}
@@ -181,18 +196,10 @@ def test_what_was_told_but_not_got_out_is_told_again_after_a_kill(tmp_path):
     undisturbed = Germinating()
     whole.train(undisturbed)
 
-    def die_at_epoch_7(trainer: TolariaTrainer) -> None:
-        train_epoch = trainer.engine.train_epoch
-
-        def mortal(epoch: int, **options: Any) -> float:
-            if epoch == 7:
-                raise DeathError
-            return train_epoch(epoch, **options)
-
-        trainer.engine.train_epoch = mortal  # type: ignore[method-assign]
-
     with pytest.raises(DeathError):
-        killed.train(Germinating(), before=die_at_epoch_7)  # whatever it told went nowhere
+        killed.train(
+            Germinating(), before=partial(die, at_epoch=7)
+        )  # whatever it told went nowhere
     after = Germinating()
     killed.train(after)
     assert heard(after.news) == heard(undisturbed.news)
@@ -212,14 +219,7 @@ def test_what_only_an_attempt_told_that_was_lost_hides_nothing_of_the_next(tmp_p
 
     def put_off_and_die(trainer: TolariaTrainer) -> None:
         trainer._tell_event("KernelPutOff", "hidden.0[0]: the hub does not answer")
-        train_epoch = trainer.engine.train_epoch
-
-        def mortal(epoch: int, **options: Any) -> float:
-            if epoch == 3:
-                raise DeathError
-            return train_epoch(epoch, **options)
-
-        trainer.engine.train_epoch = mortal  # type: ignore[method-assign]
+        die(trainer, at_epoch=3)
 
     with pytest.raises(DeathError):
         killed.train(before, before=put_off_and_die)
@@ -238,6 +238,23 @@ def test_the_same_told_twice_is_two_news_and_a_run_that_goes_on_knows_which():
     told = [first.news(event, None) for _ in range(2)]
     assert len(heard(told)) == 2
     assert [second.news(event, None) for _ in range(2)] == told
+
+
+@pytest.mark.parametrize("figure", [0.125, math.nan, math.inf, -math.inf])
+def test_a_measurement_that_is_not_finite_is_told_and_comes_back_under_its_id(tmp_path, figure):
+    measured = Measurement(mean=figure, lower=figure, upper=figure, rent=0.0, samples=8)
+    transition = SeedTransition(
+        session="small", epoch=3, layer="head", slot=0, cycle=0, previous=SeedState.TRAINING,
+        current=SeedState.CULLED, blueprint="noop", reason="because", measurement=measured,
+    )  # fmt: skip
+    run = RunDirectory.create(tmp_path / "run", "the manifest", overwrite=False)
+    log = RunLog(run, in_run(run.path))
+    log.open()
+    log.transition(transition)
+    log.close()
+    (again,) = run.told("small")
+    ids = {Numbering().news(item, None).message_id("uid-1") for item in (transition, again)}
+    assert len(ids) == 1
 
 
 def test_events_come_back_from_their_file_as_they_were_told(tmp_path):
